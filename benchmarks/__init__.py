@@ -1,0 +1,1 @@
+"""Measurements that others can repeat: acceptance, and the playground they run on."""

@@ -1,0 +1,12 @@
+"""A verifier, its speculators and prompts that need no download.
+
+Everything under ``checkpoints/`` is made by ``python -m benchmarks.playground`` from the source
+text of the Python standard library and nothing else.
+"""
+
+from pathlib import Path
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+VERIFIER = CHECKPOINTS / "verifier"
+EAGLE3 = CHECKPOINTS / "eagle3"
+PROMPTS = CHECKPOINTS / "prompts.jsonl"

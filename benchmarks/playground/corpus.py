@@ -1,0 +1,118 @@
+"""The text the playground learns from: the standard library's own source, as files and as chats.
+
+A twentieth of the files, chosen by the hash of their path, is held out: no training document is
+cut from them and every prompt is.
+"""
+
+import ast
+import hashlib
+import sysconfig
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data"}
+"""Folders that are not source of the library itself, or are tables of data."""
+MAX_FILE_CHARS = 150_000
+MAX_FUNCTION_CHARS = 2_500
+HELD_OUT_SHARE = 20
+PROMPTS_PER_CATEGORY = 12
+
+
+class SourceFile(BaseModel):
+    """One file of the standard library."""
+
+    model_config = ConfigDict(frozen=True)
+    path: str
+    text: str
+
+    @property
+    def is_held_out(self) -> bool:
+        return int(hashlib.sha256(self.path.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
+
+
+class Function(BaseModel):
+    """A documented function, and where in its file it starts."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    request: str
+    source: str
+    line: int
+
+
+def read_library() -> list[SourceFile]:
+    """Every source file of this interpreter's standard library, in a fixed order."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if LEFT_OUT & set(relative.parts) or relative.name.startswith("_sysconfigdata"):
+            continue
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        if 0 < len(text) <= MAX_FILE_CHARS:
+            files.append(SourceFile(path=relative.as_posix(), text=text))
+    return files
+
+
+def functions(file: SourceFile) -> Iterator[Function]:
+    """The documented functions and methods of a file, each with the request that asks for it."""
+    try:
+        tree = ast.parse(file.text)
+    except SyntaxError:
+        return
+    lines = file.text.splitlines(keepends=True)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        doc = ast.get_docstring(node)
+        source = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno]))
+        if not doc or len(source) > MAX_FUNCTION_CHARS:
+            continue
+        arguments = ", ".join(argument.arg for argument in node.args.args)
+        request = f"Write `{node.name}({arguments})`. {doc.strip().splitlines()[0]}"
+        yield Function(name=node.name, request=request, source=source, line=node.lineno)
+
+
+def conversation(function: Function) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": function.request},
+        {"role": "assistant", "content": function.source.rstrip()},
+    ]
+
+
+def prompts(files: list[SourceFile]) -> list[dict]:
+    """Twelve prompts for each of four categories, from held-out files alone.
+
+    ``module``: the head of a file; ``class``: a file up to and with a class header and its
+    docstring; ``function``: a file up to and with a function's signature and docstring;
+    ``chat``: a request for a function.
+    """
+    held_out = [file for file in files if file.is_held_out and len(file.text) > 2_000]
+    chosen: dict[str, list[dict]] = {"module": [], "class": [], "function": [], "chat": []}
+    for file in held_out:
+        lines = file.text.splitlines(keepends=True)
+        for category, candidate in _candidates(file, lines):
+            taken = [p for p in chosen[category] if p["source"] == file.path]
+            if len(taken) < 2 and len(chosen[category]) < PROMPTS_PER_CATEGORY:
+                chosen[category].append({"category": category, **candidate, "source": file.path})
+    return [prompt for category in chosen.values() for prompt in category]
+
+
+def _candidates(file: SourceFile, lines: list[str]) -> Iterator[tuple[str, dict]]:
+    yield "module", {"prompt": "".join(lines[:12])}
+    for node in ast.walk(ast.parse(file.text)):
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef) or not ast.get_docstring(node):
+            continue
+        header_end = node.body[0].end_lineno or node.lineno
+        if header_end - node.lineno > 15 or len(node.body) < 3 or node.lineno < 20:
+            continue
+        context = "".join(lines[max(0, node.lineno - 21) : header_end])
+        if len(context) < 1_800:
+            kind = "class" if isinstance(node, ast.ClassDef) else "function"
+            yield kind, {"prompt": context}
+    for function in functions(file):
+        if function.source.count("\n") >= 6:
+            yield "chat", {"messages": conversation(function)[:1]}

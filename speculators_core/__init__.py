@@ -1,0 +1,1 @@
+"""Speculators for speculative decoding: configs, draft models, training and a reference decoder."""

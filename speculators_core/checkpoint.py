@@ -1,0 +1,258 @@
+"""The border with disk: finds, reads, checks and writes checkpoint folders.
+
+A folder holds ``config.json`` and ``model.safetensors``, or shards and their index. Headers are
+checked before any tensor is read; what is written goes to a temporary name first.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from speculators_core.errors import SpeculatorError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+FOREIGN_KEYS = {"auto_map", "speculators_version", "has_no_defaults_at_init", "_name_or_path"}
+"""Written by other versions and projects, read by nobody: dropped."""
+COMMON_KEYS = {"name_or_path", "torch_dtype", "attn_implementation", "_commit_hash"}
+"""Keys of any Transformers config that are not fields of its class."""
+
+
+def is_common_key(key: str) -> bool:
+    return key in COMMON_KEYS
+
+
+def without_foreign_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies, and its shape."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+def fetch(
+    name_or_path: str | PathLike,
+    *,
+    weights: bool = True,
+    cache_dir: str | PathLike | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    revision: str | None = "main",
+) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded, its weights only if asked for.
+
+    Raises:
+        SpeculatorError: there is no such folder, or no such repository within reach.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise SpeculatorError(f"{folder} is a file; expected the folder that holds {CONFIG}.")
+    patterns = [CONFIG, "*.safetensors", "*.safetensors.index.json"] if weights else [CONFIG]
+    try:
+        return Path(
+            snapshot_download(
+                str(name_or_path),
+                allow_patterns=patterns,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+                revision=revision,
+            )
+        )
+    except HFValidationError as error:
+        raise SpeculatorError(f"{name_or_path}: no such folder, and not a hub id.") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SpeculatorError(
+            f"{name_or_path}: no such folder, and the hub did not give it ({reason})."
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` as a dict.
+
+    Raises:
+        SpeculatorError: the file is missing or is not a JSON object.
+    """
+    return read_json(folder / CONFIG)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SpeculatorError(f"{path.parent} holds no {path.name}; not a checkpoint.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SpeculatorError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise SpeculatorError(f"{path} holds a {type(content).__name__}; expected an object.")
+    return content
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint by name, from the files' headers alone.
+
+    Raises:
+        SpeculatorError: no weights, a shard missing or truncated, or the index names a tensor
+            that its shard does not hold.
+    """
+    if not (folder / INDEX).exists():
+        return _stored_in(folder / WEIGHTS)
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise SpeculatorError(f"{folder / INDEX}: weight_map must map tensor names to files.")
+    shards = {name: _stored_in(_inside(folder, name)) for name in sorted(set(weight_map.values()))}
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise SpeculatorError(f"{folder / shard}: no tensor {name}, though the index says so.")
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def _inside(folder: Path, name: str) -> Path:
+    if Path(name).name != name:
+        raise SpeculatorError(f"{folder / INDEX}: shard {name!r} must lie in the folder itself.")
+    return folder / name
+
+
+def _stored_in(file: Path) -> dict[str, StoredTensor]:
+    if not file.exists():
+        raise SpeculatorError(f"{file} is missing. Copy the checkpoint again, with all its files.")
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {
+                name: StoredTensor(file, tuple(tensors.get_slice(name).get_shape()))
+                for name in tensors.keys()
+            }
+    except SafetensorError as error:
+        raise SpeculatorError(
+            f"{file} is truncated or not a safetensors file ({error}). Copy it again."
+        ) from error
+
+
+def check_shapes(
+    stored: Mapping[str, StoredTensor],
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Collection[str] = (),
+) -> None:
+    """Compares names and shapes with what a model needs.
+
+    Raises:
+        SpeculatorError: a tensor is missing, unknown or of another shape; the first is named.
+    """
+    where = next(iter(stored.values())).file.parent if stored else "the checkpoint"
+    for name, shape in expected.items():
+        if name not in stored:
+            if name in optional:
+                continue
+            raise SpeculatorError(f"{where}: tensor {name} {list(shape)} is missing.")
+        if stored[name].shape != shape:
+            raise SpeculatorError(
+                f"{stored[name].file}: {name} has shape {list(stored[name].shape)}; the config "
+                f"asks for {list(shape)}."
+            )
+    for name in stored:
+        if name not in expected:
+            raise SpeculatorError(
+                f"{stored[name].file}: tensor {name} has no place in the model that "
+                f"{CONFIG} describes."
+            )
+
+
+def read_tensors(
+    stored: Mapping[str, StoredTensor], names: Collection[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors, file by file.
+
+    Raises:
+        SpeculatorError: a tensor holds a NaN or an infinity.
+    """
+    for file in sorted({stored[name].file for name in names}):
+        with safe_open(file, "pt") as tensors:
+            for name in names:
+                if stored[name].file != file:
+                    continue
+                tensor = tensors.get_tensor(name)
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise SpeculatorError(f"{file}: {name} holds a NaN or an infinity.")
+                yield name, tensor
+
+
+def write_config(folder: str | PathLike, config: Mapping[str, Any]) -> None:
+    with _replacing(Path(folder)) as draft:
+        (draft / CONFIG).write_text(_json(config), encoding="utf-8")
+
+
+def write_checkpoint(
+    folder: str | PathLike,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    max_shard_size: str | int = "5GB",
+) -> None:
+    """Writes a whole checkpoint; a reader sees the old one or the new one of each file."""
+    folder = Path(folder)
+    old_shards = set(read_json(folder / INDEX)["weight_map"].values()) if (
+        folder / INDEX
+    ).exists() else set()
+    with _replacing(folder) as draft:
+        save_torch_state_dict(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            draft,
+            max_shard_size=max_shard_size,
+            metadata={"format": "pt"},
+        )
+        (draft / CONFIG).write_text(_json(config), encoding="utf-8")
+        written = {path.name for path in draft.iterdir()}
+    for stale in (old_shards | {INDEX, WEIGHTS}) - written:
+        (folder / stale).unlink(missing_ok=True)
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write into whose files replace those of ``folder`` once all are whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+    try:
+        yield draft
+        for path in sorted(draft.iterdir()):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _json(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def as_dtype(name: str | None, default: torch.dtype) -> torch.dtype:
+    """The torch dtype that a config names.
+
+    Raises:
+        SpeculatorError: the name is no floating-point dtype.
+    """
+    dtype = getattr(torch, name, None) if name else default
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise SpeculatorError(f"dtype {name!r} is not a floating-point dtype of torch.")
+    return dtype

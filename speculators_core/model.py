@@ -1,0 +1,333 @@
+"""What every speculator shares: loading, saving, its verifier, and the door to `generate`."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from speculators_core import checkpoint
+from speculators_core.config import SpeculatorModelConfig
+from speculators_core.errors import SpeculatorError
+from speculators_core.registry import MODELS
+from speculators_core.verifier import (
+    VerifierHead,
+    check_verifier,
+    locate_verifier,
+    read_verifier_config,
+    read_verifier_head,
+)
+
+AttachmentMode = Literal["detached", "full", "train_only"]
+
+
+class SpeculatorModel(PreTrainedModel):
+    """A draft model, with or without its verifier.
+
+    The verifier is held beside the model, not in it: ``parameters``, ``state_dict``, ``to`` and
+    ``save_pretrained`` know the draft alone.
+    """
+
+    config_class = SpeculatorModelConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    from_verifier: ClassVar[tuple[str, ...]] = ()
+    """Tensors that a checkpoint may leave out, because the verifier has them."""
+
+    def __init__(
+        self,
+        config: SpeculatorModelConfig,
+        verifier: str | PathLike | PreTrainedModel | None = None,
+        verifier_attachment_mode: AttachmentMode | None = None,
+    ):
+        super().__init__(config)
+        self._attached: list[PreTrainedModel | VerifierHead] = []
+        self._requested = (verifier, _mode(verifier, verifier_attachment_mode))
+
+    def post_init(self) -> None:
+        """To be called at the end of an algorithm's ``__init__``."""
+        super().post_init()
+        verifier, mode = self._requested
+        del self._requested
+        if mode != "detached":
+            self.attach_verifier(self.resolve_verifier(verifier), mode)
+
+    # ---- the verifier ----
+
+    @property
+    def verifier(self) -> PreTrainedModel:
+        """The verifier attached in full.
+
+        Raises:
+            SpeculatorError: there is none.
+        """
+        if self._attached and isinstance(self._attached[0], PreTrainedModel):
+            return self._attached[0]
+        raise SpeculatorError(
+            "no verifier is attached in full. Call attach_verifier(verifier, mode='full') first."
+        )
+
+    @property
+    def verifier_head(self) -> VerifierHead:
+        """The attached verifier's final norm and head.
+
+        Raises:
+            SpeculatorError: no verifier is attached.
+        """
+        if not self._attached:
+            raise SpeculatorError("no verifier is attached. Call attach_verifier(verifier) first.")
+        attached = self._attached[0]
+        return attached if isinstance(attached, VerifierHead) else VerifierHead(attached)
+
+    def resolve_verifier(
+        self, verifier: str | PathLike | PreTrainedModel | None = None
+    ) -> str | PreTrainedModel:
+        """The verifier that is meant: the argument, or the one that the config names.
+
+        Raises:
+            SpeculatorError: neither names one.
+        """
+        if isinstance(verifier, PreTrainedModel):
+            return verifier
+        if verifier is not None:
+            return str(verifier)
+        if self.config.verifier.name_or_path is None:
+            raise SpeculatorError("the config names no verifier. Pass verifier=<hub id or folder>.")
+        return locate_verifier(self.config.verifier.name_or_path, beside=self.config.name_or_path)
+
+    def attach_verifier(
+        self,
+        verifier: str | PathLike | PreTrainedModel | None = None,
+        mode: Literal["full", "train_only"] = "full",
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Brings the verifier to the draft: all of it, or only its norm, head and embeddings.
+
+        Raises:
+            SpeculatorError: it cannot be read, or it is not the one that the draft was made for.
+        """
+        resolved = self.resolve_verifier(verifier)
+        if isinstance(resolved, PreTrainedModel):
+            check_verifier(self.config, resolved.config)
+            attached = resolved if mode == "full" else VerifierHead(resolved)
+        else:
+            check_verifier(self.config, read_verifier_config(resolved, trust_remote_code))
+            if mode == "full":
+                attached = load_verifier(resolved, self.dtype, trust_remote_code)
+                attached.to(self.device)
+            else:
+                head = read_verifier_head(resolved, self.dtype, trust_remote_code)
+                attached = head.to(self.device)
+        self._attached = [attached.eval()]
+
+    def detach_verifier(self) -> None:
+        """Lets go of the verifier, and of its memory where nobody else holds it."""
+        self._attached = []
+
+    # ---- disk ----
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike,
+        *,
+        verifier: str | PathLike | PreTrainedModel | None = None,
+        verifier_attachment_mode: AttachmentMode | None = None,
+        config: SpeculatorModelConfig | None = None,
+        cache_dir: str | PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str = "main",
+        state_dict: Mapping[str, Tensor] | None = None,
+        dtype: str | torch.dtype = "auto",
+    ) -> Self:
+        """Loads a speculator of whatever algorithm its config names.
+
+        With ``verifier`` given it is attached in full unless the mode says otherwise. ``dtype`` is
+        that of the config unless given. Names and shapes are checked before any tensor is read.
+
+        Raises:
+            SpeculatorError: the folder, its config, its tensors or the verifier is at fault.
+        """
+        folder = checkpoint.fetch(
+            pretrained_model_name_or_path,
+            weights=state_dict is None,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            revision=revision,
+        )
+        if config is None:
+            config = SpeculatorModelConfig.from_pretrained(folder)
+        config.name_or_path = str(folder)
+        model_class = cls.registered_model_class_from_config(config)
+        if not issubclass(model_class, cls):
+            raise SpeculatorError(
+                f"{folder} holds a {config.speculators_model_type} speculator; load it with "
+                f"{model_class.__name__} or SpeculatorModel."
+            )
+        with torch.device("meta"):
+            wanted = {n: tuple(t.shape) for n, t in model_class(config).state_dict().items()}
+        stored = checkpoint.stored_tensors(folder) if state_dict is None else {}
+        if state_dict is None:
+            checkpoint.check_shapes(stored, wanted, optional=model_class.from_verifier)
+        mode = _mode(verifier, verifier_attachment_mode)
+        missing = [name for name in wanted if name not in (state_dict or stored)]
+        model = model_class(config)
+        source = None
+        if missing or mode != "detached":
+            source = model.resolve_verifier(verifier)
+            model._check_verifier(source)
+        tensors = dict(state_dict or checkpoint.read_tensors(stored, list(stored)))
+        model.to(_dtype(dtype, config))
+        if missing:
+            head = VerifierHead(source) if isinstance(source, PreTrainedModel) else (
+                read_verifier_head(source, model.dtype)
+            )
+            tensors |= {name: model.tensor_from_verifier(name, head) for name in missing}
+        model.load_state_dict(tensors)
+        model.check_tensors()
+        if mode != "detached":
+            model.attach_verifier(source, mode)
+        return model.eval()
+
+    def _check_verifier(self, verifier: str | PreTrainedModel) -> None:
+        if isinstance(verifier, PreTrainedModel):
+            check_verifier(self.config, verifier.config)
+        else:
+            check_verifier(self.config, read_verifier_config(verifier))
+
+    def check_tensors(self) -> None:
+        """Rules over loaded tensors; an algorithm adds its own."""
+
+    def tensor_from_verifier(self, name: str, head: VerifierHead) -> Tensor:
+        """The tensor of `from_verifier` of that name, made from the verifier's."""
+        raise NotImplementedError(name)
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike,
+        state_dict: Mapping[str, Tensor] | None = None,
+        max_shard_size: str | int = "5GB",
+        **kwargs: Any,
+    ) -> None:
+        """Writes the checkpoint; files replace older ones when all are whole.
+
+        A verifier that was named relative to the folder it was read from stays reachable.
+        Other arguments of Transformers' method are refused: they have no effect here.
+        """
+        ignored = {"is_main_process", "save_function", "safe_serialization"}
+        if unknown := [key for key in kwargs if key not in ignored]:
+            raise ValueError(f"save_pretrained of a speculator takes no {', '.join(unknown)}")
+        tensors = dict(self.state_dict() if state_dict is None else state_dict)
+        self.config.dtype = self.dtype
+        written = self.config.to_dict()
+        self._keep_verifier_reachable(written, Path(save_directory))
+        checkpoint.write_checkpoint(save_directory, written, tensors, max_shard_size)
+
+    def _keep_verifier_reachable(self, written: dict[str, Any], target: Path) -> None:
+        name, origin = self.config.verifier.name_or_path, self.config.name_or_path
+        if name is None or Path(name).is_absolute() or not origin:
+            return
+        located = Path(locate_verifier(name, beside=origin))
+        if located.is_dir() and not (target / name).is_dir():
+            written["speculators_config"]["verifier"]["name_or_path"] = str(located)
+
+    # ---- registry and training ----
+
+    @classmethod
+    def registered_model_class_from_config(
+        cls, config: SpeculatorModelConfig
+    ) -> type["SpeculatorModel"]:
+        return MODELS.load(config.speculators_model_type)
+
+    @staticmethod
+    def verify_training_compatible(model: Any) -> None:
+        """Raises SpeculatorError unless the model is a speculator that can be trained now."""
+        if not isinstance(model, SpeculatorModel):
+            raise SpeculatorError(
+                f"{type(model).__name__} is not a speculator; expected one of "
+                f"{', '.join(MODELS.names())}."
+            )
+        if not any(weight.requires_grad for weight in model.parameters()):
+            raise SpeculatorError(f"{type(model).__name__} has no weight that requires a gradient.")
+        _ = model.verifier_head
+
+    @classmethod
+    @abstractmethod
+    def from_training_args(
+        cls,
+        verifier_config: PretrainedConfig,
+        t2d: Tensor | None = None,
+        d2t: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A fresh draft for a verifier."""
+
+    @staticmethod
+    @abstractmethod
+    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What ``forward`` takes beside the batch, in training and in evaluation."""
+
+    # ---- decoding ----
+
+    @abstractmethod
+    def start_drafting(self) -> Any:
+        """The state that `propose` carries from one step to the next."""
+
+    @abstractmethod
+    def propose(
+        self,
+        state: Any,
+        next_tokens: Int[Tensor, "batch new"],
+        hidden_states: Float[Tensor, "batch new aux_hidden"],
+        num_tokens: int,
+    ) -> Int[Tensor, "batch draft"]:
+        """The next tokens as the draft sees them, in the verifier's vocabulary.
+
+        Row i of ``hidden_states`` belongs to the token before ``next_tokens[i]``; only rows that
+        the verifier has confirmed since the last call are given.
+        """
+
+    def generate(self, inputs: Int[Tensor, "batch seq"] | None = None, **kwargs: Any) -> Any:
+        """Speculative decoding with the attached verifier; see `generation.generate`."""
+        from speculators_core.generation import generate
+
+        return generate(self, inputs, **kwargs)
+
+
+def load_verifier(
+    name_or_path: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The whole verifier, after its files were checked.
+
+    Raises:
+        SpeculatorError: a file is missing or truncated.
+    """
+    folder = checkpoint.fetch(name_or_path)
+    checkpoint.stored_tensors(folder)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+    ).eval()
+
+
+def _mode(verifier: Any, mode: AttachmentMode | None) -> AttachmentMode:
+    return mode or ("detached" if verifier is None else "full")
+
+
+def _dtype(dtype: str | torch.dtype, config: SpeculatorModelConfig) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        return checkpoint.as_dtype(dtype, torch.float32)
+    if config.dtype is None or isinstance(config.dtype, torch.dtype):
+        return config.dtype or torch.float32
+    return checkpoint.as_dtype(config.dtype, torch.float32)

@@ -1,0 +1,1 @@
+"""One file an algorithm: config, model, loss and proposal."""

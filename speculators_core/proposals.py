@@ -1,0 +1,43 @@
+"""How a speculator is asked for tokens: the proposal methods of ``speculators_config``."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
+
+from speculators_core.registry import PROPOSALS
+
+
+class TokenProposalConfig(BaseModel):
+    """A proposal method; ``proposal_type`` picks the class when one is read."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    proposal_type: str
+    speculative_tokens: int = Field(5, ge=1)
+    """Tokens that the speculator proposes in one step (K)."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _pick_class(
+        cls, data: Any, handler: ModelWrapValidatorHandler["TokenProposalConfig"]
+    ) -> "TokenProposalConfig":
+        if cls is TokenProposalConfig and isinstance(data, dict):
+            return PROPOSALS.load(data.get("proposal_type")).model_validate(data)
+        return handler(data)
+
+
+class GreedyTokenProposalConfig(TokenProposalConfig):
+    """The speculator proposes its most probable token at each position."""
+
+    proposal_type: Literal["greedy"] = "greedy"
+    verifier_accept_k: int = Field(1, ge=1)
+    """A token is kept when it is among the verifier's k best. Above 1 the output is lossy."""
+    accept_tolerance: float = Field(0.0, ge=0.0)
+    """A token is kept within this distance of the verifier's best logit. Above 0 is lossy."""
+
+
+class SamplingTokenProposalConfig(TokenProposalConfig):
+    """The speculator draws its tokens from its own distribution."""
+
+    proposal_type: Literal["sampling"] = "sampling"
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0

@@ -1,0 +1,76 @@
+"""Names to classes: a table of ours, and what other packages register as entry points."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from speculators_core.errors import SpeculatorError
+
+
+class Registry:
+    """Looks a name up in a table, then among the entry points of a group; loads on first use."""
+
+    def __init__(self, kind: str, group: str, table: Mapping[str, str] | None = None):
+        self.kind = kind
+        self.group = group
+        self._table = {
+            name: EntryPoint(name=name, value=value, group=group)
+            for name, value in (table or {}).items()
+        }
+        self._found: dict[str, EntryPoint] | None = None
+
+    @property
+    def _known(self) -> dict[str, EntryPoint]:
+        if self._found is None:
+            self._found = {point.name: point for point in entry_points(group=self.group)}
+        return self._found | self._table
+
+    def names(self) -> list[str]:
+        return sorted(self._known)
+
+    def reload(self) -> None:
+        """Looks again for packages that were installed since the last look."""
+        self._found = None
+
+    def load(self, name: Any) -> Any:
+        """The object of that name.
+
+        Raises:
+            SpeculatorError: the name is unknown (the known ones are listed), or its package
+                could not be imported.
+        """
+        point = self._known.get(name) if isinstance(name, str) else None
+        if point is None:
+            raise SpeculatorError(
+                f"unknown {self.kind} {name!r}; known: {', '.join(self.names()) or 'none'}."
+                f"{did_you_mean(str(name), self.names())}"
+            )
+        try:
+            return point.load()
+        except ImportError as error:
+            raise SpeculatorError(
+                f"{self.kind} {name!r} ({point.value}) could not be imported: {error}"
+            ) from error
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` where a known name is close, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+MODELS = Registry(
+    "speculators_model_type",
+    "speculators.models",
+    {"eagle3": "speculators_core.models.eagle3:Eagle3DraftModel"},
+)
+PROPOSALS = Registry(
+    "proposal_type",
+    "speculators.proposals",
+    {
+        "greedy": "speculators_core.proposals:GreedyTokenProposalConfig",
+        "sampling": "speculators_core.proposals:SamplingTokenProposalConfig",
+    },
+)
+COMMANDS = Registry("command", "speculators.commands")

@@ -1,0 +1,75 @@
+"""Muon for the matrices inside a model and AdamW for all else, as one optimizer."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+ADAMW_BETAS = (0.9, 0.95)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) on hidden weight matrices, AdamW on embeddings, heads and vectors.
+
+    Both take one learning rate: Muon's update is scaled to the root mean square that AdamW's
+    has (arXiv:2502.16982, equation 4). Schedulers and checkpoints see an ordinary optimizer.
+    """
+
+    def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float = 0.1):
+        vocabulary = {
+            id(weight)
+            for module in model.modules()
+            for weight in module.parameters(recurse=False)
+            if isinstance(module, nn.Embedding) or _is_head(module)
+        }
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        matrices = [w for w in trained if w.ndim == 2 and id(w) not in vocabulary]
+        others = [w for w in trained if w.ndim != 2 or id(w) in vocabulary]
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(
+                torch.optim.Muon(
+                    matrices,
+                    lr=learning_rate,
+                    weight_decay=weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        if others:
+            self.parts.append(
+                torch.optim.AdamW(
+                    [
+                        {"params": [w for w in others if w.ndim >= 2]},
+                        {"params": [w for w in others if w.ndim < 2], "weight_decay": 0.0},
+                    ],
+                    lr=learning_rate,
+                    betas=ADAMW_BETAS,
+                    weight_decay=weight_decay,
+                )
+            )
+        super().__init__([{"params": trained}], {"lr": learning_rate})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """A scheduler that writes into ``param_groups`` writes into the parts."""
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else None
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self._share_groups()
+
+
+def _is_head(module: nn.Module) -> bool:
+    """A linear layer onto a vocabulary is far wider than it is deep."""
+    return isinstance(module, nn.Linear) and module.out_features >= 8 * module.in_features
