@@ -75,7 +75,7 @@ def fetch(
             snapshot_download(
                 str(name_or_path),
                 allow_patterns=patterns,
-                cache_dir=cache_dir,
+                cache_dir=None if cache_dir is None else Path(cache_dir),
                 force_download=force_download,
                 local_files_only=local_files_only,
                 token=token,
@@ -213,9 +213,11 @@ def write_checkpoint(
 ) -> None:
     """Writes a whole checkpoint; a reader sees the old one or the new one of each file."""
     folder = Path(folder)
-    old_shards = set(read_json(folder / INDEX)["weight_map"].values()) if (
-        folder / INDEX
-    ).exists() else set()
+    old_shards = (
+        set(read_json(folder / INDEX)["weight_map"].values())
+        if (folder / INDEX).exists()
+        else set()
+    )
     with _replacing(folder) as draft:
         save_torch_state_dict(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},

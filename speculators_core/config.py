@@ -5,7 +5,6 @@ pydantic, from the annotations of the class. Names that only the disk knows stan
 ``checkpoint.py``.
 """
 
-import functools
 import inspect
 from dataclasses import MISSING, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -138,6 +137,7 @@ class SpeculatorModelConfig(PretrainedConfig):
 
     model_type: ClassVar[str] = "speculator_model"
     has_no_defaults_at_init: ClassVar[bool] = True
+    architectures: list[str] | None = None
 
     speculators_model_type: str
     transformer_layer_config: LayerConfig = field(default_factory=Qwen3Config)
@@ -272,21 +272,25 @@ class SpeculatorModelConfig(PretrainedConfig):
             raise ValueError("push_to_hub is not supported here; save, then upload the folder")
         checkpoint.write_config(save_directory, self.to_dict())
 
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.to_dict() == other.to_dict()  # type: ignore[attr-defined]  # the types are equal
 
-
-@functools.cache
 def own_fields(config_class: type[SpeculatorModelConfig]) -> list[str]:
     """The keys of a speculator's config, without those that every Transformers config has."""
     classes = [c for c in config_class.__mro__ if issubclass(c, SpeculatorModelConfig)]
     names = [name for c in reversed(classes) for name in c.__dict__.get("__annotations__", {})]
-    return list(dict.fromkeys(n for n in names if n not in ("model_type", "has_no_defaults_at_init")))
+    return list(dict.fromkeys(n for n in names if n not in PretrainedConfig.__annotations__))
 
 
-@functools.cache
+_SCHEMAS: dict[type, type[BaseModel]] = {}
+
+
 def schema(config_class: type[SpeculatorModelConfig]) -> type[BaseModel]:
-    """The pydantic model that checks a config class, made from its annotations."""
+    """The pydantic model that checks a config class, made once from its annotations."""
+    if config_class not in _SCHEMAS:
+        _SCHEMAS[config_class] = _make_schema(config_class)
+    return _SCHEMAS[config_class]
+
+
+def _make_schema(config_class: type[SpeculatorModelConfig]) -> type[BaseModel]:
     hints: dict[str, Any] = {}
     for parent in reversed(config_class.__mro__):
         if issubclass(parent, SpeculatorModelConfig):

@@ -45,7 +45,7 @@ class AcceptanceCounts:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens emitted per verifier step, the bonus token included; 1 where nothing was drafted."""
+        """Tokens per verifier step, the bonus token included; 1 where nothing was drafted."""
         return 1.0 + sum(self.accepted) / max(1, self.num_drafts)
 
 
@@ -103,7 +103,11 @@ def generate(
         speculator, verifier, prompt.to(verifier.device), num_tokens, limits, streamer
     )
     sequences = torch.cat([prompt, prompt.new_tensor([new_tokens])], dim=1)
-    if return_dict_in_generate if return_dict_in_generate is not None else config.return_dict_in_generate:
+    if (
+        return_dict_in_generate
+        if return_dict_in_generate is not None
+        else config.return_dict_in_generate
+    ):
         return SpeculativeOutput(sequences=sequences, acceptance=[counts])
     return sequences
 
@@ -119,10 +123,10 @@ def decode(
 ) -> tuple[list[int], AcceptanceCounts]:
     """New tokens of one prompt, and what was kept of each draft.
 
-        confirmed tokens   [... x y]     the verifier has run over all but y
-        propose            y -> [a b c]
-        verify             [y a b c] -> the verifier's tokens [a b d e]: 2 kept, next is d
-        confirmed tokens   [... x y a b d]
+    confirmed tokens   [... x y]     the verifier has run over all but y
+    propose            y -> [a b c]
+    verify             [y a b c] -> the verifier's tokens [a b d e]: 2 kept, next is d
+    confirmed tokens   [... x y a b d]
     """
     layer_ids = speculator.config.aux_layer_ids
     cache = DynamicCache(config=verifier.config.get_text_config())
@@ -207,5 +211,3 @@ def _limits(verifier: PreTrainedModel, config: GenerationConfig, prompt_length: 
     stop_ids = config.eos_token_id
     stop_ids = [] if stop_ids is None else [stop_ids] if isinstance(stop_ids, int) else stop_ids
     return _Limits(min(max_new_tokens, longest - prompt_length), frozenset(stop_ids))
-
-

@@ -79,7 +79,7 @@ class InputLayer(nn.Module):
     def __init__(self, config: PretrainedConfig, norm_before_residual: bool):
         super().__init__()
         family = family_of(config)
-        layer = family.decoder_layer(config, 0)
+        layer: Any = family.decoder_layer(config, 0)
         self.self_attn: Any = layer.self_attn
         for name in ("q_proj", "k_proj", "v_proj"):
             narrow = getattr(self.self_attn, name)
@@ -96,7 +96,9 @@ class InputLayer(nn.Module):
     def forward(self, embedding: Hidden, hidden: Hidden, rotary: Rotary, attend: Attend) -> Hidden:
         normed = self.hidden_norm(hidden)
         residual = normed if self.norm_before_residual else hidden
-        both = torch.cat([self.input_layernorm(embedding), normed], dim=-1)  # [batch, seq, 2 hidden]
+        both = torch.cat(
+            [self.input_layernorm(embedding), normed], dim=-1
+        )  # [batch, seq, 2 hidden]
         hidden = residual + attention(self.self_attn, 0, both, rotary, attend)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 

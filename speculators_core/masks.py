@@ -12,11 +12,11 @@ def causal_mask(
 ) -> Bool[Tensor, "queries keys"]:
     """Each query sees the keys up to itself; with a window, the last ``window`` of them.
 
-        window 2    key 0 1 2 3
-        query 0         x . . .
-        query 1         x x . .
-        query 2         . x x .
-        query 3         . . x x
+    window 2    key 0 1 2 3
+    query 0         x . . .
+    query 1         x x . .
+    query 2         . x x .
+    query 3         . . x x
     """
     distance = query_rows[:, None] - key_rows[None, :]  # [queries, keys]
     mask = distance >= 0
@@ -28,11 +28,11 @@ def packed_causal_mask(
 ) -> Bool[Tensor, "batch queries keys"]:
     """`causal_mask` of rows ``first`` to ``last`` over the rows before ``last``, by document.
 
-        documents [0 0 1 1], first 0, last 4
-        query 0   x . . .
-        query 1   x x . .
-        query 2   . . x .
-        query 3   . . x x
+    documents [0 0 1 1], first 0, last 4
+    query 0   x . . .
+    query 1   x x . .
+    query 2   . . x .
+    query 3   . . x x
     """
     rows = torch.arange(last, device=document_ids.device)
     same = document_ids[:, first:last, None] == document_ids[:, None, :last]

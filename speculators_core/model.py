@@ -33,7 +33,7 @@ class SpeculatorModel(PreTrainedModel):
     ``save_pretrained`` know the draft alone.
     """
 
-    config_class = SpeculatorModelConfig
+    config_class: ClassVar[type[SpeculatorModelConfig]] = SpeculatorModelConfig
     main_input_name = "input_ids"
     _supports_sdpa = True
 
@@ -113,17 +113,14 @@ class SpeculatorModel(PreTrainedModel):
             SpeculatorError: it cannot be read, or it is not the one that the draft was made for.
         """
         resolved = self.resolve_verifier(verifier)
+        check_verifier(self.config, verifier_config_of(resolved, trust_remote_code))
+        attached: PreTrainedModel | VerifierHead
         if isinstance(resolved, PreTrainedModel):
-            check_verifier(self.config, resolved.config)
             attached = resolved if mode == "full" else VerifierHead(resolved)
+        elif mode == "full":
+            attached = load_verifier(resolved, self.dtype, trust_remote_code).to(self.device)
         else:
-            check_verifier(self.config, read_verifier_config(resolved, trust_remote_code))
-            if mode == "full":
-                attached = load_verifier(resolved, self.dtype, trust_remote_code)
-                attached.to(self.device)
-            else:
-                head = read_verifier_head(resolved, self.dtype, trust_remote_code)
-                attached = head.to(self.device)
+            attached = read_verifier_head(resolved, self.dtype, trust_remote_code).to(self.device)
         self._attached = [attached.eval()]
 
     def detach_verifier(self) -> None:
@@ -174,23 +171,21 @@ class SpeculatorModel(PreTrainedModel):
                 f"{folder} holds a {config.speculators_model_type} speculator; load it with "
                 f"{model_class.__name__} or SpeculatorModel."
             )
-        with torch.device("meta"):
-            wanted = {n: tuple(t.shape) for n, t in model_class(config).state_dict().items()}
-        stored = checkpoint.stored_tensors(folder) if state_dict is None else {}
-        if state_dict is None:
-            checkpoint.check_shapes(stored, wanted, optional=model_class.from_verifier)
+        stored = model_class.stored_tensors(folder, config) if state_dict is None else {}
         mode = _mode(verifier, verifier_attachment_mode)
-        missing = [name for name in wanted if name not in (state_dict or stored)]
         model = model_class(config)
+        missing = [name for name in model.state_dict() if name not in (state_dict or stored)]
         source = None
         if missing or mode != "detached":
             source = model.resolve_verifier(verifier)
-            model._check_verifier(source)
+            check_verifier(config, verifier_config_of(source))
         tensors = dict(state_dict or checkpoint.read_tensors(stored, list(stored)))
         model.to(_dtype(dtype, config))
-        if missing:
-            head = VerifierHead(source) if isinstance(source, PreTrainedModel) else (
-                read_verifier_head(source, model.dtype)
+        if missing and source is not None:
+            head = (
+                VerifierHead(source)
+                if isinstance(source, PreTrainedModel)
+                else read_verifier_head(source, model.dtype)
             )
             tensors |= {name: model.tensor_from_verifier(name, head) for name in missing}
         model.load_state_dict(tensors)
@@ -199,11 +194,32 @@ class SpeculatorModel(PreTrainedModel):
             model.attach_verifier(source, mode)
         return model.eval()
 
-    def _check_verifier(self, verifier: str | PreTrainedModel) -> None:
-        if isinstance(verifier, PreTrainedModel):
-            check_verifier(self.config, verifier.config)
-        else:
-            check_verifier(self.config, read_verifier_config(verifier))
+    @classmethod
+    def stored_tensors(
+        cls, folder: Path, config: SpeculatorModelConfig
+    ) -> dict[str, checkpoint.StoredTensor]:
+        """The checkpoint's tensors, once names and shapes are what the config asks for.
+
+        Raises:
+            SpeculatorError: a file or a tensor is missing, too much, or of another shape.
+        """
+        with torch.device("meta"):
+            model = cls.registered_model_class_from_config(config)(config)
+        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        stored = checkpoint.stored_tensors(folder)
+        checkpoint.check_shapes(stored, wanted, optional=model.from_verifier)
+        return stored
+
+    @classmethod
+    def check_checkpoint(cls, folder: Path, config: SpeculatorModelConfig) -> None:
+        """Reads every tensor once and keeps none.
+
+        Raises:
+            SpeculatorError: a file or a tensor is missing, of another shape, or not finite.
+        """
+        stored = cls.stored_tensors(folder, config)
+        for _ in checkpoint.read_tensors(stored, list(stored)):
+            pass
 
     def check_tensors(self) -> None:
         """Rules over loaded tensors; an algorithm adds its own."""
@@ -317,6 +333,14 @@ def load_verifier(
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
     ).eval()
+
+
+def verifier_config_of(
+    verifier: str | PreTrainedModel, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    if isinstance(verifier, PreTrainedModel):
+        return verifier.config
+    return read_verifier_config(verifier, trust_remote_code)
 
 
 def _mode(verifier: Any, mode: AttachmentMode | None) -> AttachmentMode:

@@ -33,6 +33,10 @@ class Registry:
         """Looks again for packages that were installed since the last look."""
         self._found = None
 
+    def path(self, name: str) -> str:
+        """``module:object`` of that name."""
+        return self._known[name].value
+
     def load(self, name: Any) -> Any:
         """The object of that name.
 

@@ -49,7 +49,9 @@ class VerifierHead(nn.Module):
             self.norm(last_hidden), weight if token_ids is None else weight[token_ids]
         )
         logits = logits * self.scale
-        return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return (
+            logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
+        )
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
@@ -90,7 +92,9 @@ def read_verifier_config(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise SpeculatorError(f"{folder}: not a verifier that Transformers reads: {reason}") from error
+        raise SpeculatorError(
+            f"{folder}: not a verifier that Transformers reads: {reason}"
+        ) from error
     config.name_or_path = str(name_or_path)
     return config
 
@@ -123,7 +127,9 @@ def read_verifier_head(
                 )
             if id(weight) not in found:
                 found[id(weight)] = dict(checkpoint.read_tensors(stored, [name]))[name]
-    default = checkpoint.as_dtype(str(config.dtype).removeprefix("torch.") if config.dtype else None, torch.float32)
+    default = checkpoint.as_dtype(
+        str(config.dtype).removeprefix("torch.") if config.dtype else None, torch.float32
+    )
     for module in (head.norm, head.embed_tokens, head.lm_head):
         for key, weight in list(module.named_parameters(recurse=False)):
             if weight.is_meta:

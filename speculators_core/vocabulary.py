@@ -1,7 +1,7 @@
 """The draft vocabulary: a subset of the verifier's tokens, and the way between the two.
 
-    verifier ids   0 1 2 3 4 5      t2d   [0 1 0 1 1 0]   is verifier token j drafted?
-    draft ids        0   1 2        d2t   [1 2 2]         verifier id minus draft id
+verifier ids   0 1 2 3 4 5      t2d   [0 1 0 1 1 0]   is verifier token j drafted?
+draft ids        0   1 2        d2t   [1 2 2]         verifier id minus draft id
 """
 
 from collections.abc import Iterable, Mapping

@@ -78,7 +78,9 @@ def rows(documents: list[list[int]]) -> Dataset:
     """Documents end to end, cut into rows of equal length; the remainder is dropped."""
     stream = [token for document in documents for token in document]
     starts = range(0, len(stream) - ROW_LENGTH + 1, ROW_LENGTH)
-    return Dataset.from_dict({"input_ids": [stream[start : start + ROW_LENGTH] for start in starts]})
+    return Dataset.from_dict(
+        {"input_ids": [stream[start : start + ROW_LENGTH] for start in starts]}
+    )
 
 
 def grow(shallow: Qwen3ForCausalLM, deep: Qwen3ForCausalLM) -> None:

@@ -14,7 +14,7 @@ Training unrolls the same steps for all rows at once, so the draft learns to liv
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -160,11 +160,15 @@ class Eagle3State:
 class Eagle3DraftModel(SpeculatorModel):
     """The EAGLE-3 draft: embeddings, fc, one or more layers, norm and head."""
 
-    config_class = Eagle3SpeculatorConfig
+    config_class: ClassVar[type[SpeculatorModelConfig]] = Eagle3SpeculatorConfig
     from_verifier = ("embed_tokens.weight", "lm_head.weight")
     config: Eagle3SpeculatorConfig
+    d2t: Tensor
+    t2d: Tensor
 
-    def __init__(self, config: Eagle3SpeculatorConfig, verifier=None, verifier_attachment_mode=None):  # type: ignore[no-untyped-def]  # as in the base
+    def __init__(
+        self, config: Eagle3SpeculatorConfig, verifier=None, verifier_attachment_mode=None
+    ):  # type: ignore[no-untyped-def]  # as in the base
         super().__init__(config, verifier, verifier_attachment_mode)
         layer_config = config.transformer_layer_config
         family = family_of(layer_config)
@@ -231,7 +235,9 @@ class Eagle3DraftModel(SpeculatorModel):
             model.d2t.copy_(d2t)
             model.check_tensors()
         if verifier is not None:
-            model.attach_verifier(verifier, "full" if isinstance(verifier, nn.Module) else "train_only")
+            model.attach_verifier(
+                verifier, "full" if isinstance(verifier, nn.Module) else "train_only"
+            )
             head = model.verifier_head
             for name in cls.from_verifier:
                 model.get_parameter(name).data.copy_(model.tensor_from_verifier(name, head))
@@ -294,9 +300,7 @@ class Eagle3DraftModel(SpeculatorModel):
         Row i of step k predicts token i + 2 + k. Tokens are the true ones throughout.
         """
         hidden = self.combine(batch.hidden_states[:, :-1])
-        attend = UnrolledAttention(
-            self.config.transformer_layer_config, batch.document_ids[:, :-1]
-        )
+        attend = UnrolledAttention(self.config.transformer_layer_config, batch.document_ids[:, :-1])
         for step in range(num_steps):
             tokens = batch.input_ids[:, 1 + step :]
             num_rows = tokens.shape[1]

@@ -60,7 +60,10 @@ def pack(documents: Sequence[Mapping[str, Sequence[int]]], length: int) -> Packe
     Raises:
         ValueError: a document's ``loss_mask`` has another length than its ``input_ids``.
     """
-    ids, documents_of, positions, mask = [], [], [], []
+    ids: list[int] = []
+    documents_of: list[int] = []
+    positions: list[int] = []
+    mask: list[int] = []
     for number, document in enumerate(documents):
         tokens, trained = document["input_ids"], document["loss_mask"]
         if len(tokens) != len(trained):

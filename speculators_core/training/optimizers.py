@@ -36,12 +36,13 @@ class MuonAdamW(torch.optim.Optimizer):
                 )
             )
         if others:
+            groups: list[dict[str, Any]] = [
+                {"params": [w for w in others if w.ndim >= 2]},
+                {"params": [w for w in others if w.ndim < 2], "weight_decay": 0.0},
+            ]
             self.parts.append(
                 torch.optim.AdamW(
-                    [
-                        {"params": [w for w in others if w.ndim >= 2]},
-                        {"params": [w for w in others if w.ndim < 2], "weight_decay": 0.0},
-                    ],
+                    groups,
                     lr=learning_rate,
                     betas=ADAMW_BETAS,
                     weight_decay=weight_decay,

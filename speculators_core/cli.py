@@ -1,0 +1,35 @@
+"""The command line: one function a command, each found through the group `speculators.commands`."""
+
+import sys
+
+import cyclopts
+
+from speculators_core import console
+from speculators_core.errors import SpeculatorError
+from speculators_core.registry import COMMANDS
+
+ERROR_EXIT = 2
+
+
+def app() -> cyclopts.App:
+    """Every installed command; a command's module is imported when it is called."""
+    commands = cyclopts.App(
+        name="speculators",
+        help="Train, check and serve speculators for speculative decoding.",
+        version_flags=["--version"],
+    )
+    for name in COMMANDS.names():
+        commands.command(COMMANDS.path(name), name=name)
+    return commands
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command; what a user can act on is one line on stderr and exit code 2."""
+    console.set_up()
+    try:
+        app()(sys.argv[1:] if arguments is None else arguments)
+    except SpeculatorError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(ERROR_EXIT)
+    except KeyboardInterrupt:
+        sys.exit(130)

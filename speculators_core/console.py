@@ -1,0 +1,51 @@
+"""Log lines and progress: a bar on a terminal, a line every half minute where there is none."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 30.0
+
+console = Console()
+
+
+def set_up() -> None:
+    """Sends our log lines to the terminal; to be called once, from the command line."""
+    handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
+    for package in ("speculators_core", "speculators_vllm", "benchmarks"):
+        logger = logging.getLogger(package)
+        logger.setLevel(logging.INFO)
+        logger.handlers = [handler]
+        logger.propagate = False
+
+
+class Advance(Protocol):
+    def __call__(self, note: str = "") -> None: ...
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Advance]:
+    """Yields a function to call after each of ``total`` steps, with a note to show."""
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda note="": bar.update(task, advance=1, description=f"{what} {note}")
+        return
+
+    done, last_line = 0, time.monotonic()
+
+    def advance(note: str = "") -> None:
+        nonlocal done, last_line
+        done += 1
+        if time.monotonic() - last_line >= LINE_EVERY_S:
+            console.print(f"{what}: {done} of {total} {note}")
+            last_line = time.monotonic()
+
+    yield advance

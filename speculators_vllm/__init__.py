@@ -1,0 +1,1 @@
+"""Serves speculators in vLLM; loaded by vLLM itself through its entry points."""
