@@ -152,7 +152,7 @@ def measure(settings: AcceptanceSettings) -> Any:
 
 
 def _prepare_vllm() -> None:
-    """vLLM in this process and quiet; on a CPU this program starts again with Intel's OpenMP."""
+    """vLLM in this process and quiet, and on a CPU Intel's OpenMP under it."""
     from importlib.util import find_spec
 
     if find_spec("vllm") is None:
@@ -160,10 +160,10 @@ def _prepare_vllm() -> None:
             "vLLM is not installed. Install speculators-vllm[cpu] or speculators-vllm[cuda], or "
             "measure with --engine transformers."
         )
-    from speculators_vllm.openmp import restart_with_preload
+    from speculators_vllm import openmp
 
+    openmp.preload()
     if not _has_gpu():
-        restart_with_preload()
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

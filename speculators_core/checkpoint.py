@@ -29,6 +29,15 @@ INDEX = "model.safetensors.index.json"
 
 FOREIGN_KEYS = {"auto_map", "speculators_version", "has_no_defaults_at_init", "_name_or_path"}
 """Written by other versions and projects, read by nobody: dropped."""
+LAYER_KEYS = {
+    "num_aux_hidden_states",
+    "num_aux_layers",
+    "target_hidden_size",
+    "is_neox_style",
+    "is_causal",
+    "logit_scale",
+}
+"""Keys inside ``transformer_layer_config`` that vLLM reads and Transformers does not."""
 COMMON_KEYS = {"name_or_path", "torch_dtype", "attn_implementation", "_commit_hash"}
 """Keys of any Transformers config that are not fields of its class."""
 

@@ -100,19 +100,23 @@ class SpeculatorsConfig(BaseModel):
 
 
 def _read_layer_config(value: Any) -> PretrainedConfig:
-    """A decoder's config from its dict: the Transformers class that ``model_type`` names."""
+    """A decoder's config from its dict: the Transformers class that ``model_type`` names.
+
+    Keys that the class does not know stay, as readers have keys of their own; one that is nearly a
+    key of the class is taken for a misspelling.
+    """
     if isinstance(value, PretrainedConfig):
         return value
     if not isinstance(value, dict):
-        raise ValueError("transformer_layer_config must be an object")
+        raise ValueError("expected an object")
     kind = value.get("model_type", "qwen3")
     if kind not in CONFIG_MAPPING:
-        raise ValueError(f"transformer_layer_config.model_type {kind!r} is not in Transformers")
+        raise ValueError(f"model_type {kind!r} is not in Transformers")
     config_class = CONFIG_MAPPING[kind]
-    known = {f.name for f in fields(config_class)}
+    known = {f.name for f in fields(config_class)} | checkpoint.LAYER_KEYS
     for key in value:
         if key not in known and (hint := did_you_mean(key, known - set(value))):
-            raise ValueError(f"unknown key {key!r} in transformer_layer_config.{hint}")
+            raise ValueError(f"unknown key {key!r}.{hint}")
     return config_class(**{key: item for key, item in value.items() if key != "model_type"})
 
 

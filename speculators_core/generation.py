@@ -7,10 +7,10 @@ draft, and counts whole even where the output ends inside it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
@@ -19,11 +19,29 @@ from transformers.utils import ModelOutput
 from speculators_core.acceptance import accept_greedy
 from speculators_core.verifier import LayerTaps
 
-if TYPE_CHECKING:
-    from speculators_core.model import SpeculatorModel
-
 DEFAULT_MAX_NEW_TOKENS = 20
 """Transformers' own, where neither a length nor a number of new tokens is given."""
+
+
+class Drafter(Protocol):
+    """What the loop needs of a speculator; `SpeculatorModel` says more of each."""
+
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def verifier(self) -> PreTrainedModel: ...
+
+    def start_drafting(self) -> Any: ...
+
+    def propose(
+        self,
+        state: Any,
+        next_tokens: Int[Tensor, "batch new"],
+        hidden_states: Float[Tensor, "batch new aux_hidden"],
+        num_tokens: int,
+    ) -> Int[Tensor, "batch draft"]: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +83,7 @@ class _Limits:
 
 
 def generate(
-    speculator: "SpeculatorModel",
+    speculator: Drafter,
     inputs: Int[Tensor, "batch seq"] | None = None,
     generation_config: GenerationConfig | None = None,
     streamer: BaseStreamer | None = None,
@@ -114,7 +132,7 @@ def generate(
 
 @torch.no_grad()
 def decode(
-    speculator: "SpeculatorModel",
+    speculator: Drafter,
     verifier: PreTrainedModel,
     prompt: Int[Tensor, "1 seq"],
     num_tokens: int,

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from speculators_core import checkpoint
 from speculators_core.config import SpeculatorModelConfig
 from speculators_core.errors import SpeculatorError
+from speculators_core.generation import generate
 from speculators_core.registry import MODELS
 from speculators_core.verifier import (
     VerifierHead,
@@ -144,7 +145,7 @@ class SpeculatorModel(PreTrainedModel):
         revision: str = "main",
         state_dict: Mapping[str, Tensor] | None = None,
         dtype: str | torch.dtype = "auto",
-    ) -> Self:
+    ) -> "SpeculatorModel":
         """Loads a speculator of whatever algorithm its config names.
 
         With ``verifier`` given it is attached in full unless the mode says otherwise. ``dtype`` is
@@ -285,7 +286,7 @@ class SpeculatorModel(PreTrainedModel):
         t2d: Tensor | None = None,
         d2t: Tensor | None = None,
         **kwargs: Any,
-    ) -> Self:
+    ) -> "SpeculatorModel":
         """A fresh draft for a verifier."""
 
     @staticmethod
@@ -315,8 +316,6 @@ class SpeculatorModel(PreTrainedModel):
 
     def generate(self, inputs: Int[Tensor, "batch seq"] | None = None, **kwargs: Any) -> Any:
         """Speculative decoding with the attached verifier; see `generation.generate`."""
-        from speculators_core.generation import generate
-
         return generate(self, inputs, **kwargs)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -195,7 +195,7 @@ class LayerTaps:
         self._caught: dict[int, Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "LayerTaps":
         layers = self.decoder.layers
         for layer_id in set(self.layer_ids):
             if layer_id < len(layers):

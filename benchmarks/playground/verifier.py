@@ -137,6 +137,7 @@ def train_verifier(
         trainer.train()
         history += [{"layers": stage.num_layers, **entry} for entry in trainer.state.log_history]
     assert model is not None
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     model.to("cpu", torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return history

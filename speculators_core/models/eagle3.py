@@ -14,7 +14,7 @@ Training unrolls the same steps for all rows at once, so the draft learns to liv
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,6 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, LlamaConfig, PretrainedConfig, Qwen3Config
 
+from speculators_core.batch import PADDING, Batch
 from speculators_core.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
 from speculators_core.errors import SpeculatorError, first_fault
 from speculators_core.layers import (
@@ -35,7 +36,6 @@ from speculators_core.layers import (
 from speculators_core.losses import weighted_loss
 from speculators_core.model import SpeculatorModel
 from speculators_core.proposals import GreedyTokenProposalConfig
-from speculators_core.training.batches import PADDING, Batch
 from speculators_core.verifier import VerifierHead
 from speculators_core.vocabulary import check_vocabulary
 
@@ -214,7 +214,7 @@ class Eagle3DraftModel(SpeculatorModel):
         verifier: Any = None,
         name_or_path: str | None = None,
         **kwargs: Any,
-    ) -> Self:
+    ) -> "Eagle3DraftModel":
         """A fresh draft shaped after its verifier; ``kwargs`` are fields of `Eagle3Recipe`.
 
         With ``verifier`` (a model, a folder or a hub id) embeddings and head are its copies.

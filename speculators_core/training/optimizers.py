@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 ADAMW_BETAS = (0.9, 0.95)
 
@@ -15,13 +15,9 @@ class MuonAdamW(torch.optim.Optimizer):
     has (arXiv:2502.16982, equation 4). Schedulers and checkpoints see an ordinary optimizer.
     """
 
-    def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float = 0.1):
-        vocabulary = {
-            id(weight)
-            for module in model.modules()
-            for weight in module.parameters(recurse=False)
-            if isinstance(module, nn.Embedding) or _is_head(module)
-        }
+    def __init__(self, model: PreTrainedModel, learning_rate: float, weight_decay: float = 0.1):
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        vocabulary = {id(end.weight) for end in ends if end is not None}
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         matrices = [w for w in trained if w.ndim == 2 and id(w) not in vocabulary]
         others = [w for w in trained if w.ndim != 2 or id(w) in vocabulary]
@@ -69,8 +65,3 @@ class MuonAdamW(torch.optim.Optimizer):
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self._share_groups()
-
-
-def _is_head(module: nn.Module) -> bool:
-    """A linear layer onto a vocabulary is far wider than it is deep."""
-    return isinstance(module, nn.Linear) and module.out_features >= 8 * module.in_features

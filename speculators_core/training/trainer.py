@@ -9,8 +9,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from speculators_core.batch import Batch
 from speculators_core.model import SpeculatorModel
-from speculators_core.training.batches import Batch, PackedTokens, fill_rows, pack
+from speculators_core.training.batches import PackedTokens, fill_rows, pack
 from speculators_core.verifier import LayerTaps
 
 

@@ -1,0 +1,98 @@
+"""Shapes are checked while tests run, and tiny models are shared between them."""
+
+import os
+
+from speculators_vllm import openmp
+
+openmp.preload()
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_LOGGING_LEVEL="WARNING",
+)
+
+from jaxtyping import install_import_hook  # noqa: E402  # after the OpenMP library
+
+CHECKED = "acceptance batch layers losses masks model training verifier vocabulary"
+install_import_hook([f"speculators_core.{m}" for m in CHECKED.split()], "beartype.beartype")
+
+import inspect  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from beartype import beartype  # noqa: E402
+from jaxtyping import jaxtyped  # noqa: E402
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+
+from speculators_core.batch import Batch  # noqa: E402
+from speculators_core.models.eagle3 import Eagle3DraftModel  # noqa: E402
+from speculators_core.training.batches import pack  # noqa: E402
+from speculators_core.training.trainer import run_verifier  # noqa: E402
+
+# The hook would check the configs of these files too, whose values are pydantic's to judge.
+for draft in (Eagle3DraftModel,):
+    for name, member in list(vars(draft).items()):
+        if inspect.isfunction(member):
+            setattr(draft, name, jaxtyped(member, typechecker=beartype))
+
+AUX_LAYER_IDS = (1, 2, 3)
+VOCAB_SIZE = 96
+
+
+def make_verifier(num_layers: int = 4, hidden_size: int = 32, **kwargs) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=kwargs.pop("vocab_size", VOCAB_SIZE),
+        hidden_size=hidden_size,
+        intermediate_size=64,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        initializer_range=0.4,
+        eos_token_id=None,
+        **kwargs,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
+def make_eagle3(verifier: PreTrainedModel, **kwargs) -> Eagle3DraftModel:
+    torch.manual_seed(1)
+    kwargs.setdefault("aux_layer_ids", AUX_LAYER_IDS)
+    return Eagle3DraftModel.from_training_args(verifier.config, verifier=verifier, **kwargs)
+
+
+def make_batch(verifier: PreTrainedModel, lengths=(9, 6), row_length: int = 18) -> Batch:
+    """Random documents, the first two tokens of each without loss, as the verifier sees them."""
+    generator = torch.Generator().manual_seed(2)
+    documents = [
+        {
+            "input_ids": torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist(),
+            "loss_mask": [0, 0] + [1] * (n - 2),
+        }
+        for n in lengths
+    ]
+    return run_verifier(verifier, pack(documents, row_length), AUX_LAYER_IDS)
+
+
+@pytest.fixture(scope="session")
+def verifier() -> Qwen3ForCausalLM:
+    return make_verifier()
+
+
+@pytest.fixture(scope="session")
+def verifier_folder(verifier, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "verifier"
+    verifier.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def eagle3_folder(verifier, verifier_folder, tmp_path) -> Path:
+    folder = tmp_path / "eagle3"
+    model = make_eagle3(verifier, name_or_path=str(verifier_folder))
+    model.save_pretrained(folder)
+    return folder

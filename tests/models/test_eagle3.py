@@ -1,0 +1,418 @@
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from speculators_core.batch import Batch
+from speculators_core.errors import SpeculatorError
+from speculators_core.losses import LOSSES
+from speculators_core.model import SpeculatorModel
+from speculators_core.models.eagle3 import Eagle3DraftModel, Eagle3Objective, default_aux_layer_ids
+from speculators_core.vocabulary import choose_draft_vocabulary
+from tests.conftest import make_batch, make_eagle3, make_verifier
+from tests.data import INTEROP
+
+VARIANTS = {
+    "plain": {"norm_before_residual": False, "norm_before_fc": False, "norm_output": False},
+    "norm_before_residual": {"norm_before_fc": False, "norm_output": False},
+    "norm_before_fc": {"norm_before_residual": False, "norm_output": False},
+    "fc_norm": {"fc_norm": True, "norm_before_fc": False},
+    "norm_output": {"norm_before_fc": False},
+    "qwen3": {"layer_type": "qwen3"},
+    "two_layers": {"num_layers": 2},
+    "two_qwen3_layers": {"num_layers": 2, "layer_type": "qwen3"},
+    "sliding": {"sliding_window": 3},
+    "one_aux_layer": {"aux_layer_ids": (2,)},
+    "five_aux_layers": {"aux_layer_ids": (0, 1, 2, 3, 4)},
+}
+
+
+@pytest.fixture(scope="module")
+def batch(verifier) -> Batch:
+    return make_batch(verifier)
+
+
+def rebatch(verifier, model, batch: Batch) -> Batch:
+    """The same tokens with the aux layers of ``model``."""
+    from speculators_core.training.batches import PackedTokens
+    from speculators_core.training.trainer import run_verifier
+
+    tokens = PackedTokens(batch.input_ids, batch.document_ids, batch.position_ids, batch.loss_mask)
+    return run_verifier(verifier, tokens, model.config.aux_layer_ids)
+
+
+# ---- another implementation's speculator ----
+
+
+@pytest.fixture(scope="module")
+def interop() -> Eagle3DraftModel:
+    return SpeculatorModel.from_pretrained(
+        INTEROP / "eagle3", verifier_attachment_mode="train_only", dtype=torch.float32
+    )
+
+
+@pytest.fixture(scope="module")
+def case() -> dict[str, torch.Tensor]:
+    return load_file(INTEROP / "eagle3_case.safetensors")
+
+
+@pytest.fixture(scope="module")
+def case_batch(case) -> Batch:
+    return Batch(
+        **{f.name: case[f.name][None] for f in dataclasses.fields(Batch) if f.name in case},
+        last_hidden_states=case["verifier_last_hidden_states"][None],
+    )
+
+
+def test_interop_logits_are_the_recorded_ones(interop, case, case_batch):
+    documents = case["document_ids"]
+    kept = [i for i in range(95) if documents[i] == documents[i + 1]]  # rows of the recorded case
+    for step, output in enumerate(interop.unroll(case_batch, 3)):
+        logits = interop.lm_head(output)[0]
+        expected = case[f"expected.logits.step{step}"]
+        rows = [
+            (ours, theirs)
+            for theirs, ours in enumerate(kept)
+            if ours < len(logits) and documents[ours] == documents[ours + 1 + step]
+        ]
+        assert len(rows) == 94 - 2 * step
+        ours, theirs = map(list, zip(*rows, strict=True))
+        assert (logits[ours] - expected[theirs]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_interop_losses_are_the_recorded_ones(interop, case, case_batch, name):
+    train, _ = interop.get_trainer_kwargs(loss=name)
+    _, loss, metrics = interop(case_batch, **train)
+    assert loss.item() == pytest.approx(case[f"expected.loss.{name}"].item(), abs=1e-4)
+    for metric, value in metrics.items():
+        key = f"expected.metric.{name}.{metric}"
+        expected = case[f"{key}_sum"] / case[f"{key}_total"]
+        assert value.item() == pytest.approx(expected.item(), abs=1e-4), metric
+
+
+def test_interop_round_trip_keeps_every_tensor(interop, tmp_path):
+    model = SpeculatorModel.from_pretrained(INTEROP / "eagle3")
+    model.save_pretrained(tmp_path)
+    theirs = load_file(INTEROP / "eagle3" / "model.safetensors")
+    ours = load_file(tmp_path / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert tensor.dtype == ours[name].dtype and torch.equal(tensor, ours[name]), name
+
+
+# ---- laws ----
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_documents_lose_what_they_lose_apart(verifier, variant):
+    model = make_eagle3(verifier, **VARIANTS[variant])
+    lengths = (9, 6)
+    packed = rebatch(verifier, model, make_batch(verifier, lengths))
+    objective = Eagle3Objective(loss="kl_div", ttt_steps=3)
+    tokens, loss, _ = model(packed, objective)
+    total, trained = torch.zeros(3), torch.zeros(3)
+    start = 0
+    for length in lengths:
+        alone = Batch(
+            **{
+                f.name: getattr(packed, f.name)[:, start : start + length]
+                for f in dataclasses.fields(Batch)
+            }
+        )
+        alone_tokens, _, metrics = model(alone, objective)
+        counts = (alone_tokens >= 0).sum(dim=(1, 2))
+        total += counts * torch.stack([metrics[f"loss_{k}"] for k in range(3)])
+        trained += counts
+        assert torch.equal(alone_tokens, tokens[:, :, start : start + length])
+        start += length
+    assert loss.item() == pytest.approx((total / trained).sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_first_unroll_step_is_what_decoding_proposes(verifier, variant):
+    """What trains is what decodes: teacher-forced step 0 against the cached decoder, row by row."""
+    model = make_eagle3(verifier, **VARIANTS[variant])
+    batch = rebatch(verifier, model, make_batch(verifier, (10,), 10))
+    expected = model.lm_head(next(model.unroll(batch, 1)))[0].argmax(-1)  # row i
+    state = model.start_drafting()
+    for row in range(9):
+        proposed = model.propose(
+            state, batch.input_ids[:, row + 1 : row + 2], batch.hidden_states[:, row : row + 1], 1
+        )
+        assert proposed.item() == expected[row].item()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_later_unroll_steps_are_what_decoding_proposes(verifier, variant):
+    """With the draft's own tokens as the text, the unroll must propose what decoding does."""
+    model = make_eagle3(verifier, **VARIANTS[variant])
+    batch = rebatch(verifier, model, make_batch(verifier, (8,), 8))
+    row = 4
+    state = model.start_drafting()
+    proposed = model.propose(
+        state, batch.input_ids[:, 1 : row + 2], batch.hidden_states[:, : row + 1], 3
+    )
+    tokens = batch.input_ids.clone()
+    tokens[0, row + 2 : row + 4] = proposed[0, :2]
+    steps = model.unroll(dataclasses.replace(batch, input_ids=tokens), 3)
+    unrolled = [model.lm_head(output[0, row]).argmax().item() for output in steps]
+    assert unrolled == proposed[0].tolist()
+
+
+def test_rejected_tokens_leave_no_trace(verifier, batch):
+    model = make_eagle3(verifier)
+    document = batch.input_ids[:, :9], batch.hidden_states[:, :9]
+    at_once, in_parts = model.start_drafting(), model.start_drafting()
+    model.propose(in_parts, document[0][:, 1:4], document[1][:, :3], 5)
+    second = model.propose(in_parts, document[0][:, 4:9], document[1][:, 3:8], 3)
+    first = model.propose(at_once, document[0][:, 1:9], document[1][:, :8], 3)
+    assert torch.equal(first, second)
+
+
+def test_long_rows_in_blocks_equal_one_block(verifier, monkeypatch):
+    from speculators_core import layers
+
+    model = make_eagle3(verifier, sliding_window=5)
+    batch = make_batch(verifier, (30, 25), 60)
+    _, whole, _ = model(batch)
+    monkeypatch.setattr(layers, "QUERY_BLOCK", 7)
+    _, parts, _ = model(batch)
+    assert whole.item() == pytest.approx(parts.item(), rel=1e-6)
+
+
+# ---- options have effects ----
+
+
+def test_every_norm_option_changes_the_output(verifier, batch):
+    losses = {}
+    for variant in ("plain", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
+        model = make_eagle3(verifier, **VARIANTS[variant])
+        with torch.no_grad():
+            for norm in (m for m in model.modules() if type(m).__name__.endswith("RMSNorm")):
+                norm.weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(5))
+        losses[variant] = round(model(batch)[1].item(), 5)
+    assert len(set(losses.values())) == len(losses), losses
+
+
+def test_sliding_window_hides_far_tokens(verifier):
+    batch = make_batch(verifier, (12,), 12)
+    other = dataclasses.replace(batch, hidden_states=batch.hidden_states.clone())
+    other.hidden_states[:, 0] += 1.0
+    for window, sees in ((3, False), (None, True)):
+        model = make_eagle3(verifier, sliding_window=window)
+        first, second = (next(model.unroll(b, 1))[0, 8] for b in (batch, other))
+        assert torch.allclose(first, second) != sees
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_embed_requires_grad_really_trains_embeddings(verifier, batch, trains):
+    model = make_eagle3(verifier, embed_requires_grad=trains)
+    model(batch)[1].backward()
+    gradient = model.embed_tokens.weight.grad
+    assert (gradient is not None and gradient.abs().sum() > 0) == trains
+    assert model.lm_head.weight.grad is None
+    assert model.fc.weight.grad.abs().sum() > 0
+
+
+def test_step_decay_and_steps_count(verifier, batch):
+    model = make_eagle3(verifier)
+    _, loss, metrics = model(batch, Eagle3Objective(ttt_steps=2, ttt_step_loss_decay=0.5))
+    assert "loss_2" not in metrics
+    assert loss.item() == pytest.approx((metrics["loss_0"] + 0.5 * metrics["loss_1"]).item())
+
+
+def test_fresh_draft_starts_from_the_verifiers_ends(verifier):
+    model = make_eagle3(verifier)
+    assert torch.equal(model.embed_tokens.weight, verifier.model.embed_tokens.weight)
+    assert torch.equal(model.lm_head.weight, verifier.lm_head.weight)
+
+
+# ---- alignment, by mutation ----
+
+
+def trained_on_itself(verifier, **kwargs) -> tuple[Eagle3DraftModel, Batch]:
+    """A draft fitted to one row, so that any misalignment costs it."""
+    model = make_eagle3(verifier, **kwargs)
+    batch = make_batch(verifier, (16,), 16)
+    optimizer = torch.optim.Adam([w for w in model.parameters() if w.requires_grad], lr=3e-3)
+    for _ in range(120):
+        optimizer.zero_grad()
+        model(batch)[1].backward()
+        optimizer.step()
+    return model, batch
+
+
+def test_mutated_alignment_costs_the_fitted_draft(verifier):
+    model, batch = trained_on_itself(verifier)
+    good = model(batch)[2]["full_acc_0"].item()
+    assert good > 0.9
+    width = verifier.config.hidden_size
+    chunks = batch.hidden_states.split(width, dim=-1)
+    mutations = {
+        "states shifted by one": {"hidden_states": batch.hidden_states.roll(1, dims=1)},
+        "layers swapped": {"hidden_states": torch.cat([chunks[2], chunks[1], chunks[0]], dim=-1)},
+        "tokens shifted by one": {"input_ids": batch.input_ids.roll(1, dims=1)},
+        "targets shifted by one": {"last_hidden_states": batch.last_hidden_states.roll(1, dims=1)},
+    }
+    for what, change in mutations.items():
+        assert model(dataclasses.replace(batch, **change))[2]["full_acc_0"].item() < 0.6, what
+    model.norm.weight.data.zero_()
+    assert model(batch)[2]["full_acc_0"].item() < 0.6
+
+
+def test_targets_never_cross_a_document_end(verifier):
+    model = make_eagle3(verifier)
+    batch = make_batch(verifier, (5, 5), 10)
+    batch = dataclasses.replace(batch, loss_mask=torch.ones_like(batch.loss_mask))
+    tokens, _, _ = model(batch)
+    trained = [(tokens[step, 0] >= 0).nonzero().flatten().tolist() for step in range(3)]
+    assert trained == [[0, 1, 2, 3, 5, 6, 7, 8], [0, 1, 2, 5, 6, 7], [0, 1, 5, 6]]
+
+
+# ---- reduced vocabulary ----
+
+
+@pytest.fixture(scope="module")
+def reduced(verifier) -> Eagle3DraftModel:
+    t2d, d2t = choose_draft_vocabulary({i: i for i in range(40, 90)}, 30, 96, always=[0, 2])
+    torch.manual_seed(1)
+    return Eagle3DraftModel.from_training_args(
+        verifier.config, t2d, d2t, verifier=verifier, aux_layer_ids=(1, 2, 3)
+    )
+
+
+def test_reduced_vocabulary_proposes_verifier_ids(verifier, reduced, batch, tmp_path):
+    ids = reduced.draft_token_ids
+    assert torch.equal(reduced.lm_head.weight, verifier.lm_head.weight[ids])
+    proposed = reduced.propose(
+        reduced.start_drafting(), batch.input_ids[:, 1:5], batch.hidden_states[:, :4], 4
+    )
+    assert set(proposed[0].tolist()) <= set(ids.tolist())
+    reduced.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["d2t"].dtype == torch.int64 and tensors["t2d"].dtype == torch.bool
+    again = SpeculatorModel.from_pretrained(tmp_path)
+    assert torch.equal(again.draft_token_ids, ids)
+    assert again.config.draft_vocab_size == 30
+
+
+def test_reduced_vocabulary_targets_are_the_subsets(verifier, reduced, batch):
+    from speculators_core.verifier import VerifierHead
+
+    tokens, _, metrics = reduced(batch)
+    head = VerifierHead(verifier)
+    targets = head(batch.last_hidden_states)[0][:, reduced.draft_token_ids].argmax(-1)
+    rows = (tokens[0, 0] >= 0).nonzero().flatten()
+    right = (tokens[0, 0, rows] == targets[rows + 1]).float().mean()
+    assert metrics["full_acc_0"].item() == pytest.approx(right.item())
+
+
+@pytest.mark.parametrize("name", ["d2t", "t2d"])
+def test_draft_vocabulary_without_its_map_is_refused(reduced, tmp_path, name):
+    reduced.save_pretrained(tmp_path)
+    from tests.test_checkpoint import change_tensor
+
+    change_tensor(tmp_path, name, lambda t: None)
+    with pytest.raises(SpeculatorError, match=f"tensor {name} .* is missing"):
+        SpeculatorModel.from_pretrained(tmp_path)
+
+
+def test_d2t_off_by_one_is_refused(reduced, tmp_path):
+    reduced.save_pretrained(tmp_path)
+    from tests.test_checkpoint import change_tensor
+
+    change_tensor(tmp_path, "d2t", lambda t: t + 1)
+    with pytest.raises(SpeculatorError, match="contradict"):
+        SpeculatorModel.from_pretrained(tmp_path)
+
+
+# ---- the verifier beside the draft ----
+
+
+def test_state_never_holds_the_verifier(verifier, tmp_path):
+    model = make_eagle3(verifier)
+    model.attach_verifier(verifier, "full")
+    names = set(model.state_dict())
+    assert not any("verifier" in name for name in names)
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == names
+    model.detach_verifier()
+    with pytest.raises(SpeculatorError, match="no verifier is attached"):
+        _ = model.verifier_head
+
+
+def test_missing_ends_are_read_from_the_verifier(eagle3_folder):
+    from tests.test_checkpoint import change_tensor
+
+    whole = SpeculatorModel.from_pretrained(eagle3_folder)
+    for name in Eagle3DraftModel.from_verifier:
+        change_tensor(eagle3_folder, name, lambda t: None)
+    filled = SpeculatorModel.from_pretrained(eagle3_folder)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, filled.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("mode", ["full", "train_only"])
+def test_attachment_modes(eagle3_folder, verifier_folder, batch, mode):
+    model = SpeculatorModel.from_pretrained(
+        eagle3_folder, verifier=verifier_folder, verifier_attachment_mode=mode
+    )
+    assert model(batch)[1].item() > 0
+    if mode == "train_only":
+        with pytest.raises(SpeculatorError, match="attached in full"):
+            _ = model.verifier
+
+
+def test_dtype_is_the_checkpoints_unless_given(eagle3_folder, tmp_path):
+    half = SpeculatorModel.from_pretrained(eagle3_folder, dtype="bfloat16")
+    half.save_pretrained(tmp_path)
+    assert SpeculatorModel.from_pretrained(tmp_path).dtype == torch.bfloat16
+    assert SpeculatorModel.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+    with pytest.raises(SpeculatorError, match="not a floating-point dtype"):
+        SpeculatorModel.from_pretrained(tmp_path, dtype="int8")
+
+
+# ---- arguments ----
+
+
+def test_default_aux_layers_are_the_papers():
+    assert default_aux_layer_ids(32) == [2, 16, 29]
+    with pytest.raises(SpeculatorError, match="too shallow"):
+        default_aux_layer_ids(4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_layer": 2}, "num_layer"),
+        ({"num_layers": 0}, "num_layers"),
+        ({"layer_type": "gemma"}, "layer_type"),
+        ({"norm_before_fc": True, "fc_norm": True}, "exclude each other"),
+        ({"aux_layer_ids": (3, 1)}, "ascending"),
+    ],
+)
+def test_bad_training_argument_is_named(verifier, kwargs, message):
+    with pytest.raises(SpeculatorError, match=message):
+        make_eagle3(verifier, **kwargs)
+
+
+def test_half_a_vocabulary_map_is_refused(verifier):
+    t2d, _ = choose_draft_vocabulary({}, 30, 96)
+    with pytest.raises(SpeculatorError, match="come together"):
+        Eagle3DraftModel.from_training_args(verifier.config, t2d, aux_layer_ids=(1, 2, 3))
+
+
+def test_bad_objective_is_named():
+    with pytest.raises(SpeculatorError, match="ttt_steps"):
+        Eagle3DraftModel.get_trainer_kwargs(ttt_steps=0)
+
+
+def test_what_cannot_train_is_refused():
+    with pytest.raises(SpeculatorError, match="is not a speculator"):
+        SpeculatorModel.verify_training_compatible(make_verifier(num_layers=1))
+    model = make_eagle3(make_verifier())
+    model.requires_grad_(False)
+    with pytest.raises(SpeculatorError, match="no weight that requires a gradient"):
+        SpeculatorModel.verify_training_compatible(model)
