@@ -6,6 +6,7 @@ and with speculation in one run, on vLLM or on the reference decoder.
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,22 +67,11 @@ def run(*, settings: Annotated[AcceptanceSettings | None, Parameter(name="*")] =
 
 
 def measure(settings: AcceptanceSettings) -> Any:
-    """The report; everything that can be wrong with the input is checked before a model loads.
+    """The report of a run.
 
     Raises:
-        SpeculatorError: speculator, verifier or prompts are at fault.
+        SpeculatorError: speculator, verifier or prompts are at fault; nothing was loaded yet.
     """
-    from benchmarks import playground
-    from benchmarks.engines import Decoding, TransformersEngine, VLLMEngine, warm_up
-    from benchmarks.prompts import hash_prompts, read_prompts, tokenize
-    from benchmarks.report import Report, environment, hash_weights, report_k
-    from benchmarks.statistics import tokens_per_second
-    from speculators_core import checkpoint
-    from speculators_core.config import SpeculatorModelConfig
-    from speculators_core.console import progress
-    from speculators_core.model import SpeculatorModel
-    from speculators_core.verifier import check_verifier, locate_verifier, read_verifier_config
-
     if settings.engine == "vllm":
         _prepare_vllm()
     elif settings.temperature > 0 or settings.concurrency > 1:
@@ -89,6 +79,65 @@ def measure(settings: AcceptanceSettings) -> Any:
             "the reference decoder is greedy and takes one request at a time. Use --engine vllm, "
             "or --temperature 0 --concurrency 1."
         )
+    from benchmarks.engines import Decoding, warm_up
+    from benchmarks.prompts import hash_prompts
+    from benchmarks.report import Report, environment, hash_weights, report_k
+    from benchmarks.statistics import tokens_per_second
+    from speculators_core.console import progress
+
+    checked = _check_inputs(settings)
+    prompts = checked.prompts
+    dtype = settings.dtype or ("auto" if _has_gpu() else "float32")
+    engine_args = {} if _has_gpu() else {"enforce_eager": True}
+    engine_args |= {"seed": settings.seed, **settings.engine_args}
+    engine = _engine(settings, checked, dtype, engine_args)
+    decoding = Decoding(
+        settings.max_tokens, settings.temperature, settings.seed, settings.ignore_eos
+    )
+    counts = settings.k or (checked.default_k,)
+    runs: dict[int | None, list[Any]] = {}
+    for count in (None, *counts):
+        what = "without speculation" if count is None else f"K = {count}"
+        with engine.loaded(count) as runner, progress(what, settings.runs * len(prompts)) as done:
+            warm_up(runner, prompts, decoding)
+            runs[count] = [runner.run(prompts, decoding, done) for _ in range(settings.runs)]
+    baseline = runs.pop(None)
+    return Report(
+        settings={**settings.model_dump(mode="json"), "dtype": dtype, "engine_args": engine_args},
+        verifier=checked.verifier,
+        verifier_sha256=hash_weights(checked.verifier),
+        speculator=checked.speculator,
+        speculator_sha256=hash_weights(checked.folder),
+        environment=environment(),
+        prompts_sha256=hash_prompts(prompts),
+        baseline_tokens_per_s=[tokens_per_second(records) for records in baseline],
+        baseline_requests=baseline[0],
+        by_k=[
+            report_k(count, runs[count], baseline, greedy=settings.temperature == 0)
+            for count in counts
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What a run needs, found to be whole and to fit together."""
+
+    speculator: str
+    folder: Path
+    verifier: str
+    default_k: int
+    prompts: list[Any]
+
+
+def _check_inputs(settings: AcceptanceSettings) -> _Checked:
+    from benchmarks import playground
+    from benchmarks.prompts import read_prompts, tokenize
+    from speculators_core import checkpoint
+    from speculators_core.config import SpeculatorModelConfig
+    from speculators_core.model import SpeculatorModel
+    from speculators_core.verifier import check_verifier, locate_verifier, read_verifier_config
+
     speculator = settings.model or str(playground.EAGLE3)
     prompts = read_prompts(settings.prompts, settings.limit_per_category)
     folder = checkpoint.fetch(speculator)
@@ -102,53 +151,18 @@ def measure(settings: AcceptanceSettings) -> Any:
     SpeculatorModel.check_checkpoint(folder, config)
     longest = verifier_config.get_text_config().max_position_embeddings
     tokenized = tokenize(prompts, _tokenizer(verifier), longest)
+    return _Checked(speculator, folder, verifier, config.proposal.speculative_tokens, tokenized)
 
-    on_gpu = _has_gpu()
-    dtype = settings.dtype or ("auto" if on_gpu else "float32")
-    engine: VLLMEngine | TransformersEngine
-    if settings.engine == "vllm":
-        defaults = (
-            {"max_model_len": longest}
-            if on_gpu
-            else {
-                "max_model_len": longest,
-                "enforce_eager": True,
-            }
-        )
-        engine_args = {**defaults, "seed": settings.seed, **settings.engine_args}
-        engine = VLLMEngine(verifier, speculator, dtype, settings.concurrency, engine_args)
-    else:
-        engine_args = {}
-        engine = TransformersEngine(verifier, speculator, dtype)
-    decoding = Decoding(
-        settings.max_tokens, settings.temperature, settings.seed, settings.ignore_eos
-    )
-    counts = settings.k or (config.proposal.speculative_tokens,)
-    runs: dict[int | None, list[Any]] = {}
-    for count in (None, *counts):
-        what = "without speculation" if count is None else f"K = {count}"
-        with (
-            engine.loaded(count) as runner,
-            progress(what, settings.runs * len(tokenized)) as done,
-        ):
-            warm_up(runner, tokenized, decoding)
-            runs[count] = [runner.run(tokenized, decoding, done) for _ in range(settings.runs)]
-    baseline = runs.pop(None)
-    return Report(
-        settings={**settings.model_dump(mode="json"), "dtype": dtype, "engine_args": engine_args},
-        verifier=verifier,
-        verifier_sha256=hash_weights(verifier),
-        speculator=speculator,
-        speculator_sha256=hash_weights(folder),
-        environment=environment(),
-        prompts_sha256=hash_prompts(tokenized),
-        baseline_tokens_per_s=[tokens_per_second(records) for records in baseline],
-        baseline_requests=baseline[0],
-        by_k=[
-            report_k(count, runs[count], baseline, greedy=settings.temperature == 0)
-            for count in counts
-        ],
-    )
+
+def _engine(
+    settings: AcceptanceSettings, checked: _Checked, dtype: str, engine_args: dict[str, Any]
+) -> Any:
+    from benchmarks.engines import TransformersEngine, VLLMEngine
+
+    models = (checked.verifier, checked.speculator, dtype)
+    if settings.engine == "transformers":
+        return TransformersEngine(*models)
+    return VLLMEngine(*models, settings.concurrency, engine_args)
 
 
 def _prepare_vllm() -> None:

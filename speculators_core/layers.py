@@ -157,7 +157,8 @@ class UnrolledAttention:
     def __init__(self, config: PretrainedConfig, document_ids: Int[Tensor, "batch rows"]):
         self.config = config
         self.document_ids = document_ids
-        self.steps: dict[int, list[tuple[Keys, Keys]]] = {}
+        # Layer to the keys and values of each step; each step has a row less.
+        self.steps: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def __call__(self, layer: int, queries: Queries, keys: Keys, values: Keys) -> Queries:
         steps = self.steps.setdefault(layer, [])
@@ -173,11 +174,11 @@ class UnrolledAttention:
     def _block(
         self,
         queries: Queries,
-        steps: list[tuple[Keys, Keys]],
+        steps: list[tuple[Tensor, Tensor]],
         first: int,
         last: int,
         window: int | None,
-    ) -> Queries:
+    ) -> Float[Tensor, "batch heads block head_dim"]:
         batch, num_heads, _, head_dim = queries.shape
         num_kv_heads = steps[0][0].shape[1]
         grouped = (batch, num_kv_heads, num_heads // num_kv_heads, last - first, head_dim)

@@ -118,9 +118,8 @@ def test_another_verifier_is_refused(verifier, other, message):
 
 
 def test_aux_layer_beyond_the_verifier_is_refused(verifier):
-    config = make_eagle3(verifier, aux_layer_ids=(1, 2, 9)).config
     with pytest.raises(SpeculatorError, match="aux layer id 9 is out of range"):
-        check_verifier(config, verifier.config)
+        make_eagle3(verifier, aux_layer_ids=(1, 2, 9))
 
 
 def test_missing_verifier_is_named(tmp_path):

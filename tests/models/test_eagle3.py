@@ -236,8 +236,8 @@ def trained_on_itself(verifier, **kwargs) -> tuple[Eagle3DraftModel, Batch]:
     """A draft fitted to one row, so that any misalignment costs it."""
     model = make_eagle3(verifier, **kwargs)
     batch = make_batch(verifier, (16,), 16)
-    optimizer = torch.optim.Adam([w for w in model.parameters() if w.requires_grad], lr=3e-3)
-    for _ in range(120):
+    optimizer = torch.optim.Adam([w for w in model.parameters() if w.requires_grad], lr=5e-3)
+    for _ in range(200):
         optimizer.zero_grad()
         model(batch)[1].backward()
         optimizer.step()

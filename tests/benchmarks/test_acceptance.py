@@ -1,0 +1,73 @@
+import json
+
+import pytest
+
+from benchmarks.acceptance import AcceptanceSettings, measure
+from benchmarks.report import hash_weights, print_report, write_report
+from speculators_core.console import console
+
+QUICK = {"engine": "transformers", "limit_per_category": 1, "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def report():
+    return measure(AcceptanceSettings(**QUICK, k=(1, 3)))
+
+
+def test_report_can_be_recomputed_from_its_raw_counts(report, tmp_path):
+    write_report(report, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "acceptance.png"}
+    written = json.loads((tmp_path / "report.json").read_text())
+    for entry in written["by_k"]:
+        accepted = [count for request in entry["requests"] for count in request["accepted"]]
+        assert entry["pooled"]["acceptance_length"] == 1 + sum(accepted) / len(accepted)
+        assert max(accepted) <= entry["speculative_tokens"]
+    assert written["verifier_sha256"] == hash_weights(report.verifier)
+    assert written["settings"]["max_tokens"] == 12
+    assert {"torch", "transformers", "device"} <= set(written["environment"])
+
+
+def test_categories_add_up_to_the_whole(report):
+    for entry in report.by_k:
+        assert sum(s.num_drafts for s in entry.categories.values()) == entry.pooled.num_drafts
+        assert set(entry.categories) == {"module", "class", "function", "chat"}
+
+
+def test_outputs_are_the_verifiers_own(report):
+    assert [entry.num_identical for entry in report.by_k] == [4, 4]
+    assert report.by_k[0].first_differences == {}
+
+
+def test_table_says_what_matters(report):
+    with console.capture() as shown:
+        print_report(report)
+    for words in ("tau", "speed-up", "identical", "8-grams repeat", "4 of 4"):
+        assert words in shown.get()
+
+
+def test_runs_repeat_everything():
+    report = measure(AcceptanceSettings(**QUICK, runs=2))
+    assert len(report.baseline_tokens_per_s) == 2
+    assert len(report.by_k[0].requests) == 8
+
+
+def test_own_prompts_and_end_of_text(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "import os\\n", "category": "mine"}\n')
+    report = measure(
+        AcceptanceSettings(engine="transformers", prompts=str(file), max_tokens=9, ignore_eos=True)
+    )
+    assert set(report.by_k[0].categories) == {"mine"}
+    assert len(report.baseline_requests[0].output_ids) == 9
+
+
+def test_differing_outputs_are_found():
+    from benchmarks.report import report_k
+    from tests.benchmarks.test_statistics import record
+
+    ours = [[record([1], output_ids=[1, 2, 3]), record([1], output_ids=[4])]]
+    alone = [[record([], output_ids=[1, 9, 3]), record([], output_ids=[4])]]
+    entry = report_k(1, ours, alone, greedy=True)
+    assert entry.num_identical == 1
+    assert entry.first_differences == {0: 1}
+    assert report_k(1, ours, alone, greedy=False).num_identical is None

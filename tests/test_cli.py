@@ -1,0 +1,70 @@
+import pytest
+
+from benchmarks import playground
+from speculators_core.cli import main
+
+
+def refused(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+BY_REFERENCE = ("acceptance", "--engine", "transformers")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "/nowhere"), "/nowhere: no such folder"),
+        (("--model", str(playground.VERIFIER)), "not a speculator"),
+        (("--verifier", "/nowhere"), "/nowhere: no such folder"),
+        (("--prompts", "nowhere.jsonl"), "nowhere.jsonl: no readable prompt file"),
+        (("--temperature", "1"), "the reference decoder is greedy"),
+        (("--concurrency", "2"), "the reference decoder is greedy"),
+    ],
+)
+def test_bad_argument_is_one_line_and_exit_code_2(capsys, arguments, message):
+    assert message in refused(capsys, *BY_REFERENCE, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no prompts"),
+        ("\n\n", "holds no prompts"),
+        ("{nonsense", "line 1"),
+        ('{"category": "x"}', "either a non-empty 'prompt' or non-empty 'messages'"),
+        ('{"prompt": ""}', "either a non-empty 'prompt'"),
+        ('{"prompt": "' + "word " * 5000 + '"}', "the verifier takes 2048"),
+    ],
+)
+def test_bad_prompts_are_named(capsys, tmp_path, text, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(text)
+    assert message in refused(capsys, *BY_REFERENCE, "--prompts", str(file))
+
+
+def test_unknown_flag_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["acceptance", "--modle", "x"])
+    assert stopped.value.code != 0
+    shown = capsys.readouterr()
+    assert "--modle" in shown.out + shown.err
+
+
+def test_k_below_one_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["acceptance", "--k", "0"])
+    assert stopped.value.code != 0
+    shown = capsys.readouterr()
+    assert "greater than or equal to 1" in shown.out + shown.err
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "acceptance" in capsys.readouterr().out

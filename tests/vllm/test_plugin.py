@@ -1,0 +1,114 @@
+import logging
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+
+from benchmarks import playground
+from speculators_vllm import openmp, patches, plugin
+
+
+@pytest.fixture
+def warnings(caplog):
+    caplog.set_level(logging.WARNING, logger="speculators_vllm")
+    logging.getLogger("speculators_vllm").propagate = True
+    return caplog
+
+
+def test_vllm_finds_the_plugin():
+    (point,) = entry_points(group="vllm.general_plugins", name="speculators")
+    assert point.load() is plugin.register
+
+
+def test_second_registration_changes_nothing(warnings):
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    once = EngineArgs.create_speculative_config
+    plugin.register()
+    assert EngineArgs.create_speculative_config is once
+    assert hasattr(once, patches.MARK)
+    assert not warnings.messages
+
+
+def test_importing_the_plugin_imports_nothing_heavy():
+    code = (
+        "import sys, speculators_vllm.plugin\n"
+        "heavy = {'torch', 'transformers', 'vllm', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_registration_imports_neither_our_models_nor_data_sets():
+    code = (
+        "import sys, vllm.engine.arg_utils, speculators_vllm.plugin as plugin\n"
+        "before = set(sys.modules)\n"
+        "plugin.register()\n"
+        "new = {n for n in set(sys.modules) - before if not n.startswith('speculators_vllm')}\n"
+        "assert not new, new"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_a_fault_of_ours_never_stops_vllm(warnings, monkeypatch):
+    def fail():
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(patches, "apply", fail)
+    plugin.register()
+    assert "not active" in warnings.text and "broken" in warnings.text
+
+
+def test_patch_steps_aside_where_the_signature_is_another(warnings):
+    class Theirs:
+        def method(self, renamed):
+            return renamed
+
+    original = Theirs.method
+    patches._wrap(Theirs, "method", ["self", "known"], lambda f: None)
+    patches._wrap(Theirs, "gone", ["self"], lambda f: None)
+    assert Theirs.method is original
+    assert "['self', 'renamed'], expected ['self', 'known']" in warnings.text
+    assert "are None" in warnings.text
+
+
+@pytest.mark.parametrize(("version", "warned"), [((0, 31), 1), ((0, 32), 0), ((0, 34), 1)])
+def test_untested_version_gets_one_warning(warnings, monkeypatch, version, warned):
+    monkeypatch.setattr("vllm.version.__version_tuple__", (*version, 0))
+    plugin.warn_of_untested_version()
+    assert len(warnings.messages) == warned
+
+
+def test_speculator_alone_finds_its_verifier_beside_it(monkeypatch, tmp_path):
+    """What `vllm serve <speculator>` does, up to the engine's config."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.chdir(tmp_path)
+    config = EngineArgs(model=str(playground.EAGLE3), dtype="float32").create_engine_config()
+    assert config.model_config.model == str(playground.VERIFIER)
+    assert config.model_config.tokenizer == str(playground.VERIFIER)
+    assert config.speculative_config.method == "eagle3"
+    assert config.speculative_config.num_speculative_tokens == 3
+
+
+@pytest.mark.skipif(openmp.library() is None, reason="vLLM for a GPU brings no libiomp5")
+def test_openmp_library_is_under_torch_and_named_for_children(monkeypatch):
+    code = (
+        "import os\n"
+        "from speculators_vllm import openmp\n"
+        "assert openmp.preload()\n"
+        "assert openmp.LIBRARY in os.environ['LD_PRELOAD']\n"
+        "import torch\n"
+        "assert 'libiomp5' in open('/proc/self/maps').read()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    monkeypatch.setenv("LD_PRELOAD", "other.so")
+    openmp.preload_in_children()
+    import os
+
+    assert os.environ["LD_PRELOAD"] == f"{openmp.library()}:other.so"
+    openmp.preload_in_children()
+    assert os.environ["LD_PRELOAD"].count(openmp.LIBRARY) == 1

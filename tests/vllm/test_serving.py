@@ -1,0 +1,290 @@
+"""Real vLLM: engines in this process, one after another, and one real server."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks import playground
+from benchmarks.acceptance import AcceptanceSettings, measure
+from benchmarks.engines import Decoding, TransformersEngine, VLLMEngine
+from benchmarks.prompts import TokenizedPrompt
+from speculators_core.batch import Batch
+from speculators_core.models.eagle3 import Eagle3DraftModel
+from speculators_core.training.batches import pack
+from speculators_core.training.trainer import run_verifier
+from speculators_core.vocabulary import choose_draft_vocabulary
+from tests.data import INTEROP, interop_acceptance
+
+pytestmark = pytest.mark.vllm
+
+EAGER = {"enforce_eager": True, "max_model_len": 512}
+
+
+def run(engine, speculative_tokens, prompts, decoding):
+    with engine.loaded(speculative_tokens) as runner:
+        return runner.run(prompts, decoding, lambda: None)
+
+
+def as_prompts(ids):
+    return [TokenizedPrompt(category="all", token_ids=list(tokens)) for tokens in ids]
+
+
+def test_interop_counts_in_vllm_are_the_recorded_ones():
+    recorded = interop_acceptance()
+    engine = VLLMEngine(
+        str(INTEROP / "verifier"), str(INTEROP / "eagle3"), "float32", 1, dict(EAGER)
+    )
+    decoding = Decoding(recorded["max_tokens"], 0.0, 0, ignore_eos=True)
+    records = run(engine, 3, as_prompts(recorded["prompts"]), decoding)
+    assert [r.output_ids for r in records] == recorded["verifier_only"]
+    for record, request in zip(records, recorded["speculators"]["eagle3"]["requests"], strict=True):
+        assert len(record.accepted) == request["drafts"]
+        per_position = [sum(a >= k for a in record.accepted) for k in (1, 2, 3)]
+        assert per_position == request["accepted_per_position"]
+
+
+def test_playground_is_lossless_and_vllm_agrees_with_the_reference():
+    common = {"limit_per_category": 2, "max_tokens": 48, "k": (3,)}
+    served = measure(AcceptanceSettings(engine="vllm", **common))
+    reference = measure(AcceptanceSettings(engine="transformers", **common))
+    for report in (served, reference):
+        assert report.by_k[0].num_identical == 8
+    for ours, theirs in zip(served.by_k[0].requests, reference.by_k[0].requests, strict=True):
+        assert ours.output_ids == theirs.output_ids
+        assert ours.accepted == theirs.accepted
+    assert served.by_k[0].pooled.acceptance_length > 1.5
+    assert served.prompts_sha256 == reference.prompts_sha256
+
+
+def test_concurrent_requests_get_what_each_gets_alone():
+    common = {"limit_per_category": 2, "max_tokens": 24, "k": (2,)}
+    alone = measure(AcceptanceSettings(concurrency=1, **common))
+    together = measure(AcceptanceSettings(concurrency=8, **common))
+    for ours, theirs in zip(together.by_k[0].requests, alone.by_k[0].requests, strict=True):
+        assert ours.output_ids == theirs.output_ids
+        assert ours.accepted == theirs.accepted
+
+
+VARIANTS = {
+    "qwen3 layers, fc_norm, two aux layers, reduced vocabulary": {
+        "layer_type": "qwen3",
+        "num_layers": 2,
+        "fc_norm": True,
+        "norm_before_fc": False,
+        "norm_output": False,
+        "aux_layer_ids": (1, 3),
+        "reduced": True,
+    },
+    "llama layers, norms before fc and on the output, four aux layers": {
+        "aux_layer_ids": (0, 1, 2, 4),
+    },
+    "llama layer, no norm option, sliding window": {
+        "aux_layer_ids": (1, 2, 3),
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+        "norm_output": False,
+        "sliding_window": 16,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def small_verifier(tmp_path_factory) -> Path:
+    """Shaped so that vLLM's CPU attention takes it."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.15,
+        eos_token_id=None,
+    )
+    folder = tmp_path_factory.mktemp("small") / "verifier"
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def fit(model: Eagle3DraftModel, verifier: Qwen3ForCausalLM) -> None:
+    """A few hundred steps on the verifier's own text, so that some proposals are kept."""
+    starts = torch.arange(3, 35)[:, None]
+    texts = verifier.generate(
+        starts, attention_mask=torch.ones_like(starts), max_new_tokens=48, do_sample=False
+    )
+    rows = [{"input_ids": t.tolist(), "loss_mask": [1] * len(t)} for t in texts]
+    batches: list[Batch] = [
+        run_verifier(verifier, pack(rows[first : first + 8], 8 * 49), model.config.aux_layer_ids)
+        for first in range(0, 32, 8)
+    ]
+    optimizer = torch.optim.Adam([w for w in model.parameters() if w.requires_grad], lr=3e-3)
+    for step in range(120):
+        optimizer.zero_grad()
+        model(batches[step % len(batches)])[1].backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_draft_serves_as_it_decodes(small_verifier, tmp_path, variant):
+    verifier = Qwen3ForCausalLM.from_pretrained(small_verifier).eval()
+    options = dict(VARIANTS[variant])
+    maps = (None, None)
+    if options.pop("reduced", False):
+        maps = choose_draft_vocabulary({i: 1 for i in range(20, 120)}, 100, 128, always=[0])
+    torch.manual_seed(1)
+    model = Eagle3DraftModel.from_training_args(
+        verifier.config, *maps, verifier=verifier, name_or_path=str(small_verifier), **options
+    )
+    fit(model, verifier)
+    model.save_pretrained(tmp_path)
+    prompts = as_prompts([[5, 9, 17], [40], list(range(60, 100))])
+    decoding = Decoding(60, 0.0, 0, ignore_eos=True)
+    arguments = (str(small_verifier), str(tmp_path), "float32")
+    reference = run(TransformersEngine(*arguments), 4, prompts, decoding)
+    served = run(VLLMEngine(*arguments, 1, dict(EAGER)), 4, prompts, decoding)
+    assert sum(map(sum, (r.accepted for r in reference))) > 10
+    for ours, theirs in zip(served, reference, strict=True):
+        assert ours.output_ids == theirs.output_ids
+        assert ours.accepted == theirs.accepted
+
+
+STOCK = """
+import json, sys
+from vllm import LLM, SamplingParams
+verifier, speculator, prompts = json.loads(sys.argv[1])
+llm = LLM(verifier, dtype="float32", enforce_eager=True, max_model_len=512,
+          per_request_spec_decode_metrics="detailed",
+          speculative_config={"model": speculator, "method": "eagle3",
+                              "num_speculative_tokens": 3})
+from vllm.engine.arg_utils import EngineArgs
+assert not hasattr(EngineArgs.create_speculative_config, "_speculators_vllm")
+for ids in prompts:
+    (output,) = llm.generate({"prompt_token_ids": ids},
+                             SamplingParams(temperature=0, max_tokens=48), use_tqdm=False)
+    done = output.outputs[0]
+    print("RESULT", json.dumps([list(done.token_ids), done.spec_decode_metrics.per_step_accepted]))
+"""
+
+
+@pytest.mark.slow
+def test_stock_vllm_serves_our_checkpoint_with_the_same_counts():
+    from transformers import AutoTokenizer
+
+    from benchmarks.prompts import read_prompts, tokenize
+
+    tokenizer = AutoTokenizer.from_pretrained(playground.VERIFIER)
+    prompts = tokenize(read_prompts("playground", limit_per_category=1), tokenizer, 512)
+    arguments = (str(playground.VERIFIER), str(playground.EAGLE3))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            STOCK,
+            json.dumps([*arguments, [prompt.token_ids for prompt in prompts]]),
+        ],
+        env={**os.environ, "VLLM_PLUGINS": ""},
+        capture_output=True,
+        text=True,
+    )
+    results = [
+        json.loads(line.split("RESULT ")[1])
+        for line in done.stdout.splitlines()
+        if "RESULT " in line
+    ]
+    assert len(results) == len(prompts), done.stderr[-2000:]
+    reference = run(
+        TransformersEngine(*arguments, "float32"), 3, prompts, Decoding(48, 0.0, 0, False)
+    )
+    for (token_ids, accepted), record in zip(results, reference, strict=True):
+        assert token_ids == record.output_ids
+        assert accepted == record.accepted
+
+
+def test_wrong_verifier_is_one_line_before_any_weights(small_verifier):
+    from vllm import LLM
+
+    with pytest.raises(ValueError, match="hidden size 64; the speculator was made for 128"):
+        LLM(
+            str(small_verifier),
+            dtype="float32",
+            speculative_config={"model": str(playground.EAGLE3)},
+            **EAGER,
+        )
+
+
+@pytest.mark.slow
+def test_server_needs_nothing_but_the_speculators_folder(tmp_path):
+    """`vllm serve <verifier> --speculative-config '{"model": ...}'`, asked over HTTP."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(playground.VERIFIER),
+        "--speculative-config",
+        json.dumps({"model": str(playground.EAGLE3)}),
+        *("--dtype", "float32", "--enforce-eager", "--max-model-len", "512"),
+        *("--host", "127.0.0.1", "--port", str(port)),
+    ]
+    prompt = "def read(path):\n    "
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        _wait_until_up(server, port, tmp_path / "log")
+        body = {"model": str(playground.VERIFIER), "prompt": prompt, "max_tokens": 40}
+        text = _post(port, "/v1/completions", {**body, "temperature": 0})["choices"][0]["text"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
+            metrics = reply.read().decode()
+    finally:
+        server.terminate()
+        server.wait(60)
+    drafts = [x for x in metrics.splitlines() if x.startswith("vllm:spec_decode_num_drafts_total")]
+    assert float(drafts[0].split()[-1]) > 0
+    assert text == _greedy_text(prompt, 40)
+
+
+def _wait_until_up(server, port, log, timeout_s=240):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+            return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(log.read_text()[-3000:])
+
+
+def _post(port, path, body):
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as reply:
+        return json.loads(reply.read())
+
+
+def _greedy_text(prompt, max_tokens):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(playground.VERIFIER)
+    model = AutoModelForCausalLM.from_pretrained(playground.VERIFIER, dtype=torch.float32)
+    ids = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**ids, max_new_tokens=max_tokens, do_sample=False)
+    return tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,104 @@
+import json
+import shutil
+
+import pytest
+from transformers import AutoConfig
+
+from speculators_core.errors import SpeculatorError
+from speculators_vllm.speculative_config import complete
+from tests.conftest import make_verifier
+from tests.data import INTEROP
+
+EAGLE3 = str(INTEROP / "eagle3")
+VERIFIER = str(INTEROP / "verifier")
+
+
+def completed(given, by_flag=None, verifier=None):
+    verifier = verifier or AutoConfig.from_pretrained(VERIFIER)
+    return complete(given, by_flag or {}, verifier, VERIFIER)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the speculator whose config a test may change."""
+    folder = shutil.copytree(EAGLE3, tmp_path / "eagle3")
+
+    def change(edit):
+        config = json.loads((folder / "config.json").read_text())
+        edit(config)
+        (folder / "config.json").write_text(json.dumps(config))
+        return str(folder)
+
+    return change
+
+
+def test_method_and_tokens_come_from_the_checkpoint():
+    assert completed({"model": EAGLE3}) == {
+        "model": EAGLE3,
+        "method": "eagle3",
+        "num_speculative_tokens": 3,
+    }
+
+
+def test_users_own_keys_win():
+    settings = completed({"model": EAGLE3, "num-speculative-tokens": 2, "max_model_len": 99})
+    assert settings["num_speculative_tokens"] == 2
+    assert settings["max_model_len"] == 99
+
+
+def test_what_a_flag_gives_is_not_added_again():
+    settings = completed({}, {"model": EAGLE3, "num_speculative_tokens": 2})
+    assert settings == {"method": "eagle3"}
+
+
+def test_default_proposal_method_decides(copy):
+    def edit(config):
+        inner = config["speculators_config"]
+        inner["proposal_methods"].append({"proposal_type": "sampling", "speculative_tokens": 6})
+        inner["default_proposal_method"] = "sampling"
+
+    assert completed({"model": copy(edit)})["num_speculative_tokens"] == 6
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2},
+        {"method": "draft_model", "model": VERIFIER, "num_speculative_tokens": 3},
+        {"method": "custom_class", "model": "package.module.Class"},
+        {"model": "s3://bucket/draft"},
+    ],
+)
+def test_other_methods_are_left_alone(given):
+    assert completed(given) == given
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.update(norm_befor_fc=True), "Did you mean 'norm_before_fc'"),
+        (lambda c: c.update(eagle_aux_hidden_state_layer_ids=[1, 3, 7]), "7 is out of range"),
+        (lambda c: c.update(eagle_aux_hidden_state_layer_ids=[1, 3]), "fc.weight has shape"),
+        (lambda c: c.update(draft_vocab_size=100), "d2t .* is missing|lm_head.weight has shape"),
+    ],
+)
+def test_faulty_checkpoint_is_refused_before_vllm_loads_it(copy, edit, message):
+    with pytest.raises(SpeculatorError, match=message) as caught:
+        completed({"model": copy(edit)})
+    assert "\n" not in str(caught.value)
+
+
+def test_another_verifier_is_refused():
+    with pytest.raises(SpeculatorError, match="hidden size 32; the speculator was made for 128"):
+        completed({"model": EAGLE3}, verifier=make_verifier().config)
+
+
+@pytest.mark.parametrize("tokens", [0, -1, "three"])
+def test_tokens_below_one_are_refused(tokens):
+    with pytest.raises(SpeculatorError, match="at least 1"):
+        completed({"model": EAGLE3, "num_speculative_tokens": tokens})
+
+
+def test_missing_folder_is_refused():
+    with pytest.raises(SpeculatorError, match="no such folder"):
+        completed({"model": "/nowhere/eagle3"})
