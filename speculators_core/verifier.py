@@ -38,7 +38,6 @@ class VerifierHead(nn.Module):
         self.scale = float(getattr(text_config, "logit_scale", None) or 1.0) / float(
             getattr(text_config, "logits_scaling", None) or 1.0
         )
-        self.requires_grad_(False)
 
     def forward(
         self, last_hidden: Float[Tensor, "*rows hidden"], token_ids: Tensor | None = None
@@ -150,7 +149,9 @@ def _stored_name(name: str, stored: dict[str, checkpoint.StoredTensor], folder: 
     raise SpeculatorError(f"{folder}: no tensor {name}; it holds {len(stored)} others.")
 
 
-def check_verifier(speculator: SpeculatorModelConfig, verifier: PretrainedConfig) -> None:
+def check_verifier(
+    speculator: SpeculatorModelConfig, verifier: PretrainedConfig, name: str | None = None
+) -> None:
     """Compares what must agree between the two before any weights are read.
 
     Raises:
@@ -158,7 +159,7 @@ def check_verifier(speculator: SpeculatorModelConfig, verifier: PretrainedConfig
     """
     text = verifier.get_text_config()
     layer = speculator.transformer_layer_config
-    name = verifier.name_or_path or type(verifier).__name__
+    name = name or verifier.name_or_path or type(verifier).__name__
     expected_hidden = getattr(speculator, "target_hidden_size", None) or layer.hidden_size
     for what, found, expected in (
         ("hidden size", text.hidden_size, expected_hidden),

@@ -82,6 +82,7 @@ def _completing_speculative_config(original: Callable) -> Callable:
                 {key: value for key, value in by_flag.items() if value is not None},
                 target_model_config.hf_config,
                 target_model_config.model,
+                self.hf_token,
             )
         return original(self, target_model_config, target_parallel_config)
 

@@ -16,12 +16,16 @@ from speculators_core.verifier import check_verifier
 
 logger = logging.getLogger(__name__)
 
+WITHOUT_CHECKPOINT = ("ngram", "ngram_gpu", "suffix", "custom_class")
+"""Methods whose ``model`` is no checkpoint."""
+
 
 def complete(
     given: Mapping[str, Any],
     by_flag: Mapping[str, Any],
     verifier: PretrainedConfig,
     verifier_name: str,
+    token: str | bool | None = None,
 ) -> dict[str, Any]:
     """The user's settings, and for the rest what the speculator's checkpoint says.
 
@@ -34,50 +38,51 @@ def complete(
     """
     settings = {key.replace("-", "_"): value for key, value in given.items()}
     user = {**settings, **by_flag}
-    name = user.get("model")
-    if not isinstance(name, str) or not _may_be_a_speculator(name, user):
-        return settings
-    folder = checkpoint.fetch(name, weights=False, revision=user.get("revision") or "main")
-    config_dict = checkpoint.read_config(folder)
+    name, revision = user.get("model"), user.get("revision") or "main"
+    config_dict = _read_config(user, revision, token) if isinstance(name, str) else {}
     if config_dict.get("speculators_config") is None:
         return settings
-    if config_dict.get("speculators_model_type") in MODELS.names():
-        check_speculator(name, user.get("revision"), verifier, verifier_name)
-    from_checkpoint = vllm_settings(config_dict)
     tokens = user.get("num_speculative_tokens")
     if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
         raise SpeculatorError(f"num_speculative_tokens must be at least 1, found {tokens!r}.")
-    completed = {**{k: v for k, v in from_checkpoint.items() if k not in user}, **settings}
-    logger.info(
-        "speculator %s: %s, %s tokens a step",
-        name,
-        user.get("method", from_checkpoint["method"]),
-        user.get("num_speculative_tokens", from_checkpoint["num_speculative_tokens"]),
-    )
-    return completed
+    if config_dict.get("speculators_model_type") in MODELS.names():
+        check_speculator(
+            checkpoint.fetch(name, revision=revision, token=token), verifier, verifier_name
+        )
+    from_checkpoint = vllm_settings(config_dict)
+    logger.info("speculator %s: %s", name, {**from_checkpoint, **user})
+    return {**{k: v for k, v in from_checkpoint.items() if k not in user}, **settings}
 
 
-def _may_be_a_speculator(name: str, user: Mapping[str, Any]) -> bool:
-    """Methods without a draft checkpoint name something else as their model."""
-    if user.get("method") in ("ngram", "suffix", "custom_class"):
-        return False
-    if "://" in name:
-        return False
-    return Path(name).is_dir() or not name.startswith((".", "/", "["))
+def _read_config(
+    user: Mapping[str, Any], revision: str, token: str | bool | None
+) -> dict[str, Any]:
+    """The draft's ``config.json``; empty where it is for vLLM alone to judge.
+
+    A method of the user's own may take drafts in forms that have no such file, and what is not on
+    this machine vLLM may fetch from elsewhere than the hub.
+    """
+    name, method = user["model"], user.get("method")
+    if "://" in name or method in WITHOUT_CHECKPOINT:
+        return {}
+    try:
+        folder = checkpoint.fetch(name, weights=False, revision=revision, token=token)
+        return checkpoint.read_config(folder)
+    except SpeculatorError:
+        is_local = name.startswith((".", "/", "~")) or Path(name).exists()
+        if method is None and is_local:
+            raise
+        return {}
 
 
-def check_speculator(
-    name: str, revision: str | None, verifier: PretrainedConfig, verifier_name: str
-) -> None:
+def check_speculator(folder: Path, verifier: PretrainedConfig, verifier_name: str) -> None:
     """Reads the whole speculator once, before vLLM loads anything.
 
     Raises:
         SpeculatorError: config, tensors or verifier are at fault.
     """
-    folder = checkpoint.fetch(name, revision=revision or "main")
     config = SpeculatorModelConfig.from_pretrained(folder)
-    verifier.name_or_path = verifier_name
-    check_verifier(config, verifier)
+    check_verifier(config, verifier, verifier_name)
     SpeculatorModel.check_checkpoint(folder, config)
 
 

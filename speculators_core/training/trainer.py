@@ -69,7 +69,10 @@ class SpeculatorTrainer(Trainer):
         self.train_kwargs = train_kwargs
         self.eval_kwargs = eval_kwargs
         self.model_accepts_loss_kwargs = False
-        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._metrics: dict[bool, dict[str, list[float]]] = {
+            is_training: defaultdict(list) for is_training in (True, False)
+        }
+        model.verifier.to(self.args.device)
 
     def compute_loss(
         self, model: nn.Module, inputs: PackedTokens, return_outputs: bool = False, **_: Any
@@ -79,7 +82,7 @@ class SpeculatorTrainer(Trainer):
         kwargs = self.train_kwargs if model.training else self.eval_kwargs
         _, loss, metrics = model(batch, **kwargs)
         for name, value in metrics.items():
-            self._metrics[name].append(float(value))
+            self._metrics[model.training][name].append(float(value))
         return (loss, metrics) if return_outputs else loss
 
     def prediction_step(
@@ -89,10 +92,12 @@ class SpeculatorTrainer(Trainer):
             return self.compute_loss(model, inputs).detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the algorithm's metrics, averaged since the last line."""
-        prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
-        logs |= {f"{prefix}{name}": sum(v) / len(v) for name, v in self._metrics.items()}
-        self._metrics.clear()
+        """Adds the algorithm's metrics, averaged over the batches since the last such line."""
+        is_training = not any(key.startswith("eval_") for key in logs)
+        prefix = "" if is_training else "eval_"
+        metrics = self._metrics[is_training]
+        logs |= {f"{prefix}{name}": sum(v) / len(v) for name, v in metrics.items()}
+        metrics.clear()
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -67,6 +67,8 @@ def test_default_proposal_method_decides(copy):
         {"method": "draft_model", "model": VERIFIER, "num_speculative_tokens": 3},
         {"method": "custom_class", "model": "package.module.Class"},
         {"model": "s3://bucket/draft"},
+        {"model": "some/draft-out-of-reach"},
+        {"method": "draft_model", "model": "/nowhere/draft.gguf"},
     ],
 )
 def test_other_methods_are_left_alone(given):
