@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from pydantic import BaseModel, ConfigDict
 from transformers import (
+    GenerationConfig,
     PreTrainedTokenizerBase,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -137,7 +138,10 @@ def train_verifier(
         trainer.train()
         history += [{"layers": stage.num_layers, **entry} for entry in trainer.state.log_history]
     assert model is not None
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    model.generation_config = GenerationConfig(
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model.to("cpu", torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return history

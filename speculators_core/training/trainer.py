@@ -104,6 +104,9 @@ class SpeculatorTrainer(Trainer):
         """The checkpoint alone: Trainer would add its arguments as a pickle."""
         self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
 
+    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
+        """The algorithms divide by their own counts; Trainer would look for labels."""
+
     def _prepare_inputs(self, inputs: PackedTokens) -> PackedTokens:
         return PackedTokens(*(t.to(self.args.device) for t in vars(inputs).values()))
 
