@@ -5,12 +5,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-DEVICE := $(if $(shell command -v nvidia-smi),cuda,cpu)
+DEVICE := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 
 .PHONY: demo test lint setup clean
 
 demo: $(READY)
-	$(BIN)/python -m benchmarks.acceptance --output results/demo
+	$(BIN)/python -m benchmarks.acceptance --limit-per-category 4 --max-tokens 96 --output results/demo
 
 test: lint
 	$(BIN)/python -m pytest

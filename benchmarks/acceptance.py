@@ -6,7 +6,7 @@ and with speculation in one run, on vLLM or on the reference decoder.
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,7 +44,7 @@ class AcceptanceSettings(BaseModel):
     concurrency: int = Field(1, ge=1)
     """Requests at one time; the reference decoder takes one."""
     seed: int = 0
-    """Of sampling."""
+    """Of sampling; each further run adds one."""
     ignore_eos: bool = False
     """Go on past the end of a text, up to max_tokens."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
@@ -60,10 +60,20 @@ def run(*, settings: Annotated[AcceptanceSettings | None, Parameter(name="*")] =
     from benchmarks.report import print_report, write_report
 
     settings = settings or AcceptanceSettings()
+    if settings.output is not None:
+        _make_writable(settings.output)
     report = measure(settings)
     print_report(report)
     if settings.output is not None:
         write_report(report, settings.output)
+
+
+def _make_writable(folder: Path) -> None:
+    """A run that cannot be written is refused before it starts."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpeculatorError(f"{folder}: cannot write reports there ({error}).") from error
 
 
 def measure(settings: AcceptanceSettings) -> Any:
@@ -88,7 +98,7 @@ def measure(settings: AcceptanceSettings) -> Any:
     checked = _check_inputs(settings)
     prompts = checked.prompts
     dtype = settings.dtype or ("auto" if _has_gpu() else "float32")
-    engine_args = {} if _has_gpu() else {"enforce_eager": True}
+    engine_args: dict[str, Any] = {} if _has_gpu() else {"enforce_eager": True}
     engine_args |= {"seed": settings.seed, **settings.engine_args}
     engine = _engine(settings, checked, dtype, engine_args)
     decoding = Decoding(
@@ -100,7 +110,10 @@ def measure(settings: AcceptanceSettings) -> Any:
         what = "without speculation" if count is None else f"K = {count}"
         with engine.loaded(count) as runner, progress(what, settings.runs * len(prompts)) as done:
             warm_up(runner, prompts, decoding)
-            runs[count] = [runner.run(prompts, decoding, done) for _ in range(settings.runs)]
+            runs[count] = [
+                runner.run(prompts, replace(decoding, seed=settings.seed + run), done)
+                for run in range(settings.runs)
+            ]
     baseline = runs.pop(None)
     return Report(
         settings={**settings.model_dump(mode="json"), "dtype": dtype, "engine_args": engine_args},
@@ -150,6 +163,7 @@ def _check_inputs(settings: AcceptanceSettings) -> _Checked:
     check_verifier(config, verifier_config)
     SpeculatorModel.check_checkpoint(folder, config)
     longest = verifier_config.get_text_config().max_position_embeddings
+    longest = min(longest, settings.engine_args.get("max_model_len", longest))
     tokenized = tokenize(prompts, _tokenizer(verifier), longest)
     return _Checked(speculator, folder, verifier, config.proposal.speculative_tokens, tokenized)
 

@@ -129,11 +129,16 @@ class TransformersEngine:
 
     @contextmanager
     def loaded(self, speculative_tokens: int | None) -> Iterator[Runner]:
+        import torch
+
         from speculators_core.model import SpeculatorModel
 
         speculator = SpeculatorModel.from_pretrained(
             self.speculator, verifier=self.verifier, dtype=self.dtype
         )
+        if torch.cuda.is_available():
+            speculator.to("cuda")
+            speculator.verifier.to("cuda")
         yield _TransformersRunner(speculator, speculative_tokens)
 
 
@@ -162,6 +167,7 @@ class _TransformersRunner:
             else:
                 output = self.speculator.generate(
                     ids,
+                    do_sample=False,
                     num_assistant_tokens=self.speculative_tokens,
                     return_dict_in_generate=True,
                     **common,

@@ -83,7 +83,7 @@ def report_k(
     return KReport(
         speculative_tokens=speculative_tokens,
         pooled=summarize(records, speculative_tokens),
-        interval_95=bootstrap_interval(records),
+        interval_95=bootstrap_interval(runs),
         macro_acceptance_length=macro_acceptance_length(records),
         categories={
             name: summarize(group, speculative_tokens)
@@ -147,50 +147,51 @@ def hash_weights(folder: str | Path) -> str | None:
 
 
 def print_report(report: Report) -> None:
-    """The tables: by number of speculative tokens, and by category of the largest."""
-    alone = median(report.baseline_tokens_per_s)
-    table = Table(title=f"acceptance of {report.speculator}", title_justify="left")
-    for column in ("K", "tau", "95 %", "macro", "joint rates", "conditional rates", "tok/s"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("speed-up", no_wrap=True)
-    table.add_column("identical", no_wrap=True)
+    """The tables: by number of speculative tokens, by position, and by category."""
+    num_prompts = len(report.baseline_requests)
+    summary = _table(
+        "acceptance", "K", "tau", "95 %", "macro", "tok/s", "alone", "speed-up", "identical"
+    )
+    positions = _table("by position", "K", "position", "kept", "joint", "conditional")
+    categories = _table("by category", "K", "category", "requests", "drafts", "tau", "kept")
+    alone = f"{median(report.baseline_tokens_per_s):.1f}"
     for entry in report.by_k:
-        pooled = entry.pooled
-        table.add_row(
-            str(entry.speculative_tokens),
+        k, pooled = str(entry.speculative_tokens), entry.pooled
+        same = entry.num_identical
+        summary.add_row(
+            k,
             f"{pooled.acceptance_length:.3f}",
             "{:.2f}-{:.2f}".format(*entry.interval_95),
             f"{entry.macro_acceptance_length:.3f}",
-            _rates(pooled.joint_rates),
-            _rates(pooled.conditional_rates),
             f"{median(entry.tokens_per_s):.1f}",
+            alone,
             f"{entry.speed_up:.2f}x",
-            "-"
-            if entry.num_identical is None
-            else f"{entry.num_identical} of {len(report.baseline_requests)}",
+            "-" if same is None else f"{same} of {num_prompts}",
         )
-    console.print(table)
-    last = report.by_k[-1]
-    table = Table(title=f"by category, K = {last.speculative_tokens}", title_justify="left")
-    for column in ("category", "requests", "drafts", "tau", "accepted by position"):
-        table.add_column(column, no_wrap=True)
-    for name, summary in last.categories.items():
-        table.add_row(
-            name,
-            str(summary.num_requests),
-            str(summary.num_drafts),
-            f"{summary.acceptance_length:.3f}",
-            " ".join(map(str, summary.accepted_per_position)),
+        rates = zip(
+            pooled.accepted_per_position, pooled.joint_rates, pooled.conditional_rates, strict=True
         )
-    console.print(table)
+        for position, (kept, joint, conditional) in enumerate(rates, 1):
+            shown = "-" if conditional is None else f"{conditional:.3f}"
+            positions.add_row(k, str(position), str(kept), f"{joint:.3f}", shown)
+        for name, group in entry.categories.items():
+            kept_of_group = " ".join(map(str, group.accepted_per_position))
+            tau = f"{group.acceptance_length:.3f}"
+            numbers = (str(group.num_requests), str(group.num_drafts), tau)
+            categories.add_row(k, name, *numbers, kept_of_group)
+    for table in (summary, positions, categories):
+        console.print(table)
     console.print(
-        f"without speculation {alone:.1f} tok/s; {last.repeated_8_grams:.1%} of the outputs' "
-        f"8-grams repeat; tau counts the bonus token"
+        f"{report.by_k[-1].repeated_8_grams:.1%} of the outputs' 8-grams repeat; "
+        "tau counts the bonus token; alone is tok/s without speculation"
     )
 
 
-def _rates(rates: list[float] | list[float | None]) -> str:
-    return " ".join("-" if rate is None else f"{rate:.2f}" for rate in rates)
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
 
 
 def write_report(report: Report, folder: Path) -> None:

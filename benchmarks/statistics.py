@@ -76,11 +76,15 @@ def macro_acceptance_length(records: Sequence[RequestRecord]) -> float:
     return sum(_pooled(group) for group in groups) / max(1, len(groups))
 
 
-def bootstrap_interval(records: Sequence[RequestRecord], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the pooled acceptance length, resampling prompts."""
+def bootstrap_interval(
+    runs: Sequence[Sequence[RequestRecord]], seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of the pooled acceptance length, resampling prompts with all their runs."""
     generator = random.Random(seed)
+    prompts = list(zip(*runs, strict=True))
     lengths = sorted(
-        _pooled(generator.choices(records, k=len(records))) for _ in range(BOOTSTRAP_SAMPLES)
+        _pooled([record for prompt in drawn for record in prompt])
+        for drawn in (generator.choices(prompts, k=len(prompts)) for _ in range(BOOTSTRAP_SAMPLES))
     )
     return lengths[int(0.025 * BOOTSTRAP_SAMPLES)], lengths[int(0.975 * BOOTSTRAP_SAMPLES) - 1]
 

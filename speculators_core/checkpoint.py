@@ -21,13 +21,19 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from speculators_core.errors import SpeculatorError
+from speculators_core.errors import SpeculatorError, first_line
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-FOREIGN_KEYS = {"auto_map", "speculators_version", "has_no_defaults_at_init", "_name_or_path"}
+FOREIGN_KEYS = {
+    "auto_map",
+    "speculators_version",
+    "has_no_defaults_at_init",
+    "inference_type",
+    "_name_or_path",
+}
 """Written by other versions and projects, read by nobody: dropped."""
 LAYER_KEYS = {
     "num_aux_hidden_states",
@@ -36,10 +42,16 @@ LAYER_KEYS = {
     "is_neox_style",
     "is_causal",
     "logit_scale",
+    "verifier_num_hidden_layers",
 }
-"""Keys inside ``transformer_layer_config`` that vLLM reads and Transformers does not."""
+"""Keys inside ``transformer_layer_config`` that vLLM or we read and Transformers does not."""
 COMMON_KEYS = {"name_or_path", "torch_dtype", "attn_implementation", "_commit_hash"}
 """Keys of any Transformers config that are not fields of its class."""
+
+
+ALL_FILES = (CONFIG, "generation_config.json", "model*.safetensors", INDEX)
+HEAD_FILES = (CONFIG, INDEX)
+"""Enough to know what a checkpoint is, and which of its files holds which tensor."""
 
 
 def is_common_key(key: str) -> bool:
@@ -52,23 +64,24 @@ def without_foreign_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies, and its shape."""
+    """Where a tensor lies, under what name, and its shape."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
 
 
 def fetch(
     name_or_path: str | PathLike,
     *,
-    weights: bool = True,
+    files: Collection[str] = ALL_FILES,
     cache_dir: str | PathLike | None = None,
     force_download: bool = False,
     local_files_only: bool = False,
     token: str | bool | None = None,
     revision: str | None = "main",
 ) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded, its weights only if asked for.
+    """The local folder of a checkpoint; of a hub id the files of these names are downloaded.
 
     Raises:
         SpeculatorError: there is no such folder, or no such repository within reach.
@@ -78,12 +91,11 @@ def fetch(
         return folder
     if folder.exists():
         raise SpeculatorError(f"{folder} is a file; expected the folder that holds {CONFIG}.")
-    patterns = [CONFIG, "*.safetensors", "*.safetensors.index.json"] if weights else [CONFIG]
     try:
         return Path(
             snapshot_download(
                 str(name_or_path),
-                allow_patterns=patterns,
+                allow_patterns=list(files),
                 cache_dir=None if cache_dir is None else Path(cache_dir),
                 force_download=force_download,
                 local_files_only=local_files_only,
@@ -94,9 +106,8 @@ def fetch(
     except HFValidationError as error:
         raise SpeculatorError(f"{name_or_path}: no such folder, and not a hub id.") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise SpeculatorError(
-            f"{name_or_path}: no such folder, and the hub did not give it ({reason})."
+            f"{name_or_path}: no such folder, and the hub did not give it ({first_line(error)})."
         ) from error
 
 
@@ -121,8 +132,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint by name, from the files' headers alone.
+def stored_tensors(folder: Path, files: Collection[str] | None = None) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint, or of these files of it, from the files' headers alone.
 
     Raises:
         SpeculatorError: no weights, a shard missing or truncated, or the index names a tensor
@@ -130,14 +141,28 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     if not (folder / INDEX).exists():
         return _stored_in(folder / WEIGHTS)
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise SpeculatorError(f"{folder / INDEX}: weight_map must map tensor names to files.")
+    weight_map = {
+        name: shard
+        for name, shard in read_weight_map(folder).items()
+        if files is None or shard in files
+    }
     shards = {name: _stored_in(_inside(folder, name)) for name in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise SpeculatorError(f"{folder / shard}: no tensor {name}, though the index says so.")
     return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Tensor names to files, as the index says.
+
+    Raises:
+        SpeculatorError: the index is no such map.
+    """
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise SpeculatorError(f"{folder / INDEX}: weight_map must map tensor names to files.")
+    return weight_map
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -152,7 +177,7 @@ def _stored_in(file: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(file, "pt") as tensors:
             return {
-                name: StoredTensor(file, tuple(tensors.get_slice(name).get_shape()))
+                name: StoredTensor(file, name, tuple(tensors.get_slice(name).get_shape()))
                 for name in tensors.keys()
             }
     except SafetensorError as error:
@@ -162,8 +187,9 @@ def _stored_in(file: Path) -> dict[str, StoredTensor]:
 
 
 def check_shapes(
-    stored: Mapping[str, StoredTensor],
+    found: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
+    where: str | Path,
     optional: Collection[str] = (),
 ) -> None:
     """Compares names and shapes with what a model needs.
@@ -171,22 +197,17 @@ def check_shapes(
     Raises:
         SpeculatorError: a tensor is missing, unknown or of another shape; the first is named.
     """
-    where = next(iter(stored.values())).file.parent if stored else "the checkpoint"
     for name, shape in expected.items():
-        if name not in stored:
-            if name in optional:
-                continue
+        if name not in found and name not in optional:
             raise SpeculatorError(f"{where}: tensor {name} {list(shape)} is missing.")
-        if stored[name].shape != shape:
+        if name in found and found[name] != shape:
             raise SpeculatorError(
-                f"{stored[name].file}: {name} has shape {list(stored[name].shape)}; the config "
-                f"asks for {list(shape)}."
+                f"{where}: {name} has shape {list(found[name])}; the config asks for {list(shape)}."
             )
-    for name in stored:
+    for name in found:
         if name not in expected:
             raise SpeculatorError(
-                f"{stored[name].file}: tensor {name} has no place in the model that "
-                f"{CONFIG} describes."
+                f"{where}: tensor {name} has no place in the model that {CONFIG} describes."
             )
 
 
@@ -203,15 +224,16 @@ def read_tensors(
             for name in names:
                 if stored[name].file != file:
                     continue
-                tensor = tensors.get_tensor(name)
+                tensor = tensors.get_tensor(stored[name].name)
                 if tensor.is_floating_point() and not tensor.isfinite().all():
                     raise SpeculatorError(f"{file}: {name} holds a NaN or an infinity.")
                 yield name, tensor
 
 
 def write_config(folder: str | PathLike, config: Mapping[str, Any]) -> None:
-    with _replacing(Path(folder)) as draft:
+    with _writing_into(Path(folder)) as draft:
         (draft / CONFIG).write_text(_json(config), encoding="utf-8")
+        os.replace(draft / CONFIG, Path(folder) / CONFIG)
 
 
 def write_checkpoint(
@@ -220,35 +242,35 @@ def write_checkpoint(
     tensors: Mapping[str, Tensor],
     max_shard_size: str | int = "5GB",
 ) -> None:
-    """Writes a whole checkpoint; a reader sees the old one or the new one of each file."""
+    """Writes a whole checkpoint; what it replaces goes only when it is whole itself."""
     folder = Path(folder)
-    old_shards = (
-        set(read_json(folder / INDEX)["weight_map"].values())
-        if (folder / INDEX).exists()
-        else set()
-    )
-    with _replacing(folder) as draft:
+    old = {INDEX, WEIGHTS}
+    if (folder / INDEX).exists():
+        old |= {_inside(folder, shard).name for shard in read_weight_map(folder).values()}
+    with _writing_into(folder) as draft:
         save_torch_state_dict(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             draft,
             max_shard_size=max_shard_size,
             metadata={"format": "pt"},
         )
-        (draft / CONFIG).write_text(_json(config), encoding="utf-8")
         written = {path.name for path in draft.iterdir()}
-    for stale in (old_shards | {INDEX, WEIGHTS}) - written:
-        (folder / stale).unlink(missing_ok=True)
+        for name in sorted(written):  # shards before their index
+            os.replace(draft / name, folder / name)
+        # The index first: without it a reader takes the single file, with it only its shards.
+        for stale in sorted(old - written, key=lambda name: name != INDEX):
+            (folder / stale).unlink(missing_ok=True)
+        (draft / CONFIG).write_text(_json(config), encoding="utf-8")
+        os.replace(draft / CONFIG, folder / CONFIG)
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write into whose files replace those of ``folder`` once all are whole."""
+def _writing_into(folder: Path) -> Iterator[Path]:
+    """A folder for unfinished files beside those that they shall replace."""
     folder.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
     try:
         yield draft
-        for path in sorted(draft.iterdir()):
-            os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -257,13 +279,14 @@ def _json(config: Mapping[str, Any]) -> str:
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-def as_dtype(name: str | None, default: torch.dtype) -> torch.dtype:
+def as_dtype(dtype: str | torch.dtype | None, default: torch.dtype = torch.float32) -> torch.dtype:
     """The torch dtype that a config names.
 
     Raises:
-        SpeculatorError: the name is no floating-point dtype.
+        SpeculatorError: it is no floating-point dtype.
     """
-    dtype = getattr(torch, name, None) if name else default
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    name = str(dtype).removeprefix("torch.")
+    found = default if dtype is None else getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise SpeculatorError(f"dtype {name!r} is not a floating-point dtype of torch.")
-    return dtype
+    return found

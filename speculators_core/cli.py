@@ -3,6 +3,7 @@
 import sys
 
 import cyclopts
+from rich.console import Console
 
 from speculators_core import console
 from speculators_core.errors import SpeculatorError
@@ -17,6 +18,8 @@ def app() -> cyclopts.App:
         name="speculators",
         help="Train, check and serve speculators for speculative decoding.",
         version_flags=["--version"],
+        error_console=Console(stderr=True, soft_wrap=True),
+        error_formatter=lambda error: f"error: {' '.join(str(error).split())}",
     )
     for name in COMMANDS.names():
         commands.command(COMMANDS.path(name), name=name)

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -117,7 +118,14 @@ def _read_layer_config(value: Any) -> PretrainedConfig:
     for key in value:
         if key not in known and (hint := did_you_mean(key, known - set(value))):
             raise ValueError(f"unknown key {key!r}.{hint}")
-    return config_class(**{key: item for key, item in value.items() if key != "model_type"})
+    try:
+        config = config_class(**{key: item for key, item in value.items() if key != "model_type"})
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    # Qwen's classes drop the window without use_sliding_window; readers go by layer_types.
+    if "sliding_attention" in (value.get("layer_types") or ()):
+        config.sliding_window = value.get("sliding_window")
+    return config
 
 
 def _write_layer_config(config: PretrainedConfig) -> dict[str, Any]:
@@ -170,7 +178,13 @@ class SpeculatorModelConfig(PretrainedConfig):
             setattr(self, name, getattr(checked, name))
         if self.architectures is None:
             self.architectures = [MODELS.load(self.speculators_model_type).__name__]
+        checkpoint.as_dtype(kwargs.get("torch_dtype", self.dtype))
         super().__post_init__(**kwargs)
+        if self.speculators_config.algorithm != self.speculators_model_type:
+            raise SpeculatorError(
+                f"speculators_config.algorithm {self.speculators_config.algorithm!r} contradicts "
+                f"speculators_model_type {self.speculators_model_type!r}."
+            )
         self.check()
 
     def check(self) -> None:
@@ -179,6 +193,9 @@ class SpeculatorModelConfig(PretrainedConfig):
         Raises:
             SpeculatorError: the keys contradict each other.
         """
+
+    def settle(self, verifier: PretrainedConfig) -> None:
+        """Takes from the verifier's text config what the checkpoint leaves to it."""
 
     @property
     def proposal(self) -> TokenProposalConfig:
@@ -235,7 +252,7 @@ class SpeculatorModelConfig(PretrainedConfig):
         """
         folder = checkpoint.fetch(
             pretrained_model_name_or_path,
-            weights=False,
+            files=[checkpoint.CONFIG],
             cache_dir=cache_dir,
             force_download=force_download,
             local_files_only=local_files_only,

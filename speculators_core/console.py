@@ -12,7 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 LINE_EVERY_S = 30.0
 
+PIPE_WIDTH = 120
+
 console = Console()
+if not console.is_terminal:
+    console = Console(width=PIPE_WIDTH)
 
 
 def set_up() -> None:

@@ -10,6 +10,12 @@ class SpeculatorError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says first."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def first_fault(error: ValidationError) -> str:
     """The first complaint of a pydantic validation as ``field: complaint (found value)``."""
     fault = error.errors(include_url=False)[0]

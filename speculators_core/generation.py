@@ -17,6 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from speculators_core.acceptance import accept_greedy
+from speculators_core.errors import SpeculatorError
+from speculators_core.proposals import GreedyTokenProposalConfig
 from speculators_core.verifier import LayerTaps
 
 DEFAULT_MAX_NEW_TOKENS = 20
@@ -42,6 +44,30 @@ class Drafter(Protocol):
         hidden_states: Float[Tensor, "batch new aux_hidden"],
         num_tokens: int,
     ) -> Int[Tensor, "batch draft"]: ...
+
+
+SUPPORTED = {
+    "max_length",
+    "max_new_tokens",
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "return_dict_in_generate",
+}
+WITHOUT_EFFECT_WHEN_GREEDY = {
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "use_cache",
+    "transformers_version",
+    "_from_model_config",
+}
+NEUTRAL = {("repetition_penalty", 1.0), ("length_penalty", 1.0), ("diversity_penalty", 0.0)}
+"""Values with which a setting does nothing."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +126,7 @@ def generate(
     proposed in one step is ``num_assistant_tokens``, or else the checkpoint's.
 
     Raises:
-        SpeculatorError: no verifier is attached in full.
+        SpeculatorError: no verifier is attached in full, or it has layers without a cache to cut.
         ValueError: a prompt that is empty or too long, or an argument that is not supported.
     """
     verifier = speculator.verifier
@@ -113,7 +139,12 @@ def generate(
         raise ValueError(f"expected input_ids of shape [1, seq] with seq >= 1, found {found}")
     if attention_mask is not None and not attention_mask.bool().all():
         raise ValueError("attention_mask masks tokens; one prompt without padding is expected")
-    num_tokens = num_assistant_tokens or speculator.config.proposal.speculative_tokens
+    proposal = speculator.config.proposal
+    if proposal != GreedyTokenProposalConfig(speculative_tokens=proposal.speculative_tokens):
+        raise ValueError(f"only exact acceptance of greedy proposals is supported: {proposal!r}")
+    num_tokens = num_assistant_tokens
+    if num_tokens is None:
+        num_tokens = proposal.speculative_tokens
     if num_tokens < 1:
         raise ValueError(f"num_assistant_tokens must be at least 1, found {num_tokens}")
     limits = _limits(verifier, config, prompt.shape[1])
@@ -148,6 +179,12 @@ def decode(
     """
     layer_ids = speculator.config.aux_layer_ids
     cache = DynamicCache(config=verifier.config.get_text_config())
+    if not cache.is_croppable:
+        raise SpeculatorError(
+            f"{type(verifier).__name__} keeps a recurrent state that rejected tokens cannot be "
+            "taken out of; the reference decoder needs attention layers alone."
+        )
+    cache.activate_past_recording()  # a window must give back what rejected tokens pushed out
     state = speculator.start_drafting()
     counts = AcceptanceCounts(num_tokens)
     longest = verifier.config.get_text_config().max_position_embeddings
@@ -156,6 +193,7 @@ def decode(
 
     with LayerTaps(verifier, layer_ids) as taps:
         logits = verifier(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        cache.crop(0)
         confirmed = prompt.shape[1]
         next_tokens = torch.cat([prompt[:, 1:], logits[:, -1].argmax(-1, keepdim=True)], dim=1)
         new_tokens = _emit(next_tokens[0, -1:].tolist(), [], limits, streamer)
@@ -176,8 +214,7 @@ def decode(
             num_kept = int(kept.num_accepted)
             if drafted.shape[1]:
                 counts.accepted.append(num_kept)
-            if rejected := drafted.shape[1] - num_kept:
-                cache.crop(-rejected)
+            cache.crop(num_kept - drafted.shape[1])
             confirmed += 1 + num_kept
             next_tokens = torch.cat([drafted[:, :num_kept], kept.next_token[:, None]], dim=1)
             new_tokens = _emit(next_tokens[0].tolist(), new_tokens, limits, streamer)
@@ -208,12 +245,33 @@ def _finished(new_tokens: list[int], limits: _Limits) -> bool:
 def _generation_config(
     verifier: PreTrainedModel, given: GenerationConfig | None, overrides: dict[str, Any]
 ) -> tuple[GenerationConfig, dict[str, Any]]:
-    base = given if given is not None else verifier.generation_config
-    config = GenerationConfig.from_dict(base.to_dict())
+    """The verifier's settings under the given ones under the overrides, as in Transformers.
+
+    Raises:
+        ValueError: a setting would change the output and is not supported.
+    """
+    config = GenerationConfig(**{**verifier.generation_config.to_dict(), **_set(given)})
     unused = config.update(**overrides)
-    if config.do_sample or (config.num_beams or 1) > 1:
-        raise ValueError("only greedy decoding is supported: do_sample=False and num_beams=1")
+    if config.do_sample:
+        raise ValueError("only greedy decoding is supported: pass do_sample=False")
+    for name in _set(config).keys() - WITHOUT_EFFECT_WHEN_GREEDY - SUPPORTED:
+        raise ValueError(f"{name}={getattr(config, name)!r} is not supported")
     return config, unused
+
+
+def _set(config: GenerationConfig | None) -> dict[str, Any]:
+    """What differs from a setting's neutral value."""
+    if config is None:
+        return {}
+    neutral = GenerationConfig().to_dict() | {"num_beams": 1, "num_return_sequences": 1}
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if value is not None
+        and value is not False
+        and value != neutral.get(name)
+        and (name, value) not in NEUTRAL
+    }
 
 
 def _limits(verifier: PreTrainedModel, config: GenerationConfig, prompt_length: int) -> _Limits:
@@ -222,7 +280,12 @@ def _limits(verifier: PreTrainedModel, config: GenerationConfig, prompt_length: 
         raise ValueError(f"the prompt has {prompt_length} tokens; the verifier takes {longest}")
     if config.max_new_tokens is not None:
         max_new_tokens = config.max_new_tokens
-    elif config.max_length is not None and config.max_length > prompt_length:
+    elif config.max_length is not None:
+        if config.max_length <= prompt_length:
+            raise ValueError(
+                f"max_length {config.max_length} leaves the {prompt_length} tokens "
+                "of the prompt no successor; raise it or pass max_new_tokens"
+            )
         max_new_tokens = config.max_length - prompt_length
     else:
         max_new_tokens = DEFAULT_MAX_NEW_TOKENS

@@ -26,7 +26,7 @@ Attend = Callable[[int, Queries, Keys, Keys], Queries]
 """(layer index, queries, keys, values of these rows) to the attended values."""
 
 QUERY_BLOCK = 256
-"""Rows whose scores exist at one time."""
+"""Rows whose scores are computed at one time, against the keys up to their last."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from speculators_core import checkpoint
 from speculators_core.config import SpeculatorModelConfig
@@ -38,9 +43,6 @@ class SpeculatorModel(PreTrainedModel):
     main_input_name = "input_ids"
     _supports_sdpa = True
 
-    from_verifier: ClassVar[tuple[str, ...]] = ()
-    """Tensors that a checkpoint may leave out, because the verifier has them."""
-
     def __init__(
         self,
         config: SpeculatorModelConfig,
@@ -49,6 +51,8 @@ class SpeculatorModel(PreTrainedModel):
     ):
         super().__init__(config)
         self._attached: list[PreTrainedModel | VerifierHead] = []
+        self.unset: set[str] = set()
+        """Tensors that hold no trained value yet: neither loaded nor taken from a verifier."""
         self._requested = (verifier, _mode(verifier, verifier_attachment_mode))
 
     def post_init(self) -> None:
@@ -113,6 +117,8 @@ class SpeculatorModel(PreTrainedModel):
         Raises:
             SpeculatorError: it cannot be read, or it is not the one that the draft was made for.
         """
+        if mode not in ("full", "train_only"):
+            raise ValueError(f"mode must be 'full' or 'train_only', found {mode!r}")
         resolved = self.resolve_verifier(verifier)
         check_verifier(self.config, verifier_config_of(resolved, trust_remote_code))
         attached: PreTrainedModel | VerifierHead
@@ -123,6 +129,7 @@ class SpeculatorModel(PreTrainedModel):
         else:
             attached = read_verifier_head(resolved, self.dtype, trust_remote_code).to(self.device)
         self._attached = [attached.eval()]
+        self.fill_unset()
 
     def detach_verifier(self) -> None:
         """Lets go of the verifier, and of its memory where nobody else holds it."""
@@ -156,7 +163,7 @@ class SpeculatorModel(PreTrainedModel):
         """
         folder = checkpoint.fetch(
             pretrained_model_name_or_path,
-            weights=state_dict is None,
+            files=checkpoint.ALL_FILES if state_dict is None else [checkpoint.CONFIG],
             cache_dir=cache_dir,
             force_download=force_download,
             local_files_only=local_files_only,
@@ -172,27 +179,30 @@ class SpeculatorModel(PreTrainedModel):
                 f"{folder} holds a {config.speculators_model_type} speculator; load it with "
                 f"{model_class.__name__} or SpeculatorModel."
             )
-        stored = model_class.stored_tensors(folder, config) if state_dict is None else {}
         mode = _mode(verifier, verifier_attachment_mode)
+        if state_dict is None:
+            stored = model_class.stored_tensors(folder, config)
+            tensors = dict(checkpoint.read_tensors(stored, list(stored)))
+        else:
+            tensors = dict(state_dict)
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            model_class.check_shapes(shapes, config, "state_dict")
         model = model_class(config)
-        missing = [name for name in model.state_dict() if name not in (state_dict or stored)]
+        missing = set(model.state_dict()) - set(tensors)
         source = None
-        if missing or mode != "detached":
+        if missing & set(model.from_verifier) or mode != "detached":
             source = model.resolve_verifier(verifier)
             check_verifier(config, verifier_config_of(source))
-        tensors = dict(state_dict or checkpoint.read_tensors(stored, list(stored)))
         model.to(_dtype(dtype, config))
-        if missing and source is not None:
-            head = (
-                VerifierHead(source)
-                if isinstance(source, PreTrainedModel)
-                else read_verifier_head(source, model.dtype)
-            )
-            tensors |= {name: model.tensor_from_verifier(name, head) for name in missing}
-        model.load_state_dict(tensors)
-        model.check_tensors()
+        model.load_state_dict(tensors, strict=False)
+        model.unset = missing
+        model.check_tensors(tensors)
         if mode != "detached":
             model.attach_verifier(source, mode)
+        elif source is not None:
+            model.attach_verifier(source, "train_only")
+            model.detach_verifier()
+        model.fill_unset()
         return model.eval()
 
     @classmethod
@@ -204,30 +214,59 @@ class SpeculatorModel(PreTrainedModel):
         Raises:
             SpeculatorError: a file or a tensor is missing, too much, or of another shape.
         """
+        stored = checkpoint.stored_tensors(folder)
+        cls.check_shapes({name: tensor.shape for name, tensor in stored.items()}, config, folder)
+        return stored
+
+    @classmethod
+    def check_shapes(
+        cls,
+        found: Mapping[str, tuple[int, ...]],
+        config: SpeculatorModelConfig,
+        where: str | Path,
+    ) -> None:
+        """Raises SpeculatorError unless these tensors are what the config asks for."""
         with torch.device("meta"):
             model = cls.registered_model_class_from_config(config)(config)
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        stored = checkpoint.stored_tensors(folder)
-        checkpoint.check_shapes(stored, wanted, optional=model.from_verifier)
-        return stored
+        checkpoint.check_shapes(found, wanted, where, model.optional)
 
     @classmethod
     def check_checkpoint(cls, folder: Path, config: SpeculatorModelConfig) -> None:
         """Reads every tensor once and keeps none.
 
         Raises:
-            SpeculatorError: a file or a tensor is missing, of another shape, or not finite.
+            SpeculatorError: a file or a tensor is missing, of another shape, or not finite; or
+                tensors contradict each other.
         """
         stored = cls.stored_tensors(folder, config)
-        for _ in checkpoint.read_tensors(stored, list(stored)):
-            pass
+        kept = {
+            name: tensor
+            for name, tensor in checkpoint.read_tensors(stored, list(stored))
+            if not tensor.is_floating_point()
+        }
+        cls.registered_model_class_from_config(config).check_tensors(kept)
 
-    def check_tensors(self) -> None:
-        """Rules over loaded tensors; an algorithm adds its own."""
+    @property
+    def from_verifier(self) -> tuple[str, ...]:
+        """Tensors that a checkpoint may leave out, because the verifier has them."""
+        return ()
 
-    def tensor_from_verifier(self, name: str, head: VerifierHead) -> Tensor:
-        """The tensor of `from_verifier` of that name, made from the verifier's."""
-        raise NotImplementedError(name)
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """All tensors that a checkpoint may leave out."""
+        return self.from_verifier
+
+    @staticmethod
+    def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+        """Rules over the values of loaded tensors; an algorithm adds its own.
+
+        Raises:
+            SpeculatorError: tensors contradict each other.
+        """
+
+    def fill_unset(self) -> None:
+        """Gives every tensor in ``unset`` its value, where what it comes from is at hand."""
 
     def save_pretrained(
         self,
@@ -255,7 +294,7 @@ class SpeculatorModel(PreTrainedModel):
         if name is None or Path(name).is_absolute() or not origin:
             return
         located = Path(locate_verifier(name, beside=origin))
-        if located.is_dir() and not (target / name).is_dir():
+        if located.is_dir() and (target / name).resolve() != located.resolve():
             written["speculators_config"]["verifier"]["name_or_path"] = str(located)
 
     # ---- registry and training ----
@@ -277,6 +316,7 @@ class SpeculatorModel(PreTrainedModel):
         if not any(weight.requires_grad for weight in model.parameters()):
             raise SpeculatorError(f"{type(model).__name__} has no weight that requires a gradient.")
         _ = model.verifier_head
+        assert not model.unset
 
     @classmethod
     @abstractmethod
@@ -314,9 +354,14 @@ class SpeculatorModel(PreTrainedModel):
         the verifier has confirmed since the last call are given.
         """
 
-    def generate(self, inputs: Int[Tensor, "batch seq"] | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Int[Tensor, "batch seq"] | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Speculative decoding with the attached verifier; see `generation.generate`."""
-        return generate(self, inputs, **kwargs)
+        return generate(self, inputs, generation_config, **kwargs)
 
 
 def load_verifier(
@@ -327,7 +372,8 @@ def load_verifier(
     Raises:
         SpeculatorError: a file is missing or truncated.
     """
-    folder = checkpoint.fetch(name_or_path)
+    files = (*checkpoint.ALL_FILES, "*.py") if trust_remote_code else checkpoint.ALL_FILES
+    folder = checkpoint.fetch(name_or_path, files=files)
     checkpoint.stored_tensors(folder)
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
@@ -347,10 +393,4 @@ def _mode(verifier: Any, mode: AttachmentMode | None) -> AttachmentMode:
 
 
 def _dtype(dtype: str | torch.dtype, config: SpeculatorModelConfig) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype != "auto":
-        return checkpoint.as_dtype(dtype, torch.float32)
-    if config.dtype is None or isinstance(config.dtype, torch.dtype):
-        return config.dtype or torch.float32
-    return checkpoint.as_dtype(config.dtype, torch.float32)
+    return checkpoint.as_dtype(config.dtype if dtype == "auto" else dtype)

@@ -5,20 +5,21 @@ convention (a gain of ``w`` or ``1 + w``, soft-capped or scaled logits). They ar
 the checkpoint; the layers are never loaded for them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from speculators_core import checkpoint
 from speculators_core.config import SpeculatorModelConfig
-from speculators_core.errors import SpeculatorError
+from speculators_core.errors import SpeculatorError, first_line
 
 
 class VerifierHead(nn.Module):
@@ -30,10 +31,9 @@ class VerifierHead(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         text_config = model.config.get_text_config()
-        self.config = model.config
         self.norm = decoder_of(model).norm
-        self.embed_tokens = model.get_input_embeddings()
-        self.lm_head = model.get_output_embeddings()
+        self.embed_tokens = _Weights(model.get_input_embeddings())
+        self.lm_head = _Weights(model.get_output_embeddings())
         self.soft_cap: float | None = getattr(text_config, "final_logit_softcapping", None)
         self.scale = float(getattr(text_config, "logit_scale", None) or 1.0) / float(
             getattr(text_config, "logits_scaling", None) or 1.0
@@ -43,14 +43,24 @@ class VerifierHead(nn.Module):
         self, last_hidden: Float[Tensor, "*rows hidden"], token_ids: Tensor | None = None
     ) -> Float[Tensor, "*rows vocab"]:
         """Logits over the whole vocabulary, or over ``token_ids`` alone."""
-        weight = self.lm_head.weight
-        logits = nn.functional.linear(
-            self.norm(last_hidden), weight if token_ids is None else weight[token_ids]
-        )
-        logits = logits * self.scale
+        weight: Tensor = self.lm_head.weight
+        bias: Tensor | None = self.lm_head.bias
+        last_hidden = last_hidden.to(weight.dtype)
+        if token_ids is not None:
+            weight, bias = weight[token_ids], None if bias is None else bias[token_ids]
+        logits = nn.functional.linear(self.norm(last_hidden), weight, bias) * self.scale
         return (
             logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
         )
+
+
+class _Weights(nn.Module):
+    """The weights of an embedding or a head, without what its family does around them."""
+
+    def __init__(self, module: Any):
+        super().__init__()
+        self.weight: nn.Parameter = module.weight
+        self.bias: nn.Parameter | None = getattr(module, "bias", None)
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
@@ -85,14 +95,14 @@ def read_verifier_config(
     Raises:
         SpeculatorError: there is no such verifier within reach, or no config in it.
     """
-    folder = checkpoint.fetch(name_or_path, weights=False)
+    files = [checkpoint.CONFIG, "*.py"] if trust_remote_code else [checkpoint.CONFIG]
+    folder = checkpoint.fetch(name_or_path, files=files)
     checkpoint.read_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise SpeculatorError(
-            f"{folder}: not a verifier that Transformers reads: {reason}"
+            f"{folder}: not a verifier that Transformers reads: {first_line(error)}"
         ) from error
     config.name_or_path = str(name_or_path)
     return config
@@ -109,41 +119,53 @@ def read_verifier_head(
         SpeculatorError: a tensor is missing, of a wrong shape, or not finite.
     """
     config = read_verifier_config(name_or_path, trust_remote_code)
-    folder = checkpoint.fetch(name_or_path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise SpeculatorError(f"{name_or_path}: no language model: {first_line(error)}") from error
     head = VerifierHead(model)
-    stored = checkpoint.stored_tensors(folder)
     names = {id(weight): name for name, weight in model.named_parameters()}
-    found: dict[int, Tensor] = {}
-    for module in (head.norm, head.embed_tokens, head.lm_head):
-        for weight in module.parameters(recurse=False):
-            name = _stored_name(names[id(weight)], stored, folder)
-            if stored[name].shape != tuple(weight.shape):
-                raise SpeculatorError(
-                    f"{stored[name].file}: {name} has shape {list(stored[name].shape)}; the "
-                    f"config asks for {list(weight.shape)}."
-                )
-            if id(weight) not in found:
-                found[id(weight)] = dict(checkpoint.read_tensors(stored, [name]))[name]
-    default = checkpoint.as_dtype(
-        str(config.dtype).removeprefix("torch.") if config.dtype else None, torch.float32
+    wanted = {weight: names[id(weight)] for weight in head.parameters()}
+    stored = _stored_weights(name_or_path, list(wanted.values()))
+    expected = {name: tuple(weight.shape) for weight, name in wanted.items()}
+    checkpoint.check_shapes(
+        {name: tensor.shape for name, tensor in stored.items()}, expected, str(name_or_path)
     )
+    read = dict(checkpoint.read_tensors(stored, list(stored)))
+    target = dtype or checkpoint.as_dtype(config.dtype)
     for module in (head.norm, head.embed_tokens, head.lm_head):
         for key, weight in list(module.named_parameters(recurse=False)):
-            if weight.is_meta:
-                read = found[id(weight)].to(dtype or default)
-                setattr(module, key, nn.Parameter(read, requires_grad=False))
+            tensor = read[names[id(weight)]].to(target)
+            setattr(module, key, nn.Parameter(tensor, requires_grad=False))
     return head
 
 
-def _stored_name(name: str, stored: dict[str, checkpoint.StoredTensor], folder: Path) -> str:
+def _stored_weights(
+    name_or_path: str | PathLike, names: Sequence[str]
+) -> dict[str, checkpoint.StoredTensor]:
+    """The named tensors; of a sharded verifier on the hub their shards alone are downloaded."""
+    folder = checkpoint.fetch(name_or_path, files=checkpoint.HEAD_FILES)
+    if (folder / checkpoint.INDEX).exists():
+        weight_map = checkpoint.read_weight_map(folder)
+        stored_names = {name: _stored_name(name, weight_map, folder) for name in names}
+        shards = {weight_map[stored] for stored in stored_names.values()}
+        folder = checkpoint.fetch(name_or_path, files=(*checkpoint.HEAD_FILES, *sorted(shards)))
+        stored = checkpoint.stored_tensors(folder, shards)
+    else:
+        folder = checkpoint.fetch(name_or_path, files=(checkpoint.CONFIG, checkpoint.WEIGHTS))
+        stored = checkpoint.stored_tensors(folder)
+        stored_names = {name: _stored_name(name, stored, folder) for name in names}
+    return {name: stored[stored_name] for name, stored_name in stored_names.items()}
+
+
+def _stored_name(name: str, stored: Collection[str], folder: Path) -> str:
     """The name itself, or the shortest stored name with the same ending (nested text models)."""
     if name in stored:
         return name
     endings = [".".join(name.split(".")[-size:]) for size in (3, 2)]
     for ending in endings:
-        matches = sorted((n for n in stored if n.endswith(ending)), key=len)
+        matches = sorted((n for n in stored if n.endswith(f".{ending}")), key=len)
         if matches:
             return matches[0]
     raise SpeculatorError(f"{folder}: no tensor {name}; it holds {len(stored)} others.")
@@ -152,7 +174,7 @@ def _stored_name(name: str, stored: dict[str, checkpoint.StoredTensor], folder: 
 def check_verifier(
     speculator: SpeculatorModelConfig, verifier: PretrainedConfig, name: str | None = None
 ) -> None:
-    """Compares what must agree between the two before any weights are read.
+    """Compares what must agree between the two, and settles what the config leaves open.
 
     Raises:
         SpeculatorError: another hidden size, vocabulary or number of layers.
@@ -175,6 +197,7 @@ def check_verifier(
                 f"{name}: {what} {found}; the speculator was made for {expected}. "
                 f"Pass the verifier it was trained with ({speculator.verifier.name_or_path})."
             )
+    speculator.settle(text)
     layer_ids = getattr(speculator, "aux_layer_ids", None) or []
     if layer_ids and layer_ids[-1] > text.num_hidden_layers:
         raise SpeculatorError(
@@ -199,12 +222,9 @@ class LayerTaps:
     def __enter__(self) -> "LayerTaps":
         layers = self.decoder.layers
         for layer_id in set(self.layer_ids):
-            if layer_id < len(layers):
-                hook = self._catch_input(layer_id)
-                handle = layers[layer_id].register_forward_pre_hook(hook, with_kwargs=True)
-            else:
-                hook = self._catch_input(layer_id)
-                handle = self.decoder.norm.register_forward_pre_hook(hook, with_kwargs=True)
+            reader = layers[layer_id] if layer_id < len(layers) else self.decoder.norm
+            hook = self._catch_input(layer_id)
+            handle = reader.register_forward_pre_hook(hook, with_kwargs=True)
             self._handles.append(handle)
         return self
 

@@ -5,6 +5,7 @@ made for CUDA and make `import vllm` die beside a CPU torch; and its command lin
 metadata of a distribution called ``vllm``, which is not its name. Imports neither vLLM nor torch.
 """
 
+import shutil
 import subprocess
 import sys
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -19,7 +20,11 @@ def main() -> None:
     if cpu_build is None:
         return
     remove_clashing()
-    if _installed("vllm") is None:
+    stated = _installed("vllm")
+    if stated is not None and (stated.read_text("INSTALLER") or "").strip() == MADE_BY:
+        shutil.rmtree(str(stated.locate_file(f"vllm-{stated.version}.dist-info")))
+        stated = None
+    if stated is None:
         print(f"wrote {write_vllm_metadata(cpu_build)}: `vllm serve` looks for it")
 
 

@@ -41,7 +41,7 @@ def preload() -> bool:
     _name_in_environment()
     if "torch" not in sys.modules:
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    return str(path) in Path("/proc/self/maps").read_text()
+    return LIBRARY in Path("/proc/self/maps").read_text()
 
 
 def _name_in_environment() -> None:

@@ -7,18 +7,27 @@ another, the patch steps aside with a warning and vLLM behaves as it does alone.
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 MARK = "_speculators_vllm"
+TESTED = ((0, 32), (0, 33))
+"""First and last minor version of vLLM that this was made for."""
 
 
 def apply() -> None:
-    """Wraps vLLM's functions, once a process."""
-    from vllm.engine import arg_utils
+    """Wraps vLLM's functions, once a process.
 
+    Only a process that has imported `vllm.engine.arg_utils` builds an engine's config. Engine cores
+    and workers have not, and need none of this.
+    """
+    arg_utils = sys.modules.get("vllm.engine.arg_utils")
+    if arg_utils is None:
+        return
+    warn_of_untested_version()
     # vLLM 0.32, 0.33: builds the speculative settings from the user's --speculative-config.
     _wrap(
         arg_utils.EngineArgs,
@@ -70,7 +79,7 @@ def _completing_speculative_config(original: Callable) -> Callable:
         self: Any, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
         if self.speculative_config is not None or self.spec_model is not None:
-            from speculators_vllm.speculative_config import complete
+            from speculators_vllm.speculative_config import Source, complete
 
             by_flag = {
                 "method": self.spec_method,
@@ -80,24 +89,41 @@ def _completing_speculative_config(original: Callable) -> Callable:
             self.speculative_config = complete(
                 self.speculative_config or {},
                 {key: value for key, value in by_flag.items() if value is not None},
-                target_model_config.hf_config,
+                target_model_config.hf_text_config,
                 target_model_config.model,
-                self.hf_token,
+                Source(
+                    token=self.hf_token,
+                    cache_dir=self.download_dir,
+                    has_weights=self.load_format != "dummy",
+                ),
             )
         return original(self, target_model_config, target_parallel_config)
 
     return create_speculative_config
 
 
+def warn_of_untested_version() -> None:
+    """One warning where vLLM is older or newer than what was tested."""
+    from vllm.version import __version_tuple__
+
+    found = tuple(__version_tuple__[:2])
+    if not TESTED[0] <= found <= TESTED[1]:
+        first, last = ("{}.{}".format(*version) for version in TESTED)
+        logger.warning(
+            "speculators-vllm was tested with vLLM %s to %s; found %s.%s", first, last, *found
+        )
+
+
 def _locating_verifier(original: Callable) -> Callable:
     def maybe_override_with_speculators(model: str, *args: Any, **kwargs: Any) -> Any:
         verifier, tokenizer, speculative_config = original(model, *args, **kwargs)
-        if verifier != model:
-            from speculators_core.verifier import locate_verifier
+        if verifier == model:
+            return verifier, tokenizer, speculative_config
+        from speculators_vllm.speculative_config import locate
 
-            located = locate_verifier(verifier, beside=model)
-            tokenizer = located if tokenizer == verifier else tokenizer
-            verifier = located
-        return verifier, tokenizer, speculative_config
+        located, by_default = locate(model, verifier, kwargs.get("revision"))
+        user = kwargs.get("vllm_speculative_config") or {}
+        speculative_config |= {k: v for k, v in by_default.items() if k not in user}
+        return located, located if tokenizer == verifier else tokenizer, speculative_config
 
     return maybe_override_with_speculators

@@ -1,7 +1,9 @@
 """From a speculator's config to vLLM's speculative settings."""
 
 import logging
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from speculators_core.config import SpeculatorModelConfig
 from speculators_core.errors import SpeculatorError
 from speculators_core.model import SpeculatorModel
 from speculators_core.registry import MODELS
-from speculators_core.verifier import check_verifier
+from speculators_core.verifier import check_verifier, locate_verifier
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +22,22 @@ WITHOUT_CHECKPOINT = ("ngram", "ngram_gpu", "suffix", "custom_class")
 """Methods whose ``model`` is no checkpoint."""
 
 
+@dataclass(frozen=True)
+class Source:
+    """How vLLM was told to get its files."""
+
+    token: str | bool | None = None
+    cache_dir: str | None = None
+    has_weights: bool = True
+    """False with ``--load-format dummy``."""
+
+
 def complete(
     given: Mapping[str, Any],
     by_flag: Mapping[str, Any],
     verifier: PretrainedConfig,
     verifier_name: str,
-    token: str | bool | None = None,
+    source: Source | None = None,
 ) -> dict[str, Any]:
     """The user's settings, and for the rest what the speculator's checkpoint says.
 
@@ -37,53 +49,100 @@ def complete(
         SpeculatorError: the speculator is at fault, or was not made for this verifier.
     """
     settings = {key.replace("-", "_"): value for key, value in given.items()}
-    user = {**settings, **by_flag}
-    name, revision = user.get("model"), user.get("revision") or "main"
-    config_dict = _read_config(user, revision, token) if isinstance(name, str) else {}
-    if config_dict.get("speculators_config") is None:
+    try:
+        from_checkpoint = _from_checkpoint(
+            {**settings, **by_flag}, verifier, verifier_name, source or Source()
+        )
+    except SpeculatorError:
+        raise
+    except Exception:  # a fault of ours must not stop a run that vLLM can do alone
+        logger.warning("speculators-vllm could not read the speculator", exc_info=True)
         return settings
+    if from_checkpoint:
+        logger.info("speculator: %s", {**from_checkpoint, **settings, **by_flag})
+    return {**{k: v for k, v in from_checkpoint.items() if k not in by_flag}, **settings}
+
+
+def _from_checkpoint(
+    user: Mapping[str, Any], verifier: PretrainedConfig, verifier_name: str, source: Source
+) -> dict[str, Any]:
+    """vLLM's settings that the checkpoint decides; none where the draft is vLLM's to judge."""
+    name = user.get("model")
+    if not isinstance(name, str) or not _may_be_a_speculator(name, user.get("method")):
+        return {}
+    where: dict[str, Any] = {
+        "revision": user.get("revision") or "main",
+        "token": source.token,
+        "cache_dir": source.cache_dir,
+    }
+    try:
+        config_dict = checkpoint.read_config(
+            checkpoint.fetch(name, files=[checkpoint.CONFIG], **where)
+        )
+    except SpeculatorError as error:
+        if user.get("method") is None and _is_broken_local(name):
+            raise
+        logger.info("left the draft to vLLM: %s", error)
+        return {}
+    if config_dict.get("speculators_config") is None:
+        return {}
     tokens = user.get("num_speculative_tokens")
     if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
         raise SpeculatorError(f"num_speculative_tokens must be at least 1, found {tokens!r}.")
-    if config_dict.get("speculators_model_type") in MODELS.names():
-        check_speculator(
-            checkpoint.fetch(name, revision=revision, token=token), verifier, verifier_name
-        )
-    from_checkpoint = vllm_settings(config_dict)
-    logger.info("speculator %s: %s", name, {**from_checkpoint, **user})
-    return {**{k: v for k, v in from_checkpoint.items() if k not in user}, **settings}
+    kind = config_dict.get("speculators_model_type")
+    if kind in MODELS.names():
+        files = checkpoint.ALL_FILES if source.has_weights else [checkpoint.CONFIG]
+        folder = checkpoint.fetch(name, files=files, **where)
+        config = SpeculatorModelConfig.from_pretrained(folder)
+        check_verifier(config, verifier, verifier_name)
+        if source.has_weights:
+            SpeculatorModel.check_checkpoint(folder, config)
+    else:
+        from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES
+
+        if kind not in SUPPORTED_SPECULATORS_TYPES:
+            known = sorted({*MODELS.names(), *SUPPORTED_SPECULATORS_TYPES})
+            raise SpeculatorError(
+                f"{name}: unknown speculators_model_type {kind!r}; known: {', '.join(known)}."
+            )
+    return vllm_settings(config_dict)
 
 
-def _read_config(
-    user: Mapping[str, Any], revision: str, token: str | bool | None
-) -> dict[str, Any]:
-    """The draft's ``config.json``; empty where it is for vLLM alone to judge.
-
-    A method of the user's own may take drafts in forms that have no such file, and what is not on
-    this machine vLLM may fetch from elsewhere than the hub.
-    """
-    name, method = user["model"], user.get("method")
-    if "://" in name or method in WITHOUT_CHECKPOINT:
-        return {}
-    try:
-        folder = checkpoint.fetch(name, weights=False, revision=revision, token=token)
-        return checkpoint.read_config(folder)
-    except SpeculatorError:
-        is_local = name.startswith((".", "/", "~")) or Path(name).exists()
-        if method is None and is_local:
-            raise
-        return {}
+def _may_be_a_speculator(name: str, method: str | None) -> bool:
+    """Some methods name something else as their model; other hubs than ours are vLLM's."""
+    if method in WITHOUT_CHECKPOINT or "://" in name or os.environ.get("VLLM_USE_MODELSCOPE"):
+        return False
+    return "/" in name or Path(name).exists()
 
 
-def check_speculator(folder: Path, verifier: PretrainedConfig, verifier_name: str) -> None:
-    """Reads the whole speculator once, before vLLM loads anything.
+def _is_broken_local(name: str) -> bool:
+    """A path that is not there, or a folder without any file by which vLLM knows a model."""
+    folder = Path(name)
+    if not folder.exists():
+        return name.startswith((".", "/", "~"))
+    return folder.is_dir() and not any(
+        path.name == "params.json" or path.suffix == ".gguf" for path in folder.iterdir()
+    )
+
+
+def locate(
+    speculator: str, verifier: str | None, revision: str | None
+) -> tuple[str, dict[str, Any]]:
+    """Where the verifier of a speculator lies that is served by its own name, and its settings.
 
     Raises:
-        SpeculatorError: config, tensors or verifier are at fault.
+        SpeculatorError: the speculator names no verifier.
     """
-    config = SpeculatorModelConfig.from_pretrained(folder)
-    check_verifier(config, verifier, verifier_name)
-    SpeculatorModel.check_checkpoint(folder, config)
+    if not verifier:
+        raise SpeculatorError(
+            f"{speculator} names no verifier. Serve it with vllm serve <verifier> "
+            f'--speculative-config \'{{"model": "{speculator}"}}\'.'
+        )
+    folder = checkpoint.fetch(speculator, files=[checkpoint.CONFIG], revision=revision or "main")
+    settings = vllm_settings(checkpoint.read_config(folder))
+    return locate_verifier(verifier, beside=speculator), {
+        "num_speculative_tokens": settings["num_speculative_tokens"]
+    }
 
 
 def vllm_settings(config_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,8 @@ def test_configs_are_equal_by_value():
         ({"speculators_model_type": "eagle9"}, "known: eagle3"),
         ({"speculators_model_type": None}, "known: eagle3"),
         ({"draft_vocab_size": 0}, "draft_vocab_size"),
+        ({"dtype": "float3"}, "dtype 'float3'"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
         ({"draft_vocab_size": 9999}, "larger than the verifier's vocabulary of 2048"),
         ({"norm_before_fc": True, "fc_norm": True}, "exclude each other"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
@@ -77,6 +79,8 @@ def test_bad_key_is_named_in_one_line(change, message):
         ("hiden_size", 128, "Did you mean 'hidden_size'"),
         ("model_type", "nope", "'nope' is not in Transformers"),
         ("model_type", "gemma3_text", "has no draft layers"),
+        ("hidden_size", "128", "hidden_size"),
+        ("num_aux_hidden_states", 5, "num_aux_hidden_states is 5, but there are 3"),
     ],
 )
 def test_bad_layer_config_is_named(key, value, message):
@@ -98,6 +102,7 @@ def test_bad_layer_config_is_named(key, value, message):
         (("proposal_methods", 0, "proposal_type"), "magic", "known: greedy, sampling"),
         (("proposal_methods", 0, "tokens"), 3, "tokens"),
         (("verifer",), {}, "verifer"),
+        (("algorithm",), "mtp", "contradicts speculators_model_type 'eagle3'"),
     ],
 )
 def test_bad_speculators_config_is_named(path, value, message):
@@ -118,6 +123,11 @@ def test_dict_without_type_is_refused():
 def test_foreign_keys_of_other_writers_are_dropped():
     config = {**interop_config(), "auto_map": {"": "config.X"}, "has_no_defaults_at_init": False}
     assert "auto_map" not in SpeculatorModelConfig.from_dict(config).to_dict()
+
+
+def test_draft_vocabulary_of_null_is_the_verifiers():
+    config = SpeculatorModelConfig.from_dict({**interop_config(), "draft_vocab_size": None})
+    assert config.draft_vocab_size == 2048
 
 
 def test_keyword_replaces_key_and_the_rest_comes_back():

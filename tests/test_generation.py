@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from speculators_core.errors import SpeculatorError
@@ -109,7 +110,10 @@ def test_streamer_gets_every_token_once(model):
         (torch.zeros(1, 0, dtype=torch.long), {}, r"found \[1, 0\]"),
         (prompt(128), {}, "the prompt has 128 tokens; the verifier takes 128"),
         (prompt(4), {"do_sample": True}, "only greedy decoding"),
-        (prompt(4), {"num_beams": 2}, "only greedy decoding"),
+        (prompt(4), {"num_beams": 2}, "num_beams=2 is not supported"),
+        (prompt(4), {"repetition_penalty": 1.2}, "repetition_penalty=1.2 is not supported"),
+        (prompt(4), {"max_length": 3}, "max_length 3 leaves"),
+        (prompt(4), {"num_assistant_tokens": 0}, "at least 1"),
         (prompt(4), {"nonsense": 2}, "does not take nonsense"),
         (prompt(4), {"num_assistant_tokens": -1}, "at least 1"),
         (prompt(4), {"attention_mask": torch.tensor([[0, 1, 1, 1]])}, "masks tokens"),
@@ -132,3 +136,32 @@ def test_counts_are_joint():
     assert counts.accepted_per_position == [4, 3, 2]
     assert counts.acceptance_length == 1 + 9 / 5
     assert AcceptanceCounts(3).acceptance_length == 1.0
+
+
+def test_verifier_with_a_sliding_window_gives_its_own_output():
+    window = make_verifier(
+        use_sliding_window=True,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    ids = prompt(9)
+    alone = verifier_alone(window, ids, max_new_tokens=40)
+    assert torch.equal(make_eagle3(window).generate(ids, max_new_tokens=40), alone)
+
+
+def test_given_config_is_laid_over_the_verifiers(model, verifier):
+    ids = prompt(6)
+    text = verifier_alone(verifier, ids, max_new_tokens=30)[0, 6:].tolist()
+    verifier.generation_config.eos_token_id = text[4]
+    try:
+        stopped = model.generate(ids, GenerationConfig(max_new_tokens=30))
+    finally:
+        verifier.generation_config.eos_token_id = None
+    assert stopped[0, 6:].tolist() == text[: text.index(text[4]) + 1]
+
+
+def test_lossy_proposal_settings_are_not_ignored(verifier):
+    lossy = make_eagle3(verifier)
+    lossy.config.proposal.verifier_accept_k = 2
+    with pytest.raises(ValueError, match="only exact acceptance"):
+        lossy.generate(prompt(4))

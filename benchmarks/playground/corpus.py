@@ -87,12 +87,12 @@ def conversation(function: Function) -> list[dict[str, str]]:
 def prompts(files: list[SourceFile]) -> list[dict]:
     """Twelve prompts for each of four categories, from held-out files alone.
 
-    ``module``: the head of a file; ``class``: a file up to and with a class header and its
-    docstring; ``function``: a file up to and with a function's signature and docstring;
-    ``chat``: a request for a function.
+    ``class``: a file up to and with a class header and its docstring; ``function``: up to and with
+    a function's signature and docstring; ``body``: up to the middle of a function; ``chat``: a
+    request for a function.
     """
     held_out = [file for file in files if file.is_held_out and len(file.text) > 2_000]
-    chosen: dict[str, list[dict]] = {"module": [], "class": [], "function": [], "chat": []}
+    chosen: dict[str, list[dict]] = {"class": [], "function": [], "body": [], "chat": []}
     for file in held_out:
         lines = file.text.splitlines(keepends=True)
         for category, candidate in _candidates(file, lines):
@@ -108,17 +108,20 @@ def write_prompts(chosen: list[dict], path: Path) -> None:
 
 
 def _candidates(file: SourceFile, lines: list[str]) -> Iterator[tuple[str, dict]]:
-    yield "module", {"prompt": "".join(lines[:12])}
+    # A line break takes the indent after it, so a prompt ends before one.
     for node in ast.walk(ast.parse(file.text)):
         if not isinstance(node, ast.ClassDef | ast.FunctionDef) or not ast.get_docstring(node):
             continue
         header_end = node.body[0].end_lineno or node.lineno
         if header_end - node.lineno > 15 or len(node.body) < 3 or node.lineno < 20:
             continue
-        context = "".join(lines[max(0, node.lineno - 21) : header_end])
-        if len(context) < 1_800:
-            kind = "class" if isinstance(node, ast.ClassDef) else "function"
-            yield kind, {"prompt": context}
+        kind = "class" if isinstance(node, ast.ClassDef) else "function"
+        half_way = node.body[len(node.body) // 2].end_lineno or header_end
+        ends = {kind: header_end} if kind == "class" else {kind: header_end, "body": half_way}
+        for category, end in ends.items():
+            context = "".join(lines[max(0, node.lineno - 21) : end]).rstrip()
+            if len(context) < 1_800:
+                yield category, {"prompt": context}
     for function in functions(file):
         if function.source.count("\n") >= 6:
             yield "chat", {"messages": conversation(function)[:1]}

@@ -3,7 +3,7 @@
 A step of a deep verifier is long even where each layer is cheap, so speculation pays on a CPU.
 Training it deep from the start would spend most of the time on layers that have nothing to do yet:
 a quarter of the layers learns first, then the stack is repeated and training goes on
-(one-shot depthwise stacking, arXiv:2405.15319).
+(one-shot depthwise stacking, arXiv:2405.15319). A last stage teaches it to leave loops.
 """
 
 import random
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from benchmarks.playground.corpus import SourceFile, conversation, functions
+from benchmarks.playground.loops import unlearn_loops
 from speculators_core.training.optimizers import MuonAdamW
 
 ROW_LENGTH = 1024
@@ -101,7 +102,8 @@ def train_verifier(
     work: Path,
 ) -> list[dict]:
     """Trains, saves bf16 weights and the tokenizer to ``directory`` and returns the log."""
-    train_rows = rows(documents(train, tokenizer))
+    train_documents = documents(train, tokenizer)
+    train_rows = rows(train_documents)
     eval_rows = rows(documents(held_out, tokenizer)).select(range(64))
     model: Qwen3ForCausalLM | None = None
     history: list[dict] = []
@@ -138,6 +140,11 @@ def train_verifier(
         trainer.train()
         history += [{"layers": stage.num_layers, **entry} for entry in trainer.state.log_history]
     assert model is not None
+    history += [
+        {"stage": "loops", **entry} for entry in unlearn_loops(model, train_documents, work, SEED)
+    ]
+    model.eval()
+    history.append({"eval_loss": trainer.evaluate()["eval_loss"]})
     model.generation_config = GenerationConfig(
         eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
         pad_token_id=tokenizer.pad_token_id,

@@ -14,6 +14,7 @@ Training unrolls the same steps for all rows at once, so the draft learns to liv
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -33,10 +34,9 @@ from speculators_core.layers import (
     decoder_layer,
     family_of,
 )
-from speculators_core.losses import weighted_loss
+from speculators_core.losses import LOSSES, weighted_loss
 from speculators_core.model import SpeculatorModel
 from speculators_core.proposals import GreedyTokenProposalConfig
-from speculators_core.verifier import VerifierHead
 from speculators_core.vocabulary import check_vocabulary
 
 MASK_SUM_FLOOR = 1e-5
@@ -47,7 +47,7 @@ class Eagle3SpeculatorConfig(SpeculatorModelConfig):
     """An EAGLE-3 speculator on disk. Defaults are those of readers that leave a key out."""
 
     speculators_model_type: Literal["eagle3"] = "eagle3"
-    draft_vocab_size: Annotated[int, Field(ge=1)] = 32_000
+    draft_vocab_size: Annotated[int, Field(ge=1)] | None = 32_000
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
@@ -66,26 +66,44 @@ class Eagle3SpeculatorConfig(SpeculatorModelConfig):
             )
         if self.norm_before_fc and self.fc_norm:
             raise SpeculatorError("norm_before_fc and fc_norm exclude each other; set one.")
-        if self.draft_vocab_size > self.transformer_layer_config.vocab_size:
+        layer_config = self.transformer_layer_config
+        if self.draft_vocab_size is None:
+            self.draft_vocab_size = layer_config.vocab_size
+        if self.draft_vocab_size > layer_config.vocab_size:
             raise SpeculatorError(
                 f"draft_vocab_size {self.draft_vocab_size} is larger than the verifier's "
-                f"vocabulary of {self.transformer_layer_config.vocab_size}."
+                f"vocabulary of {layer_config.vocab_size}."
             )
+        # vLLM sizes the fc of a llama draft by this key, not by the ids.
+        num_aux = len(ids) if ids is not None else DEFAULT_NUM_AUX
+        stated = getattr(layer_config, "num_aux_hidden_states", num_aux)
+        if stated != num_aux:
+            raise SpeculatorError(
+                f"transformer_layer_config.num_aux_hidden_states is {stated}, but there are "
+                f"{num_aux} aux layer ids ({ids})."
+            )
+        if num_aux != DEFAULT_NUM_AUX:
+            layer_config.num_aux_hidden_states = num_aux
+
+    def settle(self, verifier: PretrainedConfig) -> None:
+        if self.eagle_aux_hidden_state_layer_ids is None:
+            self._default_aux_layer_ids = default_aux_layer_ids(verifier.num_hidden_layers)
 
     @property
     def aux_layer_ids(self) -> list[int]:
-        """Layers whose states the draft reads, ascending.
+        """Layers whose states the draft reads, ascending; the paper's where the config has none.
 
         Raises:
-            SpeculatorError: the config names none, so the verifier's depth decides; see
-                `default_aux_layer_ids`.
+            SpeculatorError: the config has none, and the verifier's depth is not known yet.
         """
-        if self.eagle_aux_hidden_state_layer_ids is None:
+        if self.eagle_aux_hidden_state_layer_ids is not None:
+            return self.eagle_aux_hidden_state_layer_ids
+        if not hasattr(self, "_default_aux_layer_ids"):
             raise SpeculatorError(
-                "the config has no eagle_aux_hidden_state_layer_ids. Write the ids the draft was "
-                "trained on; EAGLE-3's own are 2, n // 2 and n - 3 for n verifier layers."
+                "the config has no eagle_aux_hidden_state_layer_ids: the verifier's depth decides. "
+                "Attach the verifier first."
             )
-        return self.eagle_aux_hidden_state_layer_ids
+        return self._default_aux_layer_ids
 
 
 def default_aux_layer_ids(num_layers: int) -> list[int]:
@@ -133,7 +151,11 @@ class Eagle3Recipe(BaseModel):
 
 
 def _loss_weights(value: Any) -> Any:
-    return {value: 1.0} if isinstance(value, str) else value
+    """The name of one loss stands for that loss alone; every name must be known."""
+    weights = {value: 1.0} if isinstance(value, str) else value
+    if unknown := [name for name in weights if name not in LOSSES]:
+        raise ValueError(f"unknown loss {unknown[0]!r}; known: {', '.join(LOSSES)}")
+    return weights
 
 
 class Eagle3Objective(BaseModel):
@@ -145,7 +167,9 @@ class Eagle3Objective(BaseModel):
     """Steps that the training unroll takes."""
     ttt_step_loss_decay: float = Field(1.0, gt=0.0)
     """Step k counts with this to the power of k."""
-    loss: Annotated[Mapping[str, float], BeforeValidator(_loss_weights)] = {"kl_div": 1.0}
+    loss: Annotated[Mapping[str, float], BeforeValidator(_loss_weights), Field(min_length=1)] = {
+        "kl_div": 1.0
+    }
     """Weights of the losses in `losses.LOSSES`, or the name of one."""
 
 
@@ -161,7 +185,6 @@ class Eagle3DraftModel(SpeculatorModel):
     """The EAGLE-3 draft: embeddings, fc, one or more layers, norm and head."""
 
     config_class: ClassVar[type[SpeculatorModelConfig]] = Eagle3SpeculatorConfig
-    from_verifier = ("embed_tokens.weight", "lm_head.weight")
     config: Eagle3SpeculatorConfig
     d2t: Tensor
     t2d: Tensor
@@ -173,6 +196,7 @@ class Eagle3DraftModel(SpeculatorModel):
         layer_config = config.transformer_layer_config
         family = family_of(layer_config)
         hidden, vocab = layer_config.hidden_size, layer_config.vocab_size
+        draft_vocab = config.draft_vocab_size or vocab
         aux_hidden = config.target_hidden_size or hidden
         num_aux = len(config.eagle_aux_hidden_state_layer_ids or range(DEFAULT_NUM_AUX))
         norm_eps = layer_config.rms_norm_eps
@@ -193,10 +217,10 @@ class Eagle3DraftModel(SpeculatorModel):
             for index in range(layer_config.num_hidden_layers)
         )
         self.norm = family.norm(hidden, eps=norm_eps)
-        self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+        self.lm_head = nn.Linear(hidden, draft_vocab, bias=False)
         self.rotary_emb = family.rotary(layer_config)
-        if config.draft_vocab_size < vocab:
-            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
+        if draft_vocab < vocab:
+            self.register_buffer("d2t", torch.zeros(draft_vocab, dtype=torch.long))
             self.register_buffer("t2d", torch.zeros(vocab, dtype=torch.bool))
         self.post_init()
         self.embed_tokens.requires_grad_(config.embed_requires_grad)
@@ -233,26 +257,46 @@ class Eagle3DraftModel(SpeculatorModel):
         if t2d is not None and d2t is not None:
             model.t2d.copy_(t2d)
             model.d2t.copy_(d2t)
-            model.check_tensors()
+            model.check_tensors({"t2d": t2d, "d2t": d2t})
+        model.unset = {"embed_tokens.weight", "lm_head.weight"}
         if verifier is not None:
             model.attach_verifier(
                 verifier, "full" if isinstance(verifier, nn.Module) else "train_only"
             )
-            head = model.verifier_head
-            for name in cls.from_verifier:
-                model.get_parameter(name).data.copy_(model.tensor_from_verifier(name, head))
         return model
 
-    def tensor_from_verifier(self, name: str, head: VerifierHead) -> Tensor:
-        if name == "embed_tokens.weight":
-            return head.embed_tokens.weight.detach()
-        token_ids = self.draft_token_ids
-        weight = head.lm_head.weight.detach()
-        return weight if token_ids is None else weight[token_ids]
+    @property
+    def from_verifier(self) -> tuple[str, ...]:
+        """Of a reduced vocabulary the head is the draft's own: vLLM would take the whole one."""
+        whole = self.config.draft_vocab_size == self.config.transformer_layer_config.vocab_size
+        return ("embed_tokens.weight", "lm_head.weight") if whole else ("embed_tokens.weight",)
 
-    def check_tensors(self) -> None:
-        if self.draft_token_ids is not None:
-            check_vocabulary(self.t2d, self.d2t)
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """d2t says all that t2d does, and vLLM reads d2t alone."""
+        return (*self.from_verifier, "t2d")
+
+    @staticmethod
+    def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+        if "t2d" in tensors and "d2t" in tensors:
+            check_vocabulary(tensors["t2d"], tensors["d2t"])
+
+    def fill_unset(self) -> None:
+        if "t2d" in self.unset:
+            self.t2d[self.draft_token_ids] = True
+            self.unset.discard("t2d")
+        if not self.unset or not self._attached:
+            return
+        head, token_ids = self.verifier_head, self.draft_token_ids
+        ends = {
+            "embed_tokens.weight": head.embed_tokens.weight,
+            "lm_head.weight": head.lm_head.weight
+            if token_ids is None
+            else head.lm_head.weight[token_ids],
+        }
+        for name in self.unset:
+            self.get_parameter(name).data.copy_(ends[name])
+        self.unset = set()
 
     @property
     def draft_token_ids(self) -> Int[Tensor, "draft_vocab"] | None:
@@ -301,7 +345,7 @@ class Eagle3DraftModel(SpeculatorModel):
         """
         hidden = self.combine(batch.hidden_states[:, :-1])
         attend = UnrolledAttention(self.config.transformer_layer_config, batch.document_ids[:, :-1])
-        for step in range(num_steps):
+        for step in range(min(num_steps, batch.input_ids.shape[1] - 1)):
             tokens = batch.input_ids[:, 1 + step :]
             num_rows = tokens.shape[1]
             positions = batch.position_ids[:, :num_rows] + step
@@ -421,21 +465,20 @@ def eagle3_config(
         )
     }
     head_dim = getattr(text, "head_dim", None)
+    kind = "full_attention" if recipe.sliding_window is None else "sliding_attention"
     layer_config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[recipe.layer_type](
         **shape,
+        layer_types=[kind] * recipe.num_layers,
+        sliding_window=recipe.sliding_window,
+        use_sliding_window=recipe.sliding_window is not None,
         head_dim=head_dim or text.hidden_size // text.num_attention_heads,
         intermediate_size=recipe.intermediate_size or text.intermediate_size,
         num_hidden_layers=recipe.num_layers,
-        rope_parameters=text.rope_parameters,
+        rope_parameters=_plain_rope(text),
         hidden_act="silu",
         tie_word_embeddings=False,
     )
-    kind = "full_attention" if recipe.sliding_window is None else "sliding_attention"
-    layer_config.layer_types = [kind] * recipe.num_layers
-    layer_config.sliding_window = recipe.sliding_window
-    # Read by nobody of Transformers': vLLM sizes fc of a llama draft by the first, and we refuse a
-    # verifier of another depth by the second.
-    layer_config.num_aux_hidden_states = len(layer_ids)
+    # Of our own: by it a verifier of another depth is refused.
     layer_config.verifier_num_hidden_layers = text.num_hidden_layers
     return Eagle3SpeculatorConfig(
         transformer_layer_config=layer_config,
@@ -453,7 +496,28 @@ def eagle3_config(
             ],
             default_proposal_method="greedy",
             verifier=VerifierConfig.from_config(
-                verifier_config, name_or_path or verifier_config.name_or_path or None
+                verifier_config, name_or_path or _absolute(verifier_config.name_or_path)
             ),
         ),
     )
+
+
+def _absolute(name: str) -> str | None:
+    """A local folder in full, as a relative one would be meant from the speculator's folder."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
+
+
+def _plain_rope(text: PretrainedConfig) -> dict[str, Any]:
+    """The verifier's rotary embedding for layers of one kind that rotate whole heads.
+
+    Raises:
+        SpeculatorError: it has sections (multimodal positions), which these layers cannot follow.
+    """
+    rope = dict(text.rope_parameters)
+    if "rope_type" not in rope:  # one for each kind of layer
+        rope = dict(rope.get("sliding_attention") or next(iter(rope.values())))
+    if "mrope_section" in rope:
+        raise SpeculatorError(
+            "the verifier's rotary embedding has mrope sections: no draft for it."
+        )
+    return {k: v for k, v in rope.items() if k not in ("type", "partial_rotary_factor")}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from speculators_core.batch import Batch
+from speculators_core.errors import SpeculatorError
 from speculators_core.model import SpeculatorModel
 from speculators_core.training.batches import PackedTokens, fill_rows, pack
 from speculators_core.verifier import LayerTaps
@@ -31,9 +32,12 @@ class PackedDocuments(torch.utils.data.Dataset):
 
 
 def run_verifier(
-    verifier: PreTrainedModel, tokens: PackedTokens, aux_layer_ids: Sequence[int]
+    verifier: PreTrainedModel,
+    tokens: PackedTokens,
+    aux_layer_ids: Sequence[int],
+    dtype: torch.dtype | None = None,
 ) -> Batch:
-    """The states of every token, each document seen alone.
+    """The states of every token, each document seen alone; in ``dtype`` where one is given.
 
     Transformers keeps packed documents apart by the restarts of ``position_ids``.
     """
@@ -45,7 +49,9 @@ def run_verifier(
             position_ids=tokens.position_ids.to(device),
             use_cache=False,
         )
-    return tokens.with_states(taps.states(aux_layer_ids), taps.states([last]))
+    return tokens.with_states(
+        taps.states(aux_layer_ids).to(dtype=dtype), taps.states([last]).to(dtype=dtype)
+    )
 
 
 class SpeculatorTrainer(Trainer):
@@ -65,20 +71,27 @@ class SpeculatorTrainer(Trainer):
         **kwargs: Any,  # Trainer's own, passed on as they are
     ):
         SpeculatorModel.verify_training_compatible(model)
+        if args.train_batch_size != 1 or args.eval_batch_size != 1:
+            raise SpeculatorError(
+                f"batch sizes {args.train_batch_size} and {args.eval_batch_size}, expected 1: a "
+                "batch is one packed row. Several GPUs take one process each (torchrun)."
+            )
         super().__init__(model, args, data_collator=_only, **kwargs)
         self.train_kwargs = train_kwargs
         self.eval_kwargs = eval_kwargs
-        self.model_accepts_loss_kwargs = False
         self._metrics: dict[bool, dict[str, list[float]]] = {
             is_training: defaultdict(list) for is_training in (True, False)
         }
         model.verifier.to(self.args.device)
 
     def compute_loss(
-        self, model: nn.Module, inputs: PackedTokens, return_outputs: bool = False, **_: Any
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Any:
         speculator = self.accelerator.unwrap_model(model)
-        batch = run_verifier(speculator.verifier, inputs, speculator.config.aux_layer_ids)
+        tokens = PackedTokens(**inputs)
+        batch = run_verifier(
+            speculator.verifier, tokens, speculator.config.aux_layer_ids, speculator.dtype
+        )
         kwargs = self.train_kwargs if model.training else self.eval_kwargs
         _, loss, metrics = model(batch, **kwargs)
         for name, value in metrics.items():
@@ -88,6 +101,7 @@ class SpeculatorTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 
@@ -104,16 +118,10 @@ class SpeculatorTrainer(Trainer):
         """The checkpoint alone: Trainer would add its arguments as a pickle."""
         self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
 
-    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
-        """The algorithms divide by their own counts; Trainer would look for labels."""
-
-    def _prepare_inputs(self, inputs: PackedTokens) -> PackedTokens:
-        return PackedTokens(*(t.to(self.args.device) for t in vars(inputs).values()))
-
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
 
 
-def _only(rows: list[PackedTokens]) -> PackedTokens:
+def _only(rows: list[PackedTokens]) -> dict[str, Tensor]:
     (row,) = rows
-    return row
+    return dict(vars(row))

@@ -30,7 +30,7 @@ def test_report_can_be_recomputed_from_its_raw_counts(report, tmp_path):
 def test_categories_add_up_to_the_whole(report):
     for entry in report.by_k:
         assert sum(s.num_drafts for s in entry.categories.values()) == entry.pooled.num_drafts
-        assert set(entry.categories) == {"module", "class", "function", "chat"}
+        assert set(entry.categories) == {"class", "function", "body", "chat"}
 
 
 def test_outputs_are_the_verifiers_own(report):

@@ -44,9 +44,14 @@ def test_macro_weighs_categories_alike_and_pooled_does_not():
 
 
 def test_interval_holds_the_estimate_and_shrinks_for_equal_prompts():
-    low, high = bootstrap_interval([record([k % 4]) for k in range(40)])
+    low, high = bootstrap_interval([[record([k % 4]) for k in range(40)]])
     assert low < 2.5 < high
-    assert bootstrap_interval([record([2])] * 10) == (3.0, 3.0)
+    assert bootstrap_interval([[record([2])] * 10]) == (3.0, 3.0)
+
+
+def test_repeated_runs_of_a_prompt_are_no_further_prompts():
+    run = [record([k % 4]) for k in range(20)]
+    assert bootstrap_interval([run] * 5) == bootstrap_interval([run])
 
 
 def test_loops_are_counted():

@@ -309,13 +309,29 @@ def test_reduced_vocabulary_targets_are_the_subsets(verifier, reduced, batch):
     assert metrics["full_acc_0"].item() == pytest.approx(right.item())
 
 
-@pytest.mark.parametrize("name", ["d2t", "t2d"])
-def test_draft_vocabulary_without_its_map_is_refused(reduced, tmp_path, name):
+def test_draft_vocabulary_without_its_map_is_refused(reduced, tmp_path):
     reduced.save_pretrained(tmp_path)
     from tests.test_checkpoint import change_tensor
 
-    change_tensor(tmp_path, name, lambda t: None)
-    with pytest.raises(SpeculatorError, match=f"tensor {name} .* is missing"):
+    change_tensor(tmp_path, "d2t", lambda t: None)
+    with pytest.raises(SpeculatorError, match="tensor d2t .* is missing"):
+        SpeculatorModel.from_pretrained(tmp_path)
+
+
+def test_t2d_is_made_from_d2t(reduced, tmp_path):
+    from tests.test_checkpoint import change_tensor
+
+    reduced.save_pretrained(tmp_path)
+    change_tensor(tmp_path, "t2d", lambda t: None)
+    assert torch.equal(SpeculatorModel.from_pretrained(tmp_path).t2d, reduced.t2d)
+
+
+def test_head_of_a_reduced_vocabulary_must_be_there(reduced, tmp_path):
+    from tests.test_checkpoint import change_tensor
+
+    reduced.save_pretrained(tmp_path)
+    change_tensor(tmp_path, "lm_head.weight", lambda t: None)
+    with pytest.raises(SpeculatorError, match="lm_head.weight .* is missing"):
         SpeculatorModel.from_pretrained(tmp_path)
 
 
@@ -347,7 +363,7 @@ def test_missing_ends_are_read_from_the_verifier(eagle3_folder):
     from tests.test_checkpoint import change_tensor
 
     whole = SpeculatorModel.from_pretrained(eagle3_folder)
-    for name in Eagle3DraftModel.from_verifier:
+    for name in whole.from_verifier:
         change_tensor(eagle3_folder, name, lambda t: None)
     filled = SpeculatorModel.from_pretrained(eagle3_folder)
     for name, tensor in whole.state_dict().items():
@@ -372,6 +388,52 @@ def test_dtype_is_the_checkpoints_unless_given(eagle3_folder, tmp_path):
     assert SpeculatorModel.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
     with pytest.raises(SpeculatorError, match="not a floating-point dtype"):
         SpeculatorModel.from_pretrained(tmp_path, dtype="int8")
+
+
+def test_draft_made_without_its_verifier_takes_its_ends_when_attached(verifier):
+    model = Eagle3DraftModel.from_training_args(verifier.config, aux_layer_ids=(1, 2, 3))
+    assert not torch.equal(model.lm_head.weight, verifier.lm_head.weight)
+    model.attach_verifier(verifier)
+    assert torch.equal(model.lm_head.weight, verifier.lm_head.weight)
+    assert torch.equal(model.embed_tokens.weight, verifier.model.embed_tokens.weight)
+
+
+def test_checkpoint_without_layer_ids_reads_the_papers(tmp_path):
+    deep = make_verifier(num_layers=8)
+    model = make_eagle3(deep, aux_layer_ids=None, name_or_path="none")
+    model.config.eagle_aux_hidden_state_layer_ids = None
+    model.save_pretrained(tmp_path)
+    again = SpeculatorModel.from_pretrained(tmp_path, verifier=deep)
+    assert again.config.aux_layer_ids == [2, 4, 5]
+    assert again.config.to_dict()["eagle_aux_hidden_state_layer_ids"] is None
+
+
+@pytest.mark.parametrize("layer_type", ["llama", "qwen3"])
+def test_sliding_window_is_written_and_read(verifier, tmp_path, layer_type):
+    make_eagle3(
+        verifier, layer_type=layer_type, sliding_window=5, name_or_path="none"
+    ).save_pretrained(tmp_path)
+    layer_config = SpeculatorModel.from_pretrained(tmp_path).config.transformer_layer_config
+    assert (layer_config.sliding_window, layer_config.layer_types) == (5, ["sliding_attention"])
+
+
+def test_number_of_aux_layers_is_written_for_vllm(verifier):
+    written = make_eagle3(verifier, aux_layer_ids=(1, 4)).config.to_dict()
+    assert written["transformer_layer_config"]["num_aux_hidden_states"] == 2
+
+
+def test_unknown_attachment_mode_is_refused(verifier):
+    with pytest.raises(ValueError, match="'full' or 'train_only', found 'ful'"):
+        make_eagle3(verifier).attach_verifier(verifier, "ful")
+
+
+def test_given_tensors_are_checked_like_stored_ones(eagle3_folder):
+    tensors = SpeculatorModel.from_pretrained(eagle3_folder).state_dict()
+    again = SpeculatorModel.from_pretrained(eagle3_folder, state_dict=tensors)
+    assert torch.equal(again.fc.weight, tensors["fc.weight"])
+    tensors.pop("fc.weight")
+    with pytest.raises(SpeculatorError, match="state_dict: tensor fc.weight .* is missing"):
+        SpeculatorModel.from_pretrained(eagle3_folder, state_dict=tensors)
 
 
 # ---- arguments ----
@@ -404,9 +466,18 @@ def test_half_a_vocabulary_map_is_refused(verifier):
         Eagle3DraftModel.from_training_args(verifier.config, t2d, aux_layer_ids=(1, 2, 3))
 
 
-def test_bad_objective_is_named():
-    with pytest.raises(SpeculatorError, match="ttt_steps"):
-        Eagle3DraftModel.get_trainer_kwargs(ttt_steps=0)
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"ttt_steps": 0}, "ttt_steps"),
+        ({"loss": "l2"}, "unknown loss 'l2'; known: kl_div"),
+        ({"loss": {}}, "loss"),
+        ({"steps": 2}, "steps"),
+    ],
+)
+def test_bad_objective_is_named(kwargs, message):
+    with pytest.raises(SpeculatorError, match=message):
+        Eagle3DraftModel.get_trainer_kwargs(**kwargs)
 
 
 def test_what_cannot_train_is_refused():

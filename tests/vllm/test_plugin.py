@@ -21,6 +21,27 @@ def test_vllm_finds_the_plugin():
     assert point.load() is plugin.register
 
 
+def test_default_proposal_decides_when_the_speculator_is_served_by_name(tmp_path):
+    import json
+    import shutil
+
+    from vllm.engine.arg_utils import EngineArgs
+
+    folder = shutil.copytree(playground.EAGLE3, tmp_path / "eagle3")
+    config = json.loads((folder / "config.json").read_text())
+    inner = config["speculators_config"]
+    inner["proposal_methods"].append({"proposal_type": "sampling", "speculative_tokens": 6})
+    inner["default_proposal_method"] = "sampling"
+    inner["verifier"]["name_or_path"] = str(playground.VERIFIER)
+    (folder / "config.json").write_text(json.dumps(config))
+    served = EngineArgs(model=str(folder), dtype="float32").create_engine_config()
+    assert served.speculative_config.num_speculative_tokens == 6
+    chosen = EngineArgs(
+        model=str(folder), dtype="float32", speculative_config={"num_speculative_tokens": 2}
+    ).create_engine_config()
+    assert chosen.speculative_config.num_speculative_tokens == 2
+
+
 def test_second_registration_changes_nothing(warnings):
     from vllm.engine.arg_utils import EngineArgs
 
@@ -78,7 +99,7 @@ def test_patch_steps_aside_where_the_signature_is_another(warnings):
 @pytest.mark.parametrize(("version", "warned"), [((0, 31), 1), ((0, 32), 0), ((0, 34), 1)])
 def test_untested_version_gets_one_warning(warnings, monkeypatch, version, warned):
     monkeypatch.setattr("vllm.version.__version_tuple__", (*version, 0))
-    plugin.warn_of_untested_version()
+    patches.warn_of_untested_version()
     assert len(warnings.messages) == warned
 
 

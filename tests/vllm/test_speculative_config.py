@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoConfig
 
 from speculators_core.errors import SpeculatorError
-from speculators_vllm.speculative_config import complete
+from speculators_vllm.speculative_config import Source, complete
 from tests.conftest import make_verifier
 from tests.data import INTEROP
 
@@ -81,6 +81,10 @@ def test_other_methods_are_left_alone(given):
         (lambda c: c.update(norm_befor_fc=True), "Did you mean 'norm_before_fc'"),
         (lambda c: c.update(eagle_aux_hidden_state_layer_ids=[1, 3, 7]), "7 is out of range"),
         (lambda c: c.update(eagle_aux_hidden_state_layer_ids=[1, 3]), "fc.weight has shape"),
+        (
+            lambda c: c.update(speculators_model_type="eagle9"),
+            "unknown .*'eagle9'; known: .*eagle3",
+        ),
         (lambda c: c.update(draft_vocab_size=100), "d2t .* is missing|lm_head.weight has shape"),
     ],
 )
@@ -99,6 +103,29 @@ def test_another_verifier_is_refused():
 def test_tokens_below_one_are_refused(tokens):
     with pytest.raises(SpeculatorError, match="at least 1"):
         completed({"model": EAGLE3, "num_speculative_tokens": tokens})
+
+
+def test_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(SpeculatorError, match="holds no config.json"):
+        completed({"model": str(tmp_path)})
+    (tmp_path / "params.json").write_text("{}")
+    assert completed({"model": str(tmp_path)}) == {"model": str(tmp_path)}
+
+
+def test_dummy_weights_are_not_looked_for(copy, tmp_path):
+    name = copy(lambda config: None)
+    (tmp_path / "eagle3" / "model.safetensors").unlink()
+    verifier = AutoConfig.from_pretrained(VERIFIER)
+    settings = complete({"model": name}, {}, verifier, VERIFIER, Source(has_weights=False))
+    assert settings["num_speculative_tokens"] == 3
+
+
+def test_a_fault_of_ours_leaves_the_settings_as_they_are(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("speculators_vllm.speculative_config.checkpoint.fetch", fail)
+    assert completed({"model": EAGLE3}) == {"model": EAGLE3}
 
 
 def test_missing_folder_is_refused():
