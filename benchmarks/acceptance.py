@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from pydantic import BaseModel, ConfigDict, Field, Json
+from pydantic import BaseModel, ConfigDict, Field
 
 from speculators_core.errors import SpeculatorError
 
@@ -49,7 +49,7 @@ class AcceptanceSettings(BaseModel):
     """Go on past the end of a text, up to max_tokens."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     """Of both models; float32 on a CPU and auto on a GPU where none is given."""
-    engine_args: Json[dict[str, Any]] = Field(default_factory=dict)
+    engine_args: dict[str, Any] = Field(default_factory=dict)
     """More arguments of vLLM's `LLM`, as JSON."""
     output: Path | None = None
     """Folder for report.json and acceptance.png."""

@@ -3,10 +3,11 @@
 import sys
 
 import cyclopts
+from pydantic import ValidationError
 from rich.console import Console
 
 from speculators_core import console
-from speculators_core.errors import SpeculatorError
+from speculators_core.errors import SpeculatorError, first_fault
 from speculators_core.registry import COMMANDS
 
 ERROR_EXIT = 2
@@ -19,11 +20,18 @@ def app() -> cyclopts.App:
         help="Train, check and serve speculators for speculative decoding.",
         version_flags=["--version"],
         error_console=Console(stderr=True, soft_wrap=True),
-        error_formatter=lambda error: f"error: {' '.join(str(error).split())}",
+        error_formatter=_one_line,
     )
     for name in COMMANDS.names():
         commands.command(COMMANDS.path(name), name=name)
     return commands
+
+
+def _one_line(error: Exception) -> str:
+    """A wrong flag or value; pydantic's complaint where it judged."""
+    cause = error.__cause__
+    text = first_fault(cause) if isinstance(cause, ValidationError) else str(error)
+    return f"error: {' '.join(text.split())}"
 
 
 def main(arguments: list[str] | None = None) -> None:

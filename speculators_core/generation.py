@@ -66,7 +66,14 @@ WITHOUT_EFFECT_WHEN_GREEDY = {
     "transformers_version",
     "_from_model_config",
 }
-NEUTRAL = {("repetition_penalty", 1.0), ("length_penalty", 1.0), ("diversity_penalty", 0.0)}
+NEUTRAL = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+}
 """Values with which a setting does nothing."""
 
 
@@ -250,28 +257,19 @@ def _generation_config(
     Raises:
         ValueError: a setting would change the output and is not supported.
     """
-    config = GenerationConfig(**{**verifier.generation_config.to_dict(), **_set(given)})
+    over = {k: v for k, v in given.to_dict().items() if v is not None} if given else {}
+    config = GenerationConfig(**{**verifier.generation_config.to_dict(), **over})
     unused = config.update(**overrides)
     if config.do_sample:
         raise ValueError("only greedy decoding is supported: pass do_sample=False")
-    for name in _set(config).keys() - WITHOUT_EFFECT_WHEN_GREEDY - SUPPORTED:
-        raise ValueError(f"{name}={getattr(config, name)!r} is not supported")
+    neutral = GenerationConfig().to_dict()
+    for name, value in config.to_dict().items():
+        is_neutral = (
+            value is None or value is False or value in (neutral.get(name), NEUTRAL.get(name))
+        )
+        if not is_neutral and name not in SUPPORTED | WITHOUT_EFFECT_WHEN_GREEDY:
+            raise ValueError(f"{name}={value!r} is not supported")
     return config, unused
-
-
-def _set(config: GenerationConfig | None) -> dict[str, Any]:
-    """What differs from a setting's neutral value."""
-    if config is None:
-        return {}
-    neutral = GenerationConfig().to_dict() | {"num_beams": 1, "num_return_sequences": 1}
-    return {
-        name: value
-        for name, value in config.to_dict().items()
-        if value is not None
-        and value is not False
-        and value != neutral.get(name)
-        and (name, value) not in NEUTRAL
-    }
 
 
 def _limits(verifier: PreTrainedModel, config: GenerationConfig, prompt_length: int) -> _Limits:

@@ -14,7 +14,7 @@ os.environ.update(
 
 from jaxtyping import install_import_hook  # noqa: E402  # after the OpenMP library
 
-CHECKED = "acceptance batch layers losses masks model training verifier vocabulary"
+CHECKED = "acceptance batch layers losses masks training verifier vocabulary"
 install_import_hook([f"speculators_core.{m}" for m in CHECKED.split()], "beartype.beartype")
 
 import inspect  # noqa: E402
@@ -65,12 +65,14 @@ def make_eagle3(verifier: PreTrainedModel, **kwargs) -> Eagle3DraftModel:
     return Eagle3DraftModel.from_training_args(verifier.config, verifier=verifier, **kwargs)
 
 
-def make_batch(verifier: PreTrainedModel, lengths=(9, 6), row_length: int = 18) -> Batch:
+def make_batch(
+    verifier: PreTrainedModel, lengths=(9, 6), row_length: int = 18, num_tokens: int = 93
+) -> Batch:
     """Random documents, the first two tokens of each without loss, as the verifier sees them."""
     generator = torch.Generator().manual_seed(2)
     documents = [
         {
-            "input_ids": torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist(),
+            "input_ids": torch.randint(3, 3 + num_tokens, (n,), generator=generator).tolist(),
             "loss_mask": [0, 0] + [1] * (n - 2),
         }
         for n in lengths

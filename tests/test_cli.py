@@ -49,19 +49,25 @@ def test_bad_prompts_are_named(capsys, tmp_path, text, message):
 
 
 def test_unknown_flag_is_refused(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["acceptance", "--modle", "x"])
-    assert stopped.value.code != 0
-    shown = capsys.readouterr()
-    assert "--modle" in shown.out + shown.err
+    assert "--modle" in refused(capsys, "acceptance", "--modle", "x")
 
 
 def test_k_below_one_is_refused(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["acceptance", "--k", "0"])
-    assert stopped.value.code != 0
-    shown = capsys.readouterr()
-    assert "greater than or equal to 1" in shown.out + shown.err
+    assert "k.0: Input should be greater than or equal to 1" in refused(
+        capsys, "acceptance", "--k", "0"
+    )
+
+
+def test_prompt_longer_than_a_given_max_model_len_is_refused(capsys):
+    line = refused(
+        capsys, "acceptance", "--engine", "transformers", "--engine-args", '{"max_model_len": 9}'
+    )
+    assert "the verifier takes 9" in line
+
+
+def test_folder_that_cannot_be_written_is_refused_first(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refused(capsys, *BY_REFERENCE, "--output", str(tmp_path / "file"))
 
 
 def test_help_names_every_command(capsys):

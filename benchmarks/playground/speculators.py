@@ -15,7 +15,7 @@ from speculators_core.training.trainer import PackedDocuments, SpeculatorTrainer
 SEED = 0
 ROW_LENGTH = 2048
 ROWS_PER_STEP = 2
-NUM_EPOCHS = 1.0
+NUM_EPOCHS = 0.8
 LEARNING_RATE = 3e-3
 AUX_LAYER_IDS = (2, 16, 29)
 

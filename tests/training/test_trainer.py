@@ -54,7 +54,7 @@ def test_verifier_sees_each_document_alone(verifier):
         )
         for name in ("hidden_states", "last_hidden_states"):
             together = getattr(packed, name)[:, start : start + length]
-            assert torch.allclose(together, getattr(alone, name), atol=1e-5)
+            assert torch.allclose(together, getattr(alone, name), atol=1e-4)
 
 
 def test_training_lowers_the_loss_and_saves_what_loads(verifier, tmp_path):

@@ -74,6 +74,28 @@ def test_concurrent_requests_get_what_each_gets_alone():
         assert ours.accepted == theirs.accepted
 
 
+def test_sampled_runs_differ_and_are_not_compared():
+    report = measure(
+        AcceptanceSettings(
+            temperature=1.0,
+            runs=2,
+            k=(2,),
+            limit_per_category=1,
+            max_tokens=16,
+            engine_args={"max_model_len": 600},
+        )
+    )
+    (entry,) = report.by_k
+    first, second = entry.requests[:4], entry.requests[4:]
+    assert [r.output_ids for r in first] != [r.output_ids for r in second]
+    assert entry.num_identical is None
+    assert report.settings["engine_args"] == {
+        "enforce_eager": True,
+        "seed": 0,
+        "max_model_len": 600,
+    }
+
+
 VARIANTS = {
     "qwen3 layers, fc_norm, two aux layers, reduced vocabulary": {
         "layer_type": "qwen3",
