@@ -59,10 +59,10 @@ class VLLMEngine:
             "model": self.verifier,
             "dtype": self.dtype,
             "max_num_seqs": self.concurrency,
-            "per_request_spec_decode_metrics": "detailed",
             **self.engine_args,
         }
         if speculative_tokens is not None:
+            arguments["per_request_spec_decode_metrics"] = "detailed"
             arguments["speculative_config"] = {
                 "model": self.speculator,
                 "num_speculative_tokens": speculative_tokens,
