@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict
 
 BOOTSTRAP_SAMPLES = 1000
 LOOP_SPAN = 8
+FEW_LOOPS = 0.1
+"""Share of repeated 8-grams below which an output counts as free of loops."""
 
 
 class RequestRecord(BaseModel):
@@ -97,6 +99,11 @@ def _pooled(records: Sequence[RequestRecord]) -> float:
 def tokens_per_second(records: Sequence[RequestRecord]) -> float:
     """Output tokens over the seconds from request to last token, prefill included."""
     return sum(len(r.output_ids) for r in records) / sum(r.seconds for r in records)
+
+
+def without_loops(records: Sequence[RequestRecord]) -> list[RequestRecord]:
+    """The requests whose output hardly repeats itself."""
+    return [record for record in records if repeated_share([record]) < FEW_LOOPS]
 
 
 def repeated_share(records: Sequence[RequestRecord], span: int = LOOP_SPAN) -> float:

@@ -7,6 +7,7 @@ from benchmarks.statistics import (
     repeated_share,
     summarize,
     tokens_per_second,
+    without_loops,
 )
 
 
@@ -57,6 +58,11 @@ def test_repeated_runs_of_a_prompt_are_no_further_prompts():
 def test_loops_are_counted():
     assert repeated_share([record([], output_ids=range(40))]) == 0.0
     assert repeated_share([record([], output_ids=[1, 2] * 20)]) == pytest.approx(31 / 33)
+
+
+def test_looping_outputs_are_set_apart():
+    looping, other = record([3], output_ids=[1, 2] * 20), record([0], output_ids=range(40))
+    assert without_loops([looping, other]) == [other]
 
 
 def test_rate_is_all_tokens_over_all_seconds():
