@@ -1,7 +1,7 @@
-"""How much of what a speculator proposes is kept, and what that gains.
+"""How much of what speculators propose is kept, and what that gains.
 
 ``python -m benchmarks.acceptance`` and ``speculators acceptance``. Runs the same prompts without
-and with speculation in one run, on vLLM or on the reference decoder.
+speculation and with each draft in one run, on vLLM or on the reference decoder.
 """
 
 import os
@@ -13,7 +13,15 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from pydantic import BaseModel, ConfigDict, Field
 
-from speculators_core.errors import SpeculatorError
+from speculators_core.errors import SpeculatorError, first_line
+
+SHIPPED = {
+    "vllm": ("eagle3", "peagle", "dflash"),
+    "transformers": ("eagle3", "peagle", "dflash", "mtp"),
+}
+"""The playground's speculators that each engine runs where none is named."""
+YARDSTICK_K = 3
+"""Tokens that a draft proposes in one step where neither it nor the caller says how many."""
 
 
 class AcceptanceSettings(BaseModel):
@@ -21,8 +29,9 @@ class AcceptanceSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    model: str | None = None
-    """Speculator: a folder or a hub id; the playground's EAGLE-3 where none is given."""
+    model: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = ()
+    """Drafts to compare: speculators or language models (folders or hub ids), prompt-lookup, and
+    assisted (Transformers' own prompt lookup); the playground's speculators where none is given."""
     verifier: str | None = None
     """Verifier; the one that the speculator names where none is given."""
     engine: Literal["vllm", "transformers"] = "vllm"
@@ -42,7 +51,7 @@ class AcceptanceSettings(BaseModel):
     runs: int = Field(1, ge=1)
     """Repetitions of everything; speeds are medians."""
     concurrency: int = Field(1, ge=1)
-    """Requests at one time; the reference decoder takes one."""
+    """Requests at one time."""
     seed: int = 0
     """Of sampling; each further run adds one."""
     ignore_eos: bool = False
@@ -56,7 +65,7 @@ class AcceptanceSettings(BaseModel):
 
 
 def run(*, settings: Annotated[AcceptanceSettings | None, Parameter(name="*")] = None) -> None:
-    """Measures a speculator's acceptance and speed beside its verifier alone."""
+    """Measures the acceptance and speed of drafts beside their verifier alone."""
     from benchmarks.report import print_report, write_report
 
     settings = settings or AcceptanceSettings()
@@ -84,14 +93,9 @@ def measure(settings: AcceptanceSettings) -> Any:
     """
     if settings.engine == "vllm":
         _prepare_vllm()
-    elif settings.temperature > 0 or settings.concurrency > 1:
-        raise SpeculatorError(
-            "the reference decoder is greedy and takes one request at a time. Use --engine vllm, "
-            "or --temperature 0 --concurrency 1."
-        )
-    from benchmarks.engines import Decoding, warm_up
+    from benchmarks.engines import Decoding, Draft, warm_up
     from benchmarks.prompts import hash_prompts
-    from benchmarks.report import Report, environment, hash_weights, report_k
+    from benchmarks.report import DraftReport, Report, environment, hash_weights, report_k
     from benchmarks.statistics import tokens_per_second
     from speculators_core.console import progress
 
@@ -104,68 +108,135 @@ def measure(settings: AcceptanceSettings) -> Any:
     decoding = Decoding(
         settings.max_tokens, settings.temperature, settings.seed, settings.ignore_eos
     )
-    counts = settings.k or (checked.default_k,)
-    runs: dict[int | None, list[Any]] = {}
-    for count in (None, *counts):
-        what = "without speculation" if count is None else f"K = {count}"
-        with engine.loaded(count) as runner, progress(what, settings.runs * len(prompts)) as done:
+
+    def run_all(draft: Draft | None) -> list[Any]:
+        what = "alone" if draft is None else f"{draft.name}, K = {draft.speculative_tokens}"
+        with engine.loaded(draft) as runner, progress(what, settings.runs * len(prompts)) as done:
             warm_up(runner, prompts, decoding)
-            runs[count] = [
+            return [
                 runner.run(prompts, replace(decoding, seed=settings.seed + run), done)
                 for run in range(settings.runs)
             ]
-    baseline = runs.pop(None)
+
+    baseline = run_all(None)
+    drafts = []
+    for found in checked.drafts:
+        by_k = [
+            report_k(
+                count,
+                run_all(Draft(found.kind, found.name, count)),
+                baseline,
+                greedy=settings.temperature == 0,
+            )
+            for count in settings.k or (found.default_k,)
+        ]
+        weights = None if found.folder is None else hash_weights(found.folder)
+        drafts.append(DraftReport(name=found.name, kind=found.kind, sha256=weights, by_k=by_k))
     return Report(
         settings={**settings.model_dump(mode="json"), "dtype": dtype, "engine_args": engine_args},
         verifier=checked.verifier,
         verifier_sha256=hash_weights(checked.verifier),
-        speculator=checked.speculator,
-        speculator_sha256=hash_weights(checked.folder),
         environment=environment(),
         prompts_sha256=hash_prompts(prompts),
         baseline_tokens_per_s=[tokens_per_second(records) for records in baseline],
         baseline_requests=baseline[0],
-        by_k=[
-            report_k(count, runs[count], baseline, greedy=settings.temperature == 0)
-            for count in counts
-        ],
+        drafts=drafts,
     )
+
+
+@dataclass(frozen=True)
+class _FoundDraft:
+    """A draft that was found to be whole and to fit its verifier."""
+
+    kind: Any
+    name: str
+    default_k: int
+    folder: Path | None = None
+    verifier: str | None = None
+    """The one that a speculator names."""
 
 
 @dataclass(frozen=True)
 class _Checked:
     """What a run needs, found to be whole and to fit together."""
 
-    speculator: str
-    folder: Path
     verifier: str
-    default_k: int
+    drafts: list[_FoundDraft]
     prompts: list[Any]
 
 
 def _check_inputs(settings: AcceptanceSettings) -> _Checked:
     from benchmarks import playground
     from benchmarks.prompts import read_prompts, tokenize
-    from speculators_core import checkpoint
-    from speculators_core.config import SpeculatorModelConfig
-    from speculators_core.model import SpeculatorModel
-    from speculators_core.verifier import check_verifier, locate_verifier, read_verifier_config
+    from speculators_core.verifier import read_verifier_config
 
-    speculator = settings.model or str(playground.EAGLE3)
+    shipped = [str(playground.SPECULATORS[name]) for name in SHIPPED[settings.engine]]
     prompts = read_prompts(settings.prompts, settings.limit_per_category)
-    folder = checkpoint.fetch(speculator)
-    config = SpeculatorModelConfig.from_pretrained(folder)
-    named = settings.verifier or config.verifier.name_or_path
+    drafts = [_find_draft(name, settings) for name in settings.model or shipped]
+    if settings.engine == "vllm":  # 0.32 cannot start again in a process that ran its n-gram
+        drafts.sort(key=lambda draft: draft.kind == "prompt-lookup")
+    named = settings.verifier or next((d.verifier for d in drafts if d.verifier), None)
     if named is None:
-        raise SpeculatorError(f"{speculator} names no verifier. Pass --verifier.")
-    verifier = locate_verifier(named, beside=None if settings.verifier else folder)
-    verifier_config = read_verifier_config(verifier)
-    check_verifier(config, verifier_config)
-    SpeculatorModel.check_checkpoint(folder, config)
+        raise SpeculatorError(
+            f"{', '.join(settings.model)}: no verifier is named. Pass --verifier."
+        )
+    verifier_config = read_verifier_config(named)
+    for draft in drafts:
+        _check_draft(draft, named, verifier_config)
     longest = verifier_config.get_text_config().max_position_embeddings
     longest = min(longest, settings.engine_args.get("max_model_len", longest))
-    tokenized = tokenize(prompts, _tokenizer(verifier), longest)
-    return _Checked(speculator, folder, verifier, config.proposal.speculative_tokens, tokenized)
+    return _Checked(named, drafts, tokenize(prompts, _tokenizer(named), longest))
+
+
+def _find_draft(name: str, settings: AcceptanceSettings) -> _FoundDraft:
+    """Raises SpeculatorError where there is no such draft, or the engine has no such method."""
+    from speculators_core import checkpoint
+    from speculators_core.config import SpeculatorModelConfig
+    from speculators_core.verifier import locate_verifier
+
+    if name in ("prompt-lookup", "assisted"):
+        if name == "assisted" and (settings.engine == "vllm" or settings.concurrency > 1):
+            raise SpeculatorError(
+                "assisted is Transformers' own decoding, one request at a time: use it with "
+                "--engine transformers --concurrency 1."
+            )
+        if settings.engine == "vllm" and len(settings.k) > 1:
+            raise SpeculatorError(
+                "vLLM 0.32 cannot start again in a process that ran its prompt lookup: pass one "
+                f"number to --k, found {' '.join(map(str, settings.k))}."
+            )
+        return _FoundDraft(name, name, YARDSTICK_K)
+    folder = checkpoint.fetch(name)
+    raw = checkpoint.read_config(folder)
+    if "speculators_model_type" not in raw and "model_type" in raw:
+        return _FoundDraft("language-model", name, YARDSTICK_K, folder)
+    config = SpeculatorModelConfig.from_pretrained(folder)
+    verifier = config.verifier.name_or_path
+    if verifier is not None:
+        verifier = locate_verifier(verifier, beside=folder)
+    return _FoundDraft("speculator", name, config.proposal.speculative_tokens, folder, verifier)
+
+
+def _check_draft(draft: _FoundDraft, verifier: str, verifier_config: Any) -> None:
+    """Raises SpeculatorError unless the draft is whole and made for this verifier."""
+    from speculators_core.config import SpeculatorModelConfig
+    from speculators_core.model import SpeculatorModel
+    from speculators_core.verifier import check_verifier, read_verifier_config
+
+    if draft.kind == "speculator" and draft.folder is not None:
+        config = SpeculatorModelConfig.from_pretrained(draft.folder)
+        check_verifier(config, verifier_config)
+        SpeculatorModel.check_checkpoint(draft.folder, config)
+    elif draft.kind == "language-model":
+        sizes = [
+            c.get_text_config().vocab_size
+            for c in (read_verifier_config(draft.name), verifier_config)
+        ]
+        if sizes[0] != sizes[1]:
+            raise SpeculatorError(
+                f"{draft.name}: vocabulary of {sizes[0]} tokens, and that of {verifier} has "
+                f"{sizes[1]}. A draft must share its verifier's."
+            )
 
 
 def _engine(
@@ -173,10 +244,9 @@ def _engine(
 ) -> Any:
     from benchmarks.engines import TransformersEngine, VLLMEngine
 
-    models = (checked.verifier, checked.speculator, dtype)
     if settings.engine == "transformers":
-        return TransformersEngine(*models)
-    return VLLMEngine(*models, settings.concurrency, engine_args)
+        return TransformersEngine(checked.verifier, dtype, settings.concurrency)
+    return VLLMEngine(checked.verifier, dtype, settings.concurrency, engine_args)
 
 
 def _prepare_vllm() -> None:
@@ -209,9 +279,8 @@ def _tokenizer(verifier: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(verifier)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise SpeculatorError(
-            f"{verifier}: no tokenizer that Transformers reads: {reason}"
+            f"{verifier}: no tokenizer that Transformers reads: {first_line(error)}"
         ) from error
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from benchmarks.prompts import TokenizedPrompt
 from benchmarks.statistics import RequestRecord
@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 Done = Callable[[], None]
 WARM_UP_TOKENS = 8
+MAX_MATCHED, MIN_MATCHED = 3, 1
+"""Tokens that prompt lookup looks for."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,23 @@ class Runner(Protocol):
     ) -> list[RequestRecord]: ...
 
 
-class Engine(Protocol):
-    """Loads a verifier; ``speculative_tokens`` None means without a speculator."""
+Kind = Literal["speculator", "language-model", "prompt-lookup", "assisted"]
 
-    def loaded(self, speculative_tokens: int | None) -> Any: ...
+
+@dataclass(frozen=True)
+class Draft:
+    """What proposes tokens, and how many in one step."""
+
+    kind: Kind
+    name: str
+    """Folder or hub id of a speculator or a language model; else the kind itself."""
+    speculative_tokens: int
+
+
+class Engine(Protocol):
+    """Loads a verifier; ``draft`` None means without speculation."""
+
+    def loaded(self, draft: Draft | None) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -46,13 +61,12 @@ class VLLMEngine:
     """vLLM in this process, `concurrency` requests at a time."""
 
     verifier: str
-    speculator: str
     dtype: str
     concurrency: int
     engine_args: dict[str, Any]
 
     @contextmanager
-    def loaded(self, speculative_tokens: int | None) -> Iterator[Runner]:
+    def loaded(self, draft: Draft | None) -> Iterator[Runner]:
         from vllm import LLM
 
         arguments: dict[str, Any] = {
@@ -61,11 +75,11 @@ class VLLMEngine:
             "max_num_seqs": self.concurrency,
             **self.engine_args,
         }
-        if speculative_tokens is not None:
+        if draft is not None:
             arguments["per_request_spec_decode_metrics"] = "detailed"
             arguments["speculative_config"] = {
-                "model": self.speculator,
-                "num_speculative_tokens": speculative_tokens,
+                **_VLLM_METHODS[draft.kind](draft.name),
+                "num_speculative_tokens": draft.speculative_tokens,
             }
         llm = LLM(**arguments)
         try:
@@ -74,6 +88,18 @@ class VLLMEngine:
             llm.llm_engine.engine_core.shutdown()
             del llm
             gc.collect()
+
+
+_VLLM_METHODS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "speculator": lambda name: {"model": name},
+    "language-model": lambda name: {"model": name, "method": "draft_model"},
+    "prompt-lookup": lambda _: {
+        "method": "ngram",
+        "prompt_lookup_min": MIN_MATCHED,
+        "prompt_lookup_max": MAX_MATCHED,
+    },
+}
+"""How vLLM is told of each kind of draft."""
 
 
 @dataclass(frozen=True)
@@ -121,69 +147,111 @@ class _VLLMRunner:
 
 @dataclass(frozen=True)
 class TransformersEngine:
-    """The reference decoder; without a speculator the verifier's own `generate`."""
+    """The reference decoder; without a draft the verifier's own `generate`."""
 
     verifier: str
-    speculator: str
     dtype: str
+    concurrency: int
 
     @contextmanager
-    def loaded(self, speculative_tokens: int | None) -> Iterator[Runner]:
+    def loaded(self, draft: Draft | None) -> Iterator[Runner]:
         import torch
 
-        from speculators_core.model import SpeculatorModel
+        from speculators_core.checkpoint import as_dtype
+        from speculators_core.independent import LanguageModelDraft, PromptLookupDraft
+        from speculators_core.model import SpeculatorModel, load_verifier
 
-        speculator = SpeculatorModel.from_pretrained(
-            self.speculator, verifier=self.verifier, dtype=self.dtype
-        )
-        if torch.cuda.is_available():
-            speculator.to("cuda")
-            speculator.verifier.to("cuda")
-        yield _TransformersRunner(speculator, speculative_tokens)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = None if self.dtype == "auto" else as_dtype(self.dtype)
+        verifier = load_verifier(self.verifier, dtype).to(device)
+        drafter: Any = None
+        if draft is not None and draft.kind == "speculator":
+            drafter = SpeculatorModel.from_pretrained(
+                draft.name, verifier=verifier, dtype=self.dtype
+            ).to(device)
+        elif draft is not None and draft.kind == "language-model":
+            drafter = LanguageModelDraft(load_verifier(draft.name, dtype).to(device))
+        elif draft is not None and draft.kind == "prompt-lookup":
+            drafter = PromptLookupDraft(MAX_MATCHED, MIN_MATCHED)
+        yield _TransformersRunner(verifier, draft, drafter, self.concurrency)
 
 
 @dataclass(frozen=True)
 class _TransformersRunner:
-    speculator: Any
-    speculative_tokens: int | None
+    verifier: Any
+    draft: Draft | None
+    drafter: Any
+    concurrency: int
 
     def run(
         self, prompts: Sequence[TokenizedPrompt], decoding: Decoding, done: Done
     ) -> list[RequestRecord]:
+        records = []
+        for first in range(0, len(prompts), self.concurrency):
+            group = prompts[first : first + self.concurrency]
+            start = time.perf_counter()
+            outputs, accepted = self._generate([p.token_ids for p in group], decoding)
+            seconds = (time.perf_counter() - start) / len(group)
+            for prompt, output_ids, kept in zip(group, outputs, accepted, strict=True):
+                records.append(
+                    RequestRecord(
+                        category=prompt.category,
+                        num_prompt_tokens=len(prompt.token_ids),
+                        output_ids=output_ids,
+                        accepted=kept,
+                        seconds=seconds,
+                    )
+                )
+                done()
+        return records
+
+    def _generate(
+        self, prompts: list[list[int]], decoding: Decoding
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """New tokens of each prompt, and what was kept of each draft."""
         import torch
 
-        verifier = self.speculator.verifier
-        stop_ids = None if decoding.ignore_eos else verifier.generation_config.eos_token_id
-        common = {"max_new_tokens": decoding.max_tokens, "eos_token_id": stop_ids}
-        records = []
-        for prompt in prompts:
-            ids = torch.tensor([prompt.token_ids], device=verifier.device)
-            accepted: list[int] = []
-            start = time.perf_counter()
-            if self.speculative_tokens is None:
-                sequences = verifier.generate(
-                    ids, attention_mask=torch.ones_like(ids), do_sample=False, **common
-                )
-            else:
-                output = self.speculator.generate(
-                    ids,
-                    do_sample=False,
-                    num_assistant_tokens=self.speculative_tokens,
-                    return_dict_in_generate=True,
-                    **common,
-                )
-                sequences, accepted = output.sequences, output.acceptance[0].accepted
-            records.append(
-                RequestRecord(
-                    category=prompt.category,
-                    num_prompt_tokens=len(prompt.token_ids),
-                    output_ids=sequences[0, len(prompt.token_ids) :].tolist(),
-                    accepted=accepted,
-                    seconds=time.perf_counter() - start,
-                )
+        from speculators_core.generation import generate
+        from speculators_core.proposals import GreedyTokenProposalConfig
+
+        verifier, draft = self.verifier, self.draft
+        stop = None if decoding.ignore_eos else verifier.generation_config.eos_token_id
+        stops = {stop} if isinstance(stop, int) else set(stop or ())
+        longest = max(map(len, prompts))
+        padded = [[0] * (longest - len(ids)) + ids for ids in prompts]
+        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+        torch.manual_seed(decoding.seed)
+        ids = torch.tensor(padded, device=verifier.device)
+        settings: dict[str, Any] = {
+            "attention_mask": torch.tensor(mask, device=verifier.device),
+            "max_new_tokens": decoding.max_tokens,
+            "eos_token_id": stop,
+            "pad_token_id": 0,
+            "return_dict_in_generate": True,
+            "do_sample": decoding.temperature > 0,
+        }
+        if decoding.temperature > 0:
+            settings |= {"temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+        accepted: list[list[int]] = [[] for _ in prompts]
+        output: Any
+        if draft is None:
+            output = verifier.generate(ids, **settings)
+        elif draft.kind == "assisted":
+            output = verifier.generate(
+                ids, prompt_lookup_num_tokens=draft.speculative_tokens, **settings
             )
-            done()
-        return records
+        else:
+            proposal = GreedyTokenProposalConfig(speculative_tokens=draft.speculative_tokens)
+            output = generate(self.drafter, verifier, proposal, ids, **settings)
+            accepted = [counts.accepted for counts in output.acceptance]
+        new = output.sequences[:, longest:].tolist()
+        return [_until_end(row, stops) for row in new], accepted
+
+
+def _until_end(tokens: list[int], stops: set[int]) -> list[int]:
+    """The tokens up to the one that ended the text; padding follows it."""
+    ends = (place + 1 for place, token in enumerate(tokens) if token in stops)
+    return tokens[: next(ends, len(tokens))]
 
 
 def warm_up(runner: Runner, prompts: Sequence[TokenizedPrompt], decoding: Decoding) -> None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks import playground
-from speculators_core.errors import SpeculatorError, first_fault
+from speculators_core.errors import SpeculatorError, first_fault, first_line
 
 
 class Prompt(BaseModel):
@@ -83,8 +83,9 @@ def _read_hub(name: str) -> list[Prompt]:
     try:
         splits = load_dataset(name)
     except Exception as error:  # datasets raises a dozen kinds, its own and its backends'
-        reason = str(error).strip().splitlines()[0]
-        raise SpeculatorError(f"{name}: no prompt file, and not a data set: {reason}") from error
+        raise SpeculatorError(
+            f"{name}: no prompt file, and not a data set: {first_line(error)}"
+        ) from error
     rows = splits["test" if "test" in splits else next(iter(splits))]
     return _parse((name, number, json.dumps(row)) for number, row in enumerate(rows, 1))
 

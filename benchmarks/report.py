@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -51,14 +50,25 @@ class KReport(BaseModel):
     requests: list[RequestRecord]
 
 
+class DraftReport(BaseModel):
+    """Everything about one draft."""
+
+    name: str
+    kind: str
+    sha256: str | None
+    by_k: list[KReport]
+
+    @property
+    def short_name(self) -> str:
+        return Path(self.name).name
+
+
 class Report(BaseModel):
     """What `python -m benchmarks.acceptance` writes as JSON."""
 
     settings: dict[str, Any]
     verifier: str
     verifier_sha256: str | None
-    speculator: str
-    speculator_sha256: str | None
     environment: dict[str, str]
     prompts_sha256: str
     counting_rule: str = (
@@ -67,7 +77,7 @@ class Report(BaseModel):
     )
     baseline_tokens_per_s: list[float]
     baseline_requests: list[RequestRecord]
-    by_k: list[KReport]
+    drafts: list[DraftReport]
 
 
 def report_k(
@@ -152,47 +162,61 @@ def hash_weights(folder: str | Path) -> str | None:
 
 
 def print_report(report: Report) -> None:
-    """The tables: by number of speculative tokens, by position, and by category."""
+    """The tables: by draft and number of speculative tokens, by position, and by category."""
     num_prompts = len(report.baseline_requests)
-    summary = _table(
-        "acceptance", "K", "tau", "95 %", "macro", "tok/s", "alone", "speed-up", "identical"
+    columns = ("draft", "K", "tau", "95 %", "macro", "loop-free", "tok/s", "speed-up", "identical")
+    summary = _table("acceptance", *columns)
+    positions = _table("by position", "draft", "K", "position", "kept", "joint", "conditional")
+    categories = _table(
+        "by category", "draft", "K", "category", "requests", "drafts", "tau", "kept"
     )
-    positions = _table("by position", "K", "position", "kept", "joint", "conditional")
-    categories = _table("by category", "K", "category", "requests", "drafts", "tau", "kept")
     alone = f"{median(report.baseline_tokens_per_s):.1f}"
-    for entry in report.by_k:
+    summary.add_row("none", *["-"] * 5, alone, "1.00x", "-")
+    for name, entry in _entries(report):
         k, pooled = str(entry.speculative_tokens), entry.pooled
         same = entry.num_identical
+        figures = ["-"] * 4  # nobody counted
+        if pooled.num_drafts:
+            figures = [
+                f"{pooled.acceptance_length:.3f}",
+                "{:.2f}-{:.2f}".format(*entry.interval_95),
+                f"{entry.macro_acceptance_length:.3f}",
+                f"{entry.without_loops.acceptance_length:.3f}",
+            ]
         summary.add_row(
+            name,
             k,
-            f"{pooled.acceptance_length:.3f}",
-            "{:.2f}-{:.2f}".format(*entry.interval_95),
-            f"{entry.macro_acceptance_length:.3f}",
+            *figures,
             f"{median(entry.tokens_per_s):.1f}",
-            alone,
             f"{entry.speed_up:.2f}x",
             "-" if same is None else f"{same} of {num_prompts}",
         )
+        if not pooled.num_drafts:
+            continue
         rates = zip(
             pooled.accepted_per_position, pooled.joint_rates, pooled.conditional_rates, strict=True
         )
         for position, (kept, joint, conditional) in enumerate(rates, 1):
             shown = "-" if conditional is None else f"{conditional:.3f}"
-            positions.add_row(k, str(position), str(kept), f"{joint:.3f}", shown)
-        for name, group in entry.categories.items():
+            positions.add_row(name, k, str(position), str(kept), f"{joint:.3f}", shown)
+        for category, group in entry.categories.items():
             kept_of_group = " ".join(map(str, group.accepted_per_position))
             tau = f"{group.acceptance_length:.3f}"
             numbers = (str(group.num_requests), str(group.num_drafts), tau)
-            categories.add_row(k, name, *numbers, kept_of_group)
+            categories.add_row(name, k, category, *numbers, kept_of_group)
     for table in (summary, positions, categories):
         console.print(table)
-    last = report.by_k[-1]
+    repeated = repeated_share(report.baseline_requests)
+    num_free = len(without_loops(report.baseline_requests))
     console.print(
-        f"{last.repeated_8_grams:.1%} of the outputs' 8-grams repeat; tau of the "
-        f"{last.without_loops.num_requests} outputs with under {FEW_LOOPS:.0%}: "
-        f"{last.without_loops.acceptance_length:.3f}"
+        f"tau counts the bonus token. {repeated:.1%} of the verifier's 8-grams repeat; loop-free "
+        f"is tau of outputs with under {FEW_LOOPS:.0%} of them ({num_free} of the verifier's)"
     )
-    console.print("tau counts the bonus token; alone is tok/s without speculation")
+
+
+def _entries(report: Report) -> list[tuple[str, KReport]]:
+    """Each draft at each number of speculative tokens, under a name that fits a table."""
+    return [(draft.short_name, entry) for draft in report.drafts for entry in draft.by_k]
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -204,12 +228,13 @@ def _table(title: str, *columns: str) -> Table:
 
 def write_report(report: Report, folder: Path) -> None:
     """``report.json`` and ``acceptance.png``; each replaces an older one when it is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as draft:
+    from speculators_core.checkpoint import writing_into
+
+    with writing_into(folder) as draft:
         text = json.dumps(report.model_dump(mode="json"), indent=1)
-        Path(draft, "report.json").write_text(text + "\n", encoding="utf-8")
-        _plot(report, Path(draft, "acceptance.png"))
-        for file in sorted(Path(draft).iterdir()):
+        (draft / "report.json").write_text(text + "\n", encoding="utf-8")
+        _plot(report, draft / "acceptance.png")
+        for file in sorted(draft.iterdir()):
             os.replace(file, folder / file.name)
     console.print(f"wrote {folder / 'report.json'} and {folder / 'acceptance.png'}")
 
@@ -222,19 +247,26 @@ def _plot(report: Report, path: Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     figure, (rates, histogram) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for entry in report.by_k:
+    counted = [(name, entry) for name, entry in _entries(report) if entry.pooled.num_drafts]
+    for name, entry in counted:
         positions = range(1, entry.speculative_tokens + 1)
-        label = f"K = {entry.speculative_tokens}, tau = {entry.pooled.acceptance_length:.2f}"
+        tau = f"tau = {entry.pooled.acceptance_length:.2f}"
+        label = f"{name}, K = {entry.speculative_tokens}, {tau}"
         (line,) = rates.plot(positions, entry.pooled.joint_rates, marker="o", label=label)
         conditional = [float("nan") if r is None else r for r in entry.pooled.conditional_rates]
         rates.plot(positions, conditional, marker="x", linestyle=":", color=line.get_color())
+        histogram.plot(
+            range(entry.speculative_tokens + 1),
+            entry.pooled.histogram,
+            drawstyle="steps-mid",
+            label=f"{name}, {entry.speed_up:.2f}x",
+        )
     rates.set(xlabel="position", ylabel="rate", ylim=(0, 1), title="joint (-) and conditional (..)")
     rates.xaxis.set_major_locator(MaxNLocator(integer=True))
     rates.legend(frameon=False)
-    last = report.by_k[-1]
-    histogram.bar(range(last.speculative_tokens + 1), last.pooled.histogram, color="tab:gray")
-    histogram.set(xlabel="tokens kept of a draft", ylabel="share of drafts")
-    histogram.set_title(f"K = {last.speculative_tokens}, speed-up {last.speed_up:.2f}x")
+    histogram.set(xlabel="tokens kept of a draft", ylabel="share of drafts", ylim=(0, 1))
+    histogram.set_title("histogram, and speed-up")
+    histogram.legend(frameon=False)
     histogram.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

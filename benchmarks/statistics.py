@@ -3,9 +3,12 @@
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from speculators_core.generation import AcceptanceCounts
 
 BOOTSTRAP_SAMPLES = 1000
 LOOP_SPAN = 8
@@ -43,24 +46,21 @@ class Summary(BaseModel):
 
 
 def summarize(records: Sequence[RequestRecord], speculative_tokens: int) -> Summary:
-    accepted = [count for record in records for count in record.accepted]
-    drafts = len(accepted)
-    positions = range(1, speculative_tokens + 1)
-    per_position = [sum(count >= k for count in accepted) for k in positions]
+    counts = _pool(records, speculative_tokens)
+    drafts, per_position = counts.num_drafts, counts.accepted_per_position
     reached = [drafts, *per_position[:-1]]
     return Summary(
         num_requests=len(records),
         num_drafts=drafts,
         accepted_per_position=per_position,
-        acceptance_length=1.0 + sum(accepted) / max(1, drafts),
+        acceptance_length=counts.acceptance_length,
         joint_rates=[kept / max(1, drafts) for kept in per_position],
         conditional_rates=[
             kept / before if before else None
             for kept, before in zip(per_position, reached, strict=True)
         ],
         histogram=[
-            sum(count == k for count in accepted) / max(1, drafts)
-            for k in range(speculative_tokens + 1)
+            counts.accepted.count(k) / max(1, drafts) for k in range(speculative_tokens + 1)
         ],
     )
 
@@ -75,7 +75,7 @@ def by_category(records: Sequence[RequestRecord]) -> dict[str, list[RequestRecor
 def macro_acceptance_length(records: Sequence[RequestRecord]) -> float:
     """Mean of the categories' pooled acceptance lengths."""
     groups = by_category(records).values()
-    return sum(_pooled(group) for group in groups) / max(1, len(groups))
+    return sum(_pool(group).acceptance_length for group in groups) / max(1, len(groups))
 
 
 def bootstrap_interval(
@@ -85,15 +85,18 @@ def bootstrap_interval(
     generator = random.Random(seed)
     prompts = list(zip(*runs, strict=True))
     lengths = sorted(
-        _pooled([record for prompt in drawn for record in prompt])
+        _pool([record for prompt in drawn for record in prompt]).acceptance_length
         for drawn in (generator.choices(prompts, k=len(prompts)) for _ in range(BOOTSTRAP_SAMPLES))
     )
     return lengths[int(0.025 * BOOTSTRAP_SAMPLES)], lengths[int(0.975 * BOOTSTRAP_SAMPLES) - 1]
 
 
-def _pooled(records: Sequence[RequestRecord]) -> float:
-    drafts = sum(len(record.accepted) for record in records)
-    return 1.0 + sum(sum(record.accepted) for record in records) / max(1, drafts)
+def _pool(records: Sequence[RequestRecord], speculative_tokens: int = 0) -> "AcceptanceCounts":
+    """The drafts of all requests; their acceptance length needs no number of positions."""
+    from speculators_core.generation import AcceptanceCounts  # here: it brings torch
+
+    accepted = [count for record in records for count in record.accepted]
+    return AcceptanceCounts(speculative_tokens, accepted)
 
 
 def tokens_per_second(records: Sequence[RequestRecord]) -> float:

@@ -1,7 +1,8 @@
 """What a draft learns from: packed rows, each token beside the verifier's states."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -24,3 +25,15 @@ class Batch:
     """Aux hidden states, ascending by layer, side by side."""
     last_hidden_states: Float[Tensor, "batch seq hidden"]
     """After all layers, before the final norm."""
+
+    def __post_init__(self) -> None:
+        if self.input_ids.shape[0] != 1:
+            raise ValueError(f"a batch is one packed row, found {self.input_ids.shape[0]} rows")
+
+    def to(self, dtype: torch.dtype) -> "Batch":
+        """The same rows with states of this type."""
+        return replace(
+            self,
+            hidden_states=self.hidden_states.to(dtype),
+            last_hidden_states=self.last_hidden_states.to(dtype),
+        )

@@ -6,7 +6,6 @@ checked before any tensor is read; what is written goes to a temporary name firs
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ LAYER_KEYS = {
     "target_hidden_size",
     "is_neox_style",
     "is_causal",
+    "fc_norm",
     "logit_scale",
     "verifier_num_hidden_layers",
 }
@@ -52,10 +52,6 @@ COMMON_KEYS = {"name_or_path", "torch_dtype", "attn_implementation", "_commit_ha
 ALL_FILES = (CONFIG, "generation_config.json", "model*.safetensors", INDEX)
 HEAD_FILES = (CONFIG, INDEX)
 """Enough to know what a checkpoint is, and which of its files holds which tensor."""
-
-
-def is_common_key(key: str) -> bool:
-    return key in COMMON_KEYS
 
 
 def without_foreign_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,7 +227,7 @@ def read_tensors(
 
 
 def write_config(folder: str | PathLike, config: Mapping[str, Any]) -> None:
-    with _writing_into(Path(folder)) as draft:
+    with writing_into(Path(folder)) as draft:
         (draft / CONFIG).write_text(_json(config), encoding="utf-8")
         os.replace(draft / CONFIG, Path(folder) / CONFIG)
 
@@ -247,7 +243,7 @@ def write_checkpoint(
     old = {INDEX, WEIGHTS}
     if (folder / INDEX).exists():
         old |= {_inside(folder, shard).name for shard in read_weight_map(folder).values()}
-    with _writing_into(folder) as draft:
+    with writing_into(folder) as draft:
         save_torch_state_dict(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             draft,
@@ -265,14 +261,13 @@ def write_checkpoint(
 
 
 @contextmanager
-def _writing_into(folder: Path) -> Iterator[Path]:
-    """A folder for unfinished files beside those that they shall replace."""
+def writing_into(folder: Path) -> Iterator[Path]:
+    """A folder for unfinished files beside those that they shall replace; it goes in the end."""
     folder.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-    try:
-        yield draft
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+        prefix=".writing-", dir=folder, ignore_cleanup_errors=True
+    ) as draft:
+        yield Path(draft)
 
 
 def _json(config: Mapping[str, Any]) -> str:

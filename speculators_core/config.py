@@ -158,7 +158,7 @@ class SpeculatorModelConfig(PretrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         own = own_fields(type(self))
-        for key in [key for key in kwargs if not checkpoint.is_common_key(key)]:
+        for key in [key for key in kwargs if key not in checkpoint.COMMON_KEYS]:
             raise SpeculatorError(
                 f"unknown key {key!r} for a {self.speculators_model_type} speculator."
                 f"{did_you_mean(key, own)} Known: {', '.join(own)}."
@@ -202,6 +202,11 @@ class SpeculatorModelConfig(PretrainedConfig):
         """The proposal method that is used where none is asked for."""
         assert self.speculators_config is not None
         return self.speculators_config.default_proposal
+
+    @property
+    def verifier_depth(self) -> int | None:
+        """The verifier's number of layers, where the checkpoint says it."""
+        return getattr(self.transformer_layer_config, "verifier_num_hidden_layers", None)
 
     @property
     def verifier(self) -> VerifierConfig:

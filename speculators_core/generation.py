@@ -3,290 +3,340 @@
 Slow beside a serving engine and easy to trust. Its counts are the yardstick for what is served:
 a request's first token comes from prefill and belongs to no draft; each later verifier step is one
 draft, and counts whole even where the output ends inside it.
+
+What belongs to Transformers stays there: its `generate` reads the settings, builds the logits
+processors and stopping criteria, pads and expands the prompts, and then calls our loop.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import ModelOutput
 
-from speculators_core.acceptance import accept_greedy
-from speculators_core.errors import SpeculatorError
-from speculators_core.proposals import GreedyTokenProposalConfig
+from speculators_core.acceptance import Acceptance
+from speculators_core.drafter import PADDING, Confirmed, Drafter, Proposal
+from speculators_core.proposals import TokenProposalConfig
+from speculators_core.row_cache import RowCache
+from speculators_core.texts import (
+    STATELESS_PROCESSORS,
+    AcceptanceCounts,
+    Rules,
+    Text,
+    Texts,
+    by_place,
+)
 from speculators_core.verifier import LayerTaps
 
-DEFAULT_MAX_NEW_TOKENS = 20
-"""Transformers' own, where neither a length nor a number of new tokens is given."""
-
-
-class Drafter(Protocol):
-    """What the loop needs of a speculator; `SpeculatorModel` says more of each."""
-
-    config: Any
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def verifier(self) -> PreTrainedModel: ...
-
-    def start_drafting(self) -> Any: ...
-
-    def propose(
-        self,
-        state: Any,
-        next_tokens: Int[Tensor, "batch new"],
-        hidden_states: Float[Tensor, "batch new aux_hidden"],
-        num_tokens: int,
-    ) -> Int[Tensor, "batch draft"]: ...
-
-
-SUPPORTED = {
-    "max_length",
-    "max_new_tokens",
-    "eos_token_id",
-    "pad_token_id",
-    "bos_token_id",
-    "return_dict_in_generate",
+ARGUMENTS = {
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "tokenizer",
 }
-WITHOUT_EFFECT_WHEN_GREEDY = {
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "use_cache",
-    "transformers_version",
-    "_from_model_config",
-}
-NEUTRAL = {
+"""What is handed on to Transformers, beside the options of a `GenerationConfig`."""
+NEUTRAL_VALUES = {
     "num_beams": 1,
-    "num_return_sequences": 1,
-    "repetition_penalty": 1.0,
-    "length_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
+    "num_beam_groups": 1,
+    "constraints": None,
+    "force_words_ids": None,
+    "penalty_alpha": 0.0,
+    "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "use_mtp": False,
+    "guidance_scale": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "cache_implementation": "dynamic",
+    "token_healing": False,
 }
-"""Values with which a setting does nothing."""
-
-
-@dataclass(frozen=True)
-class AcceptanceCounts:
-    """How many tokens of each draft were kept, in order."""
-
-    speculative_tokens: int
-    accepted: list[int] = field(default_factory=list)
-
-    @property
-    def num_drafts(self) -> int:
-        return len(self.accepted)
-
-    @property
-    def accepted_per_position(self) -> list[int]:
-        """Drafts whose positions 1 to k were all kept, for each k."""
-        positions = range(1, self.speculative_tokens + 1)
-        return [sum(count >= k for count in self.accepted) for k in positions]
-
-    @property
-    def acceptance_length(self) -> float:
-        """Tokens per verifier step, the bonus token included; 1 where nothing was drafted."""
-        return 1.0 + sum(self.accepted) / max(1, self.num_drafts)
+"""Options that the loop does not heed, with the value beside None at which they have no effect."""
 
 
 @dataclass
-class SpeculativeOutput(ModelOutput):
-    """What `generate` returns with ``return_dict_in_generate``."""
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with ``return_dict_in_generate``.
 
-    sequences: Tensor | None = None
+    ``scores`` and ``logits`` of a row are zero after its end token.
+    """
+
     acceptance: list[AcceptanceCounts] | None = None
     """One record for each row of the batch."""
-
-
-@dataclass(frozen=True)
-class _Limits:
-    max_new_tokens: int
-    stop_ids: frozenset[int]
+    lossy_options: dict[str, float] | None = None
+    """Options that let the output differ from the verifier's own; None where it does not."""
 
 
 def generate(
-    speculator: Drafter,
+    drafter: Drafter,
+    verifier: PreTrainedModel,
+    proposal: TokenProposalConfig,
     inputs: Int[Tensor, "batch seq"] | None = None,
     generation_config: GenerationConfig | None = None,
-    streamer: BaseStreamer | None = None,
     *,
     num_assistant_tokens: int | None = None,
-    return_dict_in_generate: bool | None = None,
-    input_ids: Int[Tensor, "batch seq"] | None = None,
-    attention_mask: Int[Tensor, "batch seq"] | None = None,
+    generator: torch.Generator | None = None,
+    streamer: BaseStreamer | None = None,
     **kwargs: Any,
 ) -> Int[Tensor, "batch total"] | SpeculativeOutput:
-    """Greedy speculative decoding of one prompt; the output is the verifier's own.
+    """Speculative decoding; every other argument as for the verifier's own ``generate``.
 
-    Takes the verifier's generation config and overrides as Transformers does. The number of tokens
-    proposed in one step is ``num_assistant_tokens``, or else the checkpoint's.
+    Greedy output is the verifier's own, sampled output has its distribution. A batch may hold
+    prompts of unequal length, padded on the left. ``num_assistant_tokens``, here or in the config,
+    replaces the proposal's ``speculative_tokens``; ``generator`` makes a sampled run repeatable.
+
+    Rows of a batch come forward at different paces, so logits processors and stopping criteria are
+    asked about one row at a time, processors also after drafted tokens that are then rejected: they
+    must depend on nothing but that row's text. No cache is returned.
 
     Raises:
-        SpeculatorError: no verifier is attached in full, or it has layers without a cache to cut.
-        ValueError: a prompt that is empty or too long, or an argument that is not supported.
+        SpeculatorError: the verifier has layers without a cache that tokens can be taken out of.
+        ValueError: beams, encoder or image inputs, or another argument that is not supported.
     """
-    verifier = speculator.verifier
-    prompt = inputs if inputs is not None else input_ids
-    config, unused = _generation_config(verifier, generation_config, kwargs)
-    if unused:
-        raise ValueError(f"generate does not take {', '.join(sorted(unused))}")
-    if prompt is None or prompt.ndim != 2 or prompt.shape[0] != 1 or prompt.shape[1] == 0:
-        found = None if prompt is None else list(prompt.shape)
-        raise ValueError(f"expected input_ids of shape [1, seq] with seq >= 1, found {found}")
-    if attention_mask is not None and not attention_mask.bool().all():
-        raise ValueError("attention_mask masks tokens; one prompt without padding is expected")
-    proposal = speculator.config.proposal
-    if proposal != GreedyTokenProposalConfig(speculative_tokens=proposal.speculative_tokens):
-        raise ValueError(f"only exact acceptance of greedy proposals is supported: {proposal!r}")
-    num_tokens = num_assistant_tokens
-    if num_tokens is None:
-        num_tokens = proposal.speculative_tokens
+    if verifier.config.is_encoder_decoder:
+        raise ValueError(f"{type(verifier).__name__} has an encoder; expected a decoder-only model")
+    _check_arguments(kwargs)
+    stated = (num_assistant_tokens, getattr(generation_config, "num_assistant_tokens", None))
+    num_tokens = next((n for n in stated if n is not None), proposal.speculative_tokens)
     if num_tokens < 1:
         raise ValueError(f"num_assistant_tokens must be at least 1, found {num_tokens}")
-    limits = _limits(verifier, config, prompt.shape[1])
-    new_tokens, counts = decode(
-        speculator, verifier, prompt.to(verifier.device), num_tokens, limits, streamer
+
+    def loop(
+        model: PreTrainedModel,
+        input_ids: Int[Tensor, "batch seq"],
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        # The mask is among these: Transformers would not prepare one that has a name here.
+        **model_inputs: Any,
+    ) -> Int[Tensor, "batch total"] | SpeculativeOutput:
+        _check_options(vars(generation_config))
+        rules = Rules(
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            proposal,
+            num_tokens,
+            generator,
+            streamer,
+        )
+        return _output(
+            decode(drafter, model, input_ids, model_inputs.get("attention_mask"), rules), rules
+        )
+
+    kwargs = _with_stop_strings(verifier, generation_config, kwargs)
+    return verifier.generate(
+        inputs, generation_config, streamer=streamer, custom_generate=loop, **kwargs
     )
-    sequences = torch.cat([prompt, prompt.new_tensor([new_tokens])], dim=1)
-    if (
-        return_dict_in_generate
-        if return_dict_in_generate is not None
-        else config.return_dict_in_generate
-    ):
-        return SpeculativeOutput(sequences=sequences, acceptance=[counts])
-    return sequences
+
+
+def _with_stop_strings(
+    verifier: PreTrainedModel, config: GenerationConfig | None, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments with a criterion for stop strings, where there are any.
+
+    On its way to a custom loop Transformers (5.19) loses the tokenizer that it would make one with.
+    """
+    arguments = dict(arguments)
+    tokenizer = arguments.pop("tokenizer", None)
+    stated = (arguments.get("stop_strings"), getattr(config, "stop_strings", None))
+    strings = next((s for s in stated if s is not None), verifier.generation_config.stop_strings)
+    if tokenizer is not None and strings is not None:
+        criteria = arguments.get("stopping_criteria") or []
+        arguments["stopping_criteria"] = [*criteria, StopStringCriteria(tokenizer, strings)]
+        arguments["stop_strings"] = None
+    return arguments
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError where an argument would have no effect, or a wrong one."""
+    options = vars(GenerationConfig())
+    for name, value in arguments.items():
+        if value is not None and name not in ARGUMENTS and name not in options:
+            raise ValueError(
+                f"{name} is not supported: the reference decoder takes input_ids, attention_mask "
+                "and the options of a GenerationConfig"
+            )
+        if value is not None and name.endswith("token_type_ids") and value.any():
+            raise ValueError(f"{name} marks more than text; expected zeros")
+    _check_options(arguments)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    for name, neutral in NEUTRAL_VALUES.items():
+        if options.get(name) not in (None, neutral):
+            raise ValueError(f"{name}={options[name]!r} is not supported by the reference decoder")
 
 
 @torch.no_grad()
 def decode(
-    speculator: Drafter,
+    drafter: Drafter,
     verifier: PreTrainedModel,
-    prompt: Int[Tensor, "1 seq"],
-    num_tokens: int,
-    limits: _Limits,
-    streamer: BaseStreamer | None = None,
-) -> tuple[list[int], AcceptanceCounts]:
-    """New tokens of one prompt, and what was kept of each draft.
+    prompts: Int[Tensor, "batch seq"],
+    attention_mask: Int[Tensor, "batch seq"] | None,
+    rules: Rules,
+) -> Texts:
+    """The finished texts of a batch, and what was kept of each draft.
 
     confirmed tokens   [... x y]     the verifier has run over all but y
     propose            y -> [a b c]
     verify             [y a b c] -> the verifier's tokens [a b d e]: 2 kept, next is d
     confirmed tokens   [... x y a b d]
+
+    Rows of a batch keep different numbers of tokens; a finished row leaves the batch. Nothing is
+    drafted while a row is at the last position that the verifier was made for.
     """
-    layer_ids = speculator.config.aux_layer_ids
-    cache = DynamicCache(config=verifier.config.get_text_config())
-    if not cache.is_croppable:
-        raise SpeculatorError(
-            f"{type(verifier).__name__} keeps a recurrent state that rejected tokens cannot be "
-            "taken out of; the reference decoder needs attention layers alone."
+    is_token = torch.ones_like(prompts, dtype=torch.bool)
+    if attention_mask is not None:
+        is_token = attention_mask.bool()
+    if not is_token[:, -1].all():
+        raise ValueError(
+            "attention_mask ends in padding: pad prompts on the left, or pass the mask where a "
+            "prompt itself ends in the pad token"
         )
-    cache.activate_past_recording()  # a window must give back what rejected tokens pushed out
-    state = speculator.start_drafting()
-    counts = AcceptanceCounts(num_tokens)
-    longest = verifier.config.get_text_config().max_position_embeddings
-    if streamer is not None:
-        streamer.put(prompt.cpu())
-
-    with LayerTaps(verifier, layer_ids) as taps:
-        logits = verifier(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        cache.crop(0)
-        confirmed = prompt.shape[1]
-        next_tokens = torch.cat([prompt[:, 1:], logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-        new_tokens = _emit(next_tokens[0, -1:].tolist(), [], limits, streamer)
-        while not _finished(new_tokens, limits):
-            room = longest - confirmed - 1
-            drafted = next_tokens.new_zeros((1, 0))
-            if room >= num_tokens:
-                hidden = taps.states(layer_ids)[:, : next_tokens.shape[1]]
-                drafted = speculator.propose(
-                    state,
-                    next_tokens.to(speculator.device),
-                    hidden.to(speculator.device, speculator.dtype),
-                    num_tokens,
-                ).to(prompt.device)
-            verified = torch.cat([next_tokens[:, -1:], drafted], dim=1)
-            logits = verifier(verified, past_key_values=cache, use_cache=True).logits
-            kept = accept_greedy(drafted, logits)
-            num_kept = int(kept.num_accepted)
-            if drafted.shape[1]:
-                counts.accepted.append(num_kept)
-            cache.crop(num_kept - drafted.shape[1])
-            confirmed += 1 + num_kept
-            next_tokens = torch.cat([drafted[:, :num_kept], kept.next_token[:, None]], dim=1)
-            new_tokens = _emit(next_tokens[0].tolist(), new_tokens, limits, streamer)
-    if streamer is not None:
-        streamer.end()
-    return new_tokens, counts
+    longest = getattr(verifier.config.get_text_config(), "max_position_embeddings", None)
+    texts, alive = Texts(prompts, rules), list(range(len(prompts)))
+    cache, state = RowCache(verifier), drafter.start_drafting()
+    with LayerTaps(verifier, drafter.aux_layer_ids) as taps:
+        logits = cache.run(prompts, is_token, logits_to_keep=1)
+        kept = _settle(texts.rows, Proposal(prompts[:, :0]), logits, rules)
+        confirmed = Confirmed(
+            torch.cat([prompts, kept.next_token[:, None]], dim=1),
+            (is_token.long().cumsum(1) - 1).masked_fill(~is_token, PADDING),
+            _states(taps, prompts),
+        )
+        while rows := texts.unwritten():
+            texts.stream()
+            if len(rows) < len(alive):
+                index = torch.tensor(_places(rows, alive), device=prompts.device)
+                cache.select_rows(index)
+                state.select_rows(index.to(drafter.device))
+                confirmed, alive = _select(confirmed, index), rows
+            bonus = confirmed.token_ids[:, -1:]
+            position = confirmed.positions[:, -1:] + 1  # of the bonus token
+            can_draft = longest is None or int(position.max()) + rules.num_tokens < longest
+            proposal = Proposal(bonus[:, :0])
+            if can_draft:
+                proposal = _propose(drafter, state, confirmed, rules)
+            tokens = torch.cat([bonus, proposal.token_ids], dim=1)
+            logits = cache.run(tokens)
+            kept = _settle([texts.rows[row] for row in alive], proposal, logits, rules)
+            cache.forget(proposal.token_ids.shape[1] - kept.num_accepted)
+            news = _confirm(tokens, position, kept, _states(taps, tokens))
+            confirmed = news if can_draft else _join(confirmed, news)
+    texts.stream()
+    if rules.streamer is not None:
+        rules.streamer.end()
+    return texts
 
 
-def _emit(
-    tokens: Sequence[int], new_tokens: list[int], limits: _Limits, streamer: BaseStreamer | None
-) -> list[int]:
-    """Appends up to the first stop token or the limit."""
-    for token in tokens:
-        if _finished(new_tokens, limits):
-            break
-        new_tokens.append(token)
-        if streamer is not None:
-            streamer.put(torch.tensor([token]))
-    return new_tokens
+def _places(rows: list[int], among: list[int]) -> list[int]:
+    place = {row: index for index, row in enumerate(among)}
+    return [place[row] for row in rows]
 
 
-def _finished(new_tokens: list[int], limits: _Limits) -> bool:
-    return len(new_tokens) >= limits.max_new_tokens or (
-        bool(new_tokens) and new_tokens[-1] in limits.stop_ids
+def _propose(drafter: Drafter, state: Any, confirmed: Confirmed, rules: Rules) -> Proposal:
+    """What the drafter proposes; it may live on another device."""
+    known = Confirmed(
+        confirmed.token_ids.to(drafter.device),
+        confirmed.positions.to(drafter.device),
+        confirmed.hidden_states.to(drafter.device, drafter.dtype),
+    )
+    proposal = drafter.propose(state, known, rules.num_tokens, rules.choose)
+    probs, device = proposal.probs, confirmed.token_ids.device
+    return Proposal(proposal.token_ids.to(device), None if probs is None else probs.to(device))
+
+
+def _settle(
+    texts: list[Text],
+    proposal: Proposal,
+    logits: Float[Tensor, "batch places vocab"],
+    rules: Rules,
+) -> Acceptance:
+    """Decides on a proposal, and appends what was kept and the verifier's next token."""
+    drafted = proposal.token_ids
+    processors = rules.logits_processor
+    if {type(processor) for processor in processors} <= STATELESS_PROCESSORS:
+        flat = logits.flatten(0, 1).float() if processors else logits
+        for processor in processors:
+            flat = processor(drafted, flat)
+        scores = flat.view(logits.shape)
+    else:
+        rows = zip(texts, drafted, logits.float(), strict=True)
+        scores = torch.stack([text.process(row, row_logits) for text, row, row_logits in rows])
+    kept = rules.accept(proposal, scores)
+    for row, (text, count) in enumerate(zip(texts, kept.num_accepted.tolist(), strict=True)):
+        if drafted.shape[1] and text.end is None:
+            text.counts.accepted.append(count)
+        new = torch.cat([drafted[row, :count], kept.next_token[row : row + 1]])
+        text.append(new, scores[row], logits[row])
+    return kept
+
+
+def _states(
+    taps: LayerTaps, token_ids: Int[Tensor, "batch places"]
+) -> Float[Tensor, "batch places aux_hidden"]:
+    """The verifier's states of the tokens that it has just read, as the draft takes them."""
+    if not taps.layer_ids:
+        return token_ids.new_zeros((*token_ids.shape, 0), dtype=torch.float32)
+    return taps.states(taps.layer_ids)
+
+
+def _confirm(
+    tokens: Int[Tensor, "batch places"],
+    bonus_position: Int[Tensor, "batch 1"],
+    kept: Acceptance,
+    states: Float[Tensor, "batch places aux_hidden"],
+) -> Confirmed:
+    """What a verifier step over the bonus token and a proposal has settled, rows to the right."""
+    longest = int(kept.num_accepted.max()) + 1
+    place = torch.arange(longest, device=tokens.device)
+    place = place - (longest - 1 - kept.num_accepted[:, None])  # [batch, longest]
+    index = place.clamp_min(0)
+    return Confirmed(
+        torch.cat([tokens.gather(1, index), kept.next_token[:, None]], dim=1),
+        (bonus_position + place).masked_fill(place < 0, PADDING),
+        states.take_along_dim(index[..., None], 1),
     )
 
 
-def _generation_config(
-    verifier: PreTrainedModel, given: GenerationConfig | None, overrides: dict[str, Any]
-) -> tuple[GenerationConfig, dict[str, Any]]:
-    """The verifier's settings under the given ones under the overrides, as in Transformers.
-
-    Raises:
-        ValueError: a setting would change the output and is not supported.
-    """
-    over = {k: v for k, v in given.to_dict().items() if v is not None} if given else {}
-    config = GenerationConfig(**{**verifier.generation_config.to_dict(), **over})
-    unused = config.update(**overrides)
-    if config.do_sample:
-        raise ValueError("only greedy decoding is supported: pass do_sample=False")
-    neutral = GenerationConfig().to_dict()
-    for name, value in config.to_dict().items():
-        is_neutral = (
-            value is None or value is False or value in (neutral.get(name), NEUTRAL.get(name))
-        )
-        if not is_neutral and name not in SUPPORTED | WITHOUT_EFFECT_WHEN_GREEDY:
-            raise ValueError(f"{name}={value!r} is not supported")
-    return config, unused
+def _join(first: Confirmed, then: Confirmed) -> Confirmed:
+    """Both as one; the bonus token of the first is where the second begins."""
+    return Confirmed(
+        torch.cat([first.token_ids[:, :-1], then.token_ids], dim=1),
+        torch.cat([first.positions, then.positions], dim=1),
+        torch.cat([first.hidden_states, then.hidden_states], dim=1),
+    )
 
 
-def _limits(verifier: PreTrainedModel, config: GenerationConfig, prompt_length: int) -> _Limits:
-    longest = verifier.config.get_text_config().max_position_embeddings
-    if prompt_length >= longest:
-        raise ValueError(f"the prompt has {prompt_length} tokens; the verifier takes {longest}")
-    if config.max_new_tokens is not None:
-        max_new_tokens = config.max_new_tokens
-    elif config.max_length is not None:
-        if config.max_length <= prompt_length:
-            raise ValueError(
-                f"max_length {config.max_length} leaves the {prompt_length} tokens "
-                "of the prompt no successor; raise it or pass max_new_tokens"
-            )
-        max_new_tokens = config.max_length - prompt_length
-    else:
-        max_new_tokens = DEFAULT_MAX_NEW_TOKENS
-    stop_ids = config.eos_token_id
-    stop_ids = [] if stop_ids is None else [stop_ids] if isinstance(stop_ids, int) else stop_ids
-    return _Limits(min(max_new_tokens, longest - prompt_length), frozenset(stop_ids))
+def _select(confirmed: Confirmed, rows: Int[Tensor, "rows"]) -> Confirmed:
+    return Confirmed(
+        confirmed.token_ids[rows], confirmed.positions[rows], confirmed.hidden_states[rows]
+    )
+
+
+def _output(texts: Texts, rules: Rules) -> Int[Tensor, "batch total"] | SpeculativeOutput:
+    length, rows = texts.length, texts.rows
+    assert length is not None
+    sequences = texts.sequences(length)
+    if not rules.config.return_dict_in_generate:
+        return sequences
+    num_new = length - rows[0].prompt_length
+    return SpeculativeOutput(
+        sequences=sequences,
+        scores=by_place([text.scores for text in rows], num_new) if rules.keeps_scores else None,
+        logits=by_place([text.logits for text in rows], num_new) if rules.keeps_logits else None,
+        acceptance=[text.counts for text in rows],
+        lossy_options=rules.lossy_options,
+    )

@@ -4,29 +4,24 @@ Transformers' modules hold the weights, the norms and the rotary embedding. Whic
 is what the algorithms differ in, so a caller hands in that step as an ``Attend``.
 """
 
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import Cache, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.models.llama import modeling_llama
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
+from speculators_core.attention import Attend, DraftCache, Keys, OwnKey, Queries, attend_packed
 from speculators_core.errors import SpeculatorError
-from speculators_core.masks import causal_mask, packed_causal_mask
+from speculators_core.masks import document_starts, spans_before
 
-Queries = Float[Tensor, "batch heads queries head_dim"]
-Keys = Float[Tensor, "batch kv_heads keys head_dim"]
 Hidden = Float[Tensor, "batch seq hidden"]
 Rotary = tuple[Tensor, Tensor]
-Attend = Callable[[int, Queries, Keys, Keys], Queries]
-"""(layer index, queries, keys, values of these rows) to the attended values."""
-
-QUERY_BLOCK = 256
-"""Rows whose scores are computed at one time, against the keys up to their last."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +39,11 @@ FAMILIES = {
         modeling_llama.LlamaRMSNorm,
         modeling_llama.LlamaRotaryEmbedding,
     ),
+    "qwen2": Family(
+        modeling_qwen2.Qwen2DecoderLayer,
+        modeling_qwen2.Qwen2RMSNorm,
+        modeling_qwen2.Qwen2RotaryEmbedding,
+    ),
     "qwen3": Family(
         modeling_qwen3.Qwen3DecoderLayer,
         modeling_qwen3.Qwen3RMSNorm,
@@ -52,12 +52,12 @@ FAMILIES = {
 }
 
 
-def family_of(config: PretrainedConfig) -> Family:
-    """Raises SpeculatorError where we have no layers for the config's ``model_type``."""
-    if config.model_type not in FAMILIES:
+def family_of(config: PretrainedConfig, allowed: Collection[str] = tuple(FAMILIES)) -> Family:
+    """Raises SpeculatorError where the algorithm has no layers for the config's ``model_type``."""
+    if config.model_type not in allowed:
         raise SpeculatorError(
             f"transformer_layer_config.model_type {config.model_type!r} has no draft layers; "
-            f"known: {', '.join(FAMILIES)}."
+            f"known: {', '.join(allowed)}."
         )
     return FAMILIES[config.model_type]
 
@@ -110,31 +110,44 @@ def decoder_layer(layer: Any, index: int, hidden: Hidden, rotary: Rotary, attend
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
-def attention(module: Any, index: int, x: Tensor, rotary: Rotary, attend: Attend) -> Hidden:
+def attention(
+    module: Any, index: int, x: Float[Tensor, "batch seq width"], rotary: Rotary, attend: Attend
+) -> Hidden:
     """Projects, norms and rotates as the module says, attends as the caller says."""
-    shape = (*x.shape[:-1], -1, module.head_dim)
-    queries, keys = module.q_proj(x).view(shape), module.k_proj(x).view(shape)
+    queries = module.q_proj(x).view(*x.shape[:-1], -1, module.head_dim)
     if hasattr(module, "q_norm"):
-        queries, keys = module.q_norm(queries), module.k_norm(keys)
-    values = module.v_proj(x).view(shape).transpose(1, 2)
-    queries, keys = modeling_llama.apply_rotary_pos_emb(
-        queries.transpose(1, 2), keys.transpose(1, 2), *rotary
-    )
-    attended = attend(index, queries, keys, values).transpose(1, 2)  # [batch, seq, heads, head_dim]
+        queries = module.q_norm(queries)
+    keys, values = keys_and_values(module, x, rotary)
+    attended = attend(index, rotate(queries, rotary), keys, values)
+    attended = attended.transpose(1, 2)  # [batch, seq, heads, head_dim]
     return module.o_proj(attended.reshape(*x.shape[:-1], -1))
 
 
-def cached_attend(config: PretrainedConfig, cache: Cache, past_length: int) -> Attend:
-    """Attends to all rows in the cache, and appends these to it."""
+def keys_and_values(module: Any, x: Hidden, rotary: Rotary) -> tuple[Keys, Keys]:
+    """What an attention module lets others see of ``x``."""
+    shape = (*x.shape[:-1], -1, module.head_dim)
+    keys = module.k_proj(x).view(shape)
+    if hasattr(module, "k_norm"):
+        keys = module.k_norm(keys)
+    return rotate(keys, rotary), module.v_proj(x).view(shape).transpose(1, 2)
+
+
+def rotate(x: Float[Tensor, "batch seq heads head_dim"], rotary: Rotary) -> Queries:
+    """Rotary positions (arXiv:2104.09864), and heads before tokens."""
+    cos, sin = rotary
+    x = x.transpose(1, 2)
+    return x * cos[:, None] + modeling_llama.rotate_half(x) * sin[:, None]
+
+
+def cached_attend(
+    config: PretrainedConfig, cache: DraftCache, positions: Int[Tensor, "batch new"]
+) -> Attend:
+    """Attends to the kept keys up to each token's position, and keeps these ones too."""
+    cache.extend_positions(positions)
 
     def attend(layer: int, queries: Queries, keys: Keys, values: Keys) -> Queries:
-        keys, values = cache.update(keys, values, layer)
-        window = sliding_window(config, layer)
-        num_queries, num_keys = queries.shape[2], keys.shape[2]
-        mask = None
-        if num_queries > 1 or window is not None:
-            rows = torch.arange(num_keys, device=queries.device)
-            mask = causal_mask(rows[past_length:], rows, window)
+        keys, values = cache.append(layer, keys, values)
+        mask = cache.visible(positions, sliding_window(config, layer))
         return nn.functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, enable_gqa=True
         )
@@ -143,53 +156,32 @@ def cached_attend(config: PretrainedConfig, cache: Cache, past_length: int) -> A
 
 
 class UnrolledAttention:
-    """Attention of EAGLE-3's training unroll over a packed row.
+    """Attention of a training unroll over a packed row, as the drafts are served.
 
     At step k a row sees the step-0 keys of its document up to itself, and of each later step its
     own key alone. Row 2 of one document at step 2:
 
         step-0 keys  0 1 2 3    step-1 keys  0 1 2    step-2 keys  0 1 2
                      x x x .                 . . x                 . . x
+        window of 3  . . x .                 . . x                 . . x
 
-    Step k has one row less than step k - 1: the last has no further token.
+    Step k may have fewer rows than step k - 1: the last ones have no further token.
     """
 
-    def __init__(self, config: PretrainedConfig, document_ids: Int[Tensor, "batch rows"]):
+    def __init__(self, config: PretrainedConfig, document_ids: Int[Tensor, "rows"]):
         self.config = config
-        self.document_ids = document_ids
-        # Layer to the keys and values of each step; each step has a row less.
+        self.starts = document_starts(document_ids)
+        # Layer to the keys and values of each step.
         self.steps: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def __call__(self, layer: int, queries: Queries, keys: Keys, values: Keys) -> Queries:
         steps = self.steps.setdefault(layer, [])
         steps.append((keys, values))
-        window = sliding_window(self.config, layer)
+        (context, context_values), *later = steps
         num_rows = queries.shape[2]
-        blocks = [
-            self._block(queries, steps, first, min(first + QUERY_BLOCK, num_rows), window)
-            for first in range(0, num_rows, QUERY_BLOCK)
-        ]
-        return torch.cat(blocks, dim=2)
-
-    def _block(
-        self,
-        queries: Queries,
-        steps: list[tuple[Tensor, Tensor]],
-        first: int,
-        last: int,
-        window: int | None,
-    ) -> Float[Tensor, "batch heads block head_dim"]:
-        batch, num_heads, _, head_dim = queries.shape
-        num_kv_heads = steps[0][0].shape[1]
-        grouped = (batch, num_kv_heads, num_heads // num_kv_heads, last - first, head_dim)
-        block = queries[:, :, first:last].reshape(grouped) * head_dim**-0.5
-        (keys, values), later = steps[0], steps[1:]
-        mask = packed_causal_mask(self.document_ids, first, last, window)[:, None, None]
-        scores = block @ keys[:, :, None, :last].transpose(-1, -2)  # [batch, kv, group, rows, keys]
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        own = [(block * k[:, :, None, first:last]).sum(-1, keepdim=True) for k, _ in later]
-        weights = torch.cat([scores, *own], dim=-1).float().softmax(-1).to(values.dtype)
-        attended = weights[..., :last] @ values[:, :, None, :last]
-        for step, (_, v) in enumerate(later):
-            attended = attended + weights[..., last + step, None] * v[:, :, None, first:last]
-        return attended.reshape(batch, num_heads, last - first, head_dim)
+        ends = torch.arange(1, num_rows + 1, device=queries.device)
+        window = sliding_window(self.config, layer)
+        spans = spans_before(ends, self.starts[:num_rows], len(later), window)
+        near = later if window is None else later[-window:]
+        own = [OwnKey(k[:, :, :num_rows], v[:, :, :num_rows]) for k, v in near]
+        return attend_packed(queries, context, context_values, spans, own)

@@ -5,10 +5,13 @@ q the draft's, both in float32. The verifier gets no gradient.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from pydantic import BeforeValidator, Field
+from torch import Tensor, nn
 
 from speculators_core.errors import SpeculatorError
 
@@ -17,6 +20,8 @@ Loss = Float[Tensor, "*rows"]
 
 ACCEPTANCE_FLOOR = 1e-5
 HYBRID_RATE = 3.0
+MASK_SUM_FLOOR = 1e-5
+"""Keeps a mean over no rows finite."""
 
 
 def kl_div(draft: Logits, verifier: Logits) -> Loss:
@@ -65,6 +70,19 @@ LOSSES: Mapping[str, Callable[[Logits, Logits], Loss]] = {
 }
 
 
+def _loss_weights(value: Any) -> Any:
+    """The name of one loss stands for that loss alone; every name must be known."""
+    weights = {value: 1.0} if isinstance(value, str) else value
+    if isinstance(weights, Mapping):
+        if unknown := [name for name in weights if name not in LOSSES]:
+            raise ValueError(f"unknown loss {unknown[0]!r}; known: {', '.join(LOSSES)}")
+    return weights
+
+
+LossWeights = Annotated[Mapping[str, float], BeforeValidator(_loss_weights), Field(min_length=1)]
+"""Weights of losses by name, or the name of one."""
+
+
 def weighted_loss(weights: Mapping[str, float], draft: Logits, verifier: Logits) -> Loss:
     """The sum of the named losses times their weights.
 
@@ -86,3 +104,99 @@ def _log_softmax(logits: Logits) -> Logits:
 def _acceptance(draft: Logits, verifier: Logits) -> Loss:
     """Sum of min(p, q): the chance that a token drawn from q is kept (arXiv:2211.17192)."""
     return torch.minimum(draft.float().softmax(-1), verifier.detach().float().softmax(-1)).sum(-1)
+
+
+# ---- rows by the thousand ----
+
+CHUNK_LOGITS = 2**19
+"""Logits of the draft that exist at one time; as many of the verifier beside them."""
+FEWEST_ROWS = 16
+"""Rows that are scored together however wide the vocabulary."""
+
+VerifierLogits = Callable[[Int[Tensor, "rows"]], Float[Tensor, "rows vocab"]]
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """What came of each row that a draft was trained on."""
+
+    losses: Float[Tensor, "rows"]
+    """Zero where the verifier's token is outside the draft's vocabulary."""
+    draft_tokens: Int[Tensor, "rows"]
+    """The draft's most probable token, as an id of its own vocabulary."""
+    is_right: Bool[Tensor, "rows"]
+    """It is the verifier's most probable token of the whole vocabulary."""
+    is_covered: Bool[Tensor, "rows"]
+    """The verifier's token is in the draft's vocabulary."""
+
+
+def score_rows(
+    hidden: Float[Tensor, "rows hidden"],
+    head_weight: Float[Tensor, "draft_vocab hidden"],
+    verifier_logits: VerifierLogits,
+    target_rows: Int[Tensor, "rows"],
+    loss: Mapping[str, float],
+    draft_token_ids: Int[Tensor, "draft_vocab"] | None = None,
+) -> ScoredRows:
+    """Each row's loss against the verifier's distribution in its target row.
+
+    Logits are made for a few rows at a time, and each row's gradient with them, so those of a whole
+    packed row never exist together. The verifier's logits over a reduced vocabulary are those of
+    ``draft_token_ids``. Where its best token is not among them the draft cannot be right, and
+    what is left of the distribution is no advice: the row counts as wrong and teaches nothing.
+    """
+    assert not head_weight.requires_grad, "the head of a draft is its verifier's, and frozen"
+    results = _ScoreRows.apply(
+        hidden, head_weight, verifier_logits, target_rows, loss, draft_token_ids
+    )
+    return ScoredRows(*results)
+
+
+class _ScoreRows(torch.autograd.Function):
+    """Keeps the gradient of each row's loss by its hidden state, which backward only scales."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        verifier_logits: VerifierLogits,
+        target_rows: Tensor,
+        loss: Mapping[str, float],
+        draft_token_ids: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        num_rows = len(hidden)
+        losses = hidden.new_zeros(num_rows, dtype=torch.float32)
+        draft_tokens = torch.zeros_like(target_rows)
+        is_right = torch.zeros_like(target_rows, dtype=torch.bool)
+        is_covered = torch.ones_like(is_right)
+        needs_gradient = ctx.needs_input_grad[0]
+        gradient = torch.zeros_like(hidden) if needs_gradient else None
+        chunk = max(FEWEST_ROWS, CHUNK_LOGITS // len(head_weight))
+        for first in range(0, num_rows, chunk):
+            rows = slice(first, first + chunk)
+            targets = verifier_logits(target_rows[rows])  # [rows, vocab]
+            best = targets.argmax(-1)
+            if draft_token_ids is not None:
+                is_covered[rows] = torch.isin(best, draft_token_ids)
+                targets = targets[:, draft_token_ids]
+            with torch.set_grad_enabled(needs_gradient):
+                states = hidden[rows].detach().requires_grad_(needs_gradient)
+                logits = nn.functional.linear(states, head_weight)  # [rows, draft_vocab]
+                row_losses = weighted_loss(loss, logits, targets) * is_covered[rows]
+            if gradient is not None:
+                ones = torch.ones_like(row_losses)
+                (gradient[rows],) = torch.autograd.grad(row_losses, states, ones)
+            losses[rows] = row_losses.detach()
+            chosen = logits.detach().argmax(-1)
+            draft_tokens[rows] = chosen
+            chosen = chosen if draft_token_ids is None else draft_token_ids[chosen]
+            is_right[rows] = chosen == best
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(draft_tokens, is_right, is_covered)
+        return losses, draft_tokens, is_right, is_covered
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0][:, None].to(gradient.dtype), None, None, None, None, None

@@ -1,39 +1,40 @@
-"""Who may look at whom in a packed row."""
+"""Who may look at whom in a packed row, as stretches of keys."""
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from speculators_core.attention import Spans
 
-def causal_mask(
-    query_rows: Int[Tensor, "queries"],
-    key_rows: Int[Tensor, "keys"],
+
+def document_starts(document_ids: Int[Tensor, "seq"]) -> Int[Tensor, "seq"]:
+    """The row in which each row's document starts.
+
+    documents [0 0 0 1 1]  ->  [0 0 0 3 3]
+    """
+    rows = torch.arange(len(document_ids), device=document_ids.device)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[1:] = document_ids[1:] != document_ids[:-1]
+    return torch.where(starts, rows, 0).cummax(0).values
+
+
+def spans_before(
+    ends: Int[Tensor, "queries"],
+    starts: Int[Tensor, "queries"],
+    reach: Int[Tensor, "queries"] | int = 0,
     window: int | None = None,
-) -> Bool[Tensor, "queries keys"]:
-    """Each query sees the keys up to itself; with a window, the last ``window`` of them.
+) -> Spans:
+    """The keys before ``ends`` in the queries' documents, which start at ``starts``.
 
-    window 2    key 0 1 2 3
-    query 0         x . . .
-    query 1         x x . .
-    query 2         . x x .
-    query 3         . . x x
+    A query lies ``reach`` tokens after the key before its end; a window counts back from there,
+    the query itself included.
+
+    documents [0 0 0 1 1], ends = row + 1      and with a window of 2
+    query 0   x . . . .                         x . . . .
+    query 1   x x . . .                         x x . . .
+    query 2   x x x . .                         . x x . .
+    query 3   . . . x .                         . . . x .
+    query 4   . . . x x                         . . . x x
     """
-    distance = query_rows[:, None] - key_rows[None, :]  # [queries, keys]
-    mask = distance >= 0
-    return mask if window is None else mask & (distance < window)
-
-
-def packed_causal_mask(
-    document_ids: Int[Tensor, "batch seq"], first: int, last: int, window: int | None = None
-) -> Bool[Tensor, "batch queries keys"]:
-    """`causal_mask` of rows ``first`` to ``last`` over the rows before ``last``, by document.
-
-    documents [0 0 1 1], first 0, last 4
-    query 0   x . . .
-    query 1   x x . .
-    query 2   . . x .
-    query 3   . . x x
-    """
-    rows = torch.arange(last, device=document_ids.device)
-    same = document_ids[:, first:last, None] == document_ids[:, None, :last]
-    return same & causal_mask(rows[first:], rows, window)
+    first = starts if window is None else torch.maximum(starts, ends + reach - window)
+    return Spans(first, ends)

@@ -4,26 +4,28 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from speculators_core import checkpoint
+from speculators_core.batch import Batch
 from speculators_core.config import SpeculatorModelConfig
+from speculators_core.drafter import Chooser, Confirmed, Proposal
 from speculators_core.errors import SpeculatorError
 from speculators_core.generation import generate
+from speculators_core.losses import VerifierLogits
+from speculators_core.proposals import TokenProposalConfig
 from speculators_core.registry import MODELS
+from speculators_core.settings import Settings
 from speculators_core.verifier import (
     VerifierHead,
+    check_head,
     check_verifier,
+    language_model_class,
     locate_verifier,
     read_verifier_config,
     read_verifier_head,
@@ -40,6 +42,10 @@ class SpeculatorModel(PreTrainedModel):
     """
 
     config_class: ClassVar[type[SpeculatorModelConfig]] = SpeculatorModelConfig
+    recipe_class: ClassVar[type[Settings]]
+    """Options of `from_training_args`."""
+    objective_class: ClassVar[type[Settings]]
+    """Options of `get_trainer_kwargs`."""
     main_input_name = "input_ids"
     _supports_sdpa = True
 
@@ -50,7 +56,8 @@ class SpeculatorModel(PreTrainedModel):
         verifier_attachment_mode: AttachmentMode | None = None,
     ):
         super().__init__(config)
-        self._attached: list[PreTrainedModel | VerifierHead] = []
+        # In a list, so that PyTorch takes neither for a part of the draft.
+        self._attached: list[Any] = []
         self.unset: set[str] = set()
         """Tensors that hold no trained value yet: neither loaded nor taken from a verifier."""
         self._requested = (verifier, _mode(verifier, verifier_attachment_mode))
@@ -62,6 +69,14 @@ class SpeculatorModel(PreTrainedModel):
         del self._requested
         if mode != "detached":
             self.attach_verifier(self.resolve_verifier(verifier), mode)
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The draft's own embeddings; None where it reads its verifier's."""
+        return getattr(self, "embed_tokens", None)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The draft's own head; None where it has its verifier's."""
+        return getattr(self, "lm_head", None)
 
     # ---- the verifier ----
 
@@ -87,8 +102,20 @@ class SpeculatorModel(PreTrainedModel):
         """
         if not self._attached:
             raise SpeculatorError("no verifier is attached. Call attach_verifier(verifier) first.")
-        attached = self._attached[0]
-        return attached if isinstance(attached, VerifierHead) else VerifierHead(attached)
+        return self._attached[-1]
+
+    @property
+    def is_attached(self) -> bool:
+        return bool(self._attached)
+
+    def verifier_logits(self, batch: Batch) -> VerifierLogits:
+        """What the verifier says to each row of a batch, made when it is asked for."""
+        head, states = self.verifier_head, batch.last_hidden_states[0]
+
+        def logits(rows: Int[Tensor, "rows"]) -> Float[Tensor, "rows vocab"]:
+            return head(states[rows])
+
+        return logits
 
     def resolve_verifier(
         self, verifier: str | PathLike | PreTrainedModel | None = None
@@ -121,14 +148,15 @@ class SpeculatorModel(PreTrainedModel):
             raise ValueError(f"mode must be 'full' or 'train_only', found {mode!r}")
         resolved = self.resolve_verifier(verifier)
         check_verifier(self.config, verifier_config_of(resolved, trust_remote_code))
-        attached: PreTrainedModel | VerifierHead
+        if mode == "full" and not isinstance(resolved, PreTrainedModel):
+            resolved = load_verifier(resolved, self.dtype, trust_remote_code).to(self.device)
         if isinstance(resolved, PreTrainedModel):
-            attached = resolved if mode == "full" else VerifierHead(resolved)
-        elif mode == "full":
-            attached = load_verifier(resolved, self.dtype, trust_remote_code).to(self.device)
+            check_head(resolved)
+            whole = [resolved.eval()] if mode == "full" else []
+            self._attached = [*whole, VerifierHead(resolved)]
         else:
-            attached = read_verifier_head(resolved, self.dtype, trust_remote_code).to(self.device)
-        self._attached = [attached.eval()]
+            head = read_verifier_head(resolved, self.dtype, trust_remote_code)
+            self._attached = [head.to(self.device).eval()]
         self.fill_unset()
 
     def detach_verifier(self) -> None:
@@ -182,17 +210,20 @@ class SpeculatorModel(PreTrainedModel):
         mode = _mode(verifier, verifier_attachment_mode)
         if state_dict is None:
             stored = model_class.stored_tensors(folder, config)
-            tensors = dict(checkpoint.read_tensors(stored, list(stored)))
+            found = set(stored)
         else:
-            tensors = dict(state_dict)
-            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
             model_class.check_shapes(shapes, config, "state_dict")
+            found = set(state_dict)
         model = model_class(config)
-        missing = set(model.state_dict()) - set(tensors)
+        missing = set(model.state_dict()) - found
         source = None
         if missing & set(model.from_verifier) or mode != "detached":
             source = model.resolve_verifier(verifier)
             check_verifier(config, verifier_config_of(source))
+        tensors = dict(
+            checkpoint.read_tensors(stored, list(stored)) if state_dict is None else state_dict
+        )
         model.to(_dtype(dtype, config))
         model.load_state_dict(tensors, strict=False)
         model.unset = missing
@@ -319,20 +350,61 @@ class SpeculatorModel(PreTrainedModel):
         assert not model.unset
 
     @classmethod
-    @abstractmethod
     def from_training_args(
         cls,
         verifier_config: PretrainedConfig,
-        t2d: Tensor | None = None,
-        d2t: Tensor | None = None,
+        t2d: Bool[Tensor, "vocab"] | None = None,
+        d2t: Int[Tensor, "draft_vocab"] | None = None,
+        *,
+        verifier: str | PathLike | PreTrainedModel | None = None,
+        name_or_path: str | None = None,
         **kwargs: Any,
-    ) -> "SpeculatorModel":
-        """A fresh draft for a verifier."""
+    ) -> Self:
+        """A fresh draft shaped after its verifier; ``kwargs`` are fields of its `recipe_class`.
 
-    @staticmethod
+        With ``verifier`` (a model, a folder or a hub id) embeddings and head are its copies.
+        ``name_or_path`` is what the checkpoint will call the verifier.
+
+        Raises:
+            SpeculatorError: a field is unknown or out of bounds, or the maps contradict each other.
+        """
+        recipe = cls.recipe_class.read(kwargs, "from_training_args")
+        vocab_size = verifier_config.get_text_config().vocab_size
+        draft_vocab_size = vocab_size if d2t is None else len(d2t)
+        model = cls(cls.fresh_config(verifier_config, recipe, draft_vocab_size, name_or_path))
+        model.start_fresh(t2d, d2t)
+        if verifier is not None:
+            model.attach_verifier(
+                verifier, "full" if isinstance(verifier, nn.Module) else "train_only"
+            )
+        return model
+
+    @classmethod
     @abstractmethod
-    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What ``forward`` takes beside the batch, in training and in evaluation."""
+    def fresh_config(
+        cls,
+        verifier_config: PretrainedConfig,
+        recipe: Any,
+        draft_vocab_size: int,
+        name_or_path: str | None,
+    ) -> Any:
+        """The config of a fresh draft; ``recipe`` is of the algorithm's `recipe_class`."""
+
+    @abstractmethod
+    def start_fresh(self, t2d: Tensor | None, d2t: Tensor | None) -> None:
+        """Takes the vocabulary maps, and marks as unset what the verifier will give."""
+
+    @classmethod
+    def get_trainer_kwargs(cls, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What ``forward`` takes beside the batch, in training and in evaluation.
+
+        ``kwargs`` are fields of the algorithm's `objective_class`.
+
+        Raises:
+            SpeculatorError: a field is unknown or out of bounds.
+        """
+        objective = cls.objective_class.read(kwargs, "get_trainer_kwargs")
+        return {"objective": objective}, {"objective": objective}
 
     # ---- decoding ----
 
@@ -342,26 +414,32 @@ class SpeculatorModel(PreTrainedModel):
 
     @abstractmethod
     def propose(
-        self,
-        state: Any,
-        next_tokens: Int[Tensor, "batch new"],
-        hidden_states: Float[Tensor, "batch new aux_hidden"],
-        num_tokens: int,
-    ) -> Int[Tensor, "batch draft"]:
-        """The next tokens as the draft sees them, in the verifier's vocabulary.
+        self, state: Any, confirmed: Confirmed, num_tokens: int, choose: Chooser
+    ) -> Proposal:
+        """The next tokens as the draft sees them, in the verifier's vocabulary."""
 
-        Row i of ``hidden_states`` belongs to the token before ``next_tokens[i]``; only rows that
-        the verifier has confirmed since the last call are given.
-        """
+    @property
+    def aux_layer_ids(self) -> list[int]:
+        """Layers of the verifier that the draft reads; see the config's."""
+        return self.config.aux_layer_ids
 
     def generate(
         self,
         inputs: Int[Tensor, "batch seq"] | None = None,
         generation_config: GenerationConfig | None = None,
+        *,
+        proposal: TokenProposalConfig | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Speculative decoding with the attached verifier; see `generation.generate`."""
-        return generate(self, inputs, generation_config, **kwargs)
+        """Speculative decoding with the attached verifier; see `generation.generate`.
+
+        ``proposal`` replaces the checkpoint's default proposal method.
+
+        Raises:
+            SpeculatorError: no verifier is attached in full.
+        """
+        proposal = proposal or self.config.proposal
+        return generate(self, self.verifier, proposal, inputs, generation_config, **kwargs)
 
 
 def load_verifier(
@@ -375,7 +453,8 @@ def load_verifier(
     files = (*checkpoint.ALL_FILES, "*.py") if trust_remote_code else checkpoint.ALL_FILES
     folder = checkpoint.fetch(name_or_path, files=files)
     checkpoint.stored_tensors(folder)
-    return AutoModelForCausalLM.from_pretrained(
+    auto_class = language_model_class(read_verifier_config(folder, trust_remote_code))
+    return auto_class.from_pretrained(
         folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
     ).eval()
 

@@ -67,7 +67,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 MODELS = Registry(
     "speculators_model_type",
     "speculators.models",
-    {"eagle3": "speculators_core.models.eagle3:Eagle3DraftModel"},
+    {
+        "eagle3": "speculators_core.models.eagle3:Eagle3DraftModel",
+        "peagle": "speculators_core.models.peagle:PEagleDraftModel",
+        "dflash": "speculators_core.models.dflash:DFlashDraftModel",
+        "mtp": "speculators_core.models.mtp:MTPDraftModel",
+    },
 )
 PROPOSALS = Registry(
     "proposal_type",

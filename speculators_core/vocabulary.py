@@ -4,11 +4,13 @@ verifier ids   0 1 2 3 4 5      t2d   [0 1 0 1 1 0]   is verifier token j drafte
 draft ids        0   1 2        d2t   [1 2 2]         verifier id minus draft id
 """
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from speculators_core.errors import SpeculatorError
 
@@ -33,6 +35,23 @@ def choose_draft_vocabulary(
     t2d = torch.zeros(vocab_size, dtype=torch.bool)
     t2d[by_count[:draft_vocab_size]] = True
     return t2d, d2t_from_t2d(t2d)
+
+
+def count_trained_tokens(documents: Iterable[Mapping[str, Sequence[int]]]) -> Counter[int]:
+    """How often each token is one that the draft learns to propose.
+
+    Documents have ``input_ids`` and a ``loss_mask`` of the same length.
+    """
+    counts: Counter[int] = Counter()
+    for document in documents:
+        pairs = zip(document["input_ids"], document["loss_mask"], strict=True)
+        counts.update(token for token, is_trained in pairs if is_trained)
+    return counts
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that no text spells: ends of turns, tool tags, masks. A draft must know them all."""
+    return set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
 
 
 def d2t_from_t2d(t2d: Bool[Tensor, "vocab"]) -> Int[Tensor, "draft_vocab"]:

@@ -102,8 +102,9 @@ def _completing_speculative_config(original: Callable) -> Callable:
     return create_speculative_config
 
 
+@functools.cache
 def warn_of_untested_version() -> None:
-    """One warning where vLLM is older or newer than what was tested."""
+    """One warning a process where vLLM is older or newer than what was tested."""
     from vllm.version import __version_tuple__
 
     found = tuple(__version_tuple__[:2])

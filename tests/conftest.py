@@ -14,7 +14,9 @@ os.environ.update(
 
 from jaxtyping import install_import_hook  # noqa: E402  # after the OpenMP library
 
-CHECKED = "acceptance batch layers losses masks training verifier vocabulary"
+CHECKED = (
+    "acceptance attention batch drafter layers losses masks row_cache training verifier vocabulary"
+)
 install_import_hook([f"speculators_core.{m}" for m in CHECKED.split()], "beartype.beartype")
 
 import inspect  # noqa: E402
@@ -27,12 +29,22 @@ from jaxtyping import jaxtyped  # noqa: E402
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 from speculators_core.batch import Batch  # noqa: E402
+from speculators_core.model import SpeculatorModel  # noqa: E402
+from speculators_core.models.dflash import DFlashDraftModel  # noqa: E402
 from speculators_core.models.eagle3 import Eagle3DraftModel  # noqa: E402
+from speculators_core.models.mtp import MTPDraftModel  # noqa: E402
+from speculators_core.models.peagle import PEagleDraftModel  # noqa: E402
 from speculators_core.training.batches import pack  # noqa: E402
 from speculators_core.training.trainer import run_verifier  # noqa: E402
 
 # The hook would check the configs of these files too, whose values are pydantic's to judge.
-for draft in (Eagle3DraftModel,):
+DRAFTS = {
+    "eagle3": Eagle3DraftModel,
+    "peagle": PEagleDraftModel,
+    "dflash": DFlashDraftModel,
+    "mtp": MTPDraftModel,
+}
+for draft in DRAFTS.values():
     for name, member in list(vars(draft).items()):
         if inspect.isfunction(member):
             setattr(draft, name, jaxtyped(member, typechecker=beartype))
@@ -41,28 +53,46 @@ AUX_LAYER_IDS = (1, 2, 3)
 VOCAB_SIZE = 96
 
 
-def make_verifier(num_layers: int = 4, hidden_size: int = 32, **kwargs) -> Qwen3ForCausalLM:
+def make_verifier(**overrides) -> Qwen3ForCausalLM:
+    """Random weights whose greedy texts vary; ``overrides`` are keys of its config."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=kwargs.pop("vocab_size", VOCAB_SIZE),
-        hidden_size=hidden_size,
-        intermediate_size=64,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        initializer_range=0.4,
-        eos_token_id=None,
-        **kwargs,
-    )
-    return Qwen3ForCausalLM(config).eval()
+    shape = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.4,
+        "eos_token_id": None,
+    }
+    return Qwen3ForCausalLM(Qwen3Config(**shape | overrides)).eval()
+
+
+SMALL_RECIPES: dict[str, dict] = {
+    "eagle3": {"aux_layer_ids": AUX_LAYER_IDS},
+    "peagle": {"aux_layer_ids": AUX_LAYER_IDS, "mask_token_id": 2, "speculative_tokens": 4},
+    "dflash": {
+        "aux_layer_ids": AUX_LAYER_IDS,
+        "mask_token_id": 2,
+        "block_size": 5,
+        "num_layers": 2,
+    },
+    "mtp": {},
+}
+
+
+def make_draft(name: str, verifier: PreTrainedModel, **kwargs) -> SpeculatorModel:
+    """A small draft of random weights with its verifier attached in full."""
+    torch.manual_seed(1)
+    recipe = {**SMALL_RECIPES[name], **kwargs}
+    return DRAFTS[name].from_training_args(verifier.config, verifier=verifier, **recipe)
 
 
 def make_eagle3(verifier: PreTrainedModel, **kwargs) -> Eagle3DraftModel:
-    torch.manual_seed(1)
-    kwargs.setdefault("aux_layer_ids", AUX_LAYER_IDS)
-    return Eagle3DraftModel.from_training_args(verifier.config, verifier=verifier, **kwargs)
+    return make_draft("eagle3", verifier, **kwargs)
 
 
 def make_batch(

@@ -13,6 +13,7 @@ def refused(capsys, *arguments) -> str:
     return lines[0]
 
 
+EAGLE3 = ("--model", str(playground.EAGLE3))
 BY_REFERENCE = ("acceptance", "--engine", "transformers")
 
 
@@ -20,11 +21,14 @@ BY_REFERENCE = ("acceptance", "--engine", "transformers")
     ("arguments", "message"),
     [
         (("--model", "/nowhere"), "/nowhere: no such folder"),
-        (("--model", str(playground.VERIFIER)), "not a speculator"),
-        (("--verifier", "/nowhere"), "/nowhere: no such folder"),
+        (("--model", str(playground.EAGLE3), "/nowhere"), "/nowhere: no such folder"),
+        (("--model", str(playground.VERIFIER)), "no verifier is named. Pass --verifier"),
+        (("--model", "prompt-lookup"), "no verifier is named. Pass --verifier"),
+        ((*EAGLE3, "--verifier", "/nowhere"), "/nowhere: no such folder"),
         (("--prompts", "nowhere.jsonl"), "nowhere.jsonl: no readable prompt file"),
-        (("--temperature", "1"), "the reference decoder is greedy"),
-        (("--concurrency", "2"), "the reference decoder is greedy"),
+        (("--model", "assisted", "--concurrency", "2"), "one request at a time"),
+        (("--temperature", "-1"), "temperature"),
+        (("--concurrency", "0"), "concurrency"),
     ],
 )
 def test_bad_argument_is_one_line_and_exit_code_2(capsys, arguments, message):
@@ -45,7 +49,7 @@ def test_bad_argument_is_one_line_and_exit_code_2(capsys, arguments, message):
 def test_bad_prompts_are_named(capsys, tmp_path, text, message):
     file = tmp_path / "prompts.jsonl"
     file.write_text(text)
-    assert message in refused(capsys, *BY_REFERENCE, "--prompts", str(file))
+    assert message in refused(capsys, *BY_REFERENCE, *EAGLE3, "--prompts", str(file))
 
 
 def test_unknown_flag_is_refused(capsys):
@@ -59,10 +63,14 @@ def test_k_below_one_is_refused(capsys):
 
 
 def test_prompt_longer_than_a_given_max_model_len_is_refused(capsys):
-    line = refused(
-        capsys, "acceptance", "--engine", "transformers", "--engine-args", '{"max_model_len": 9}'
-    )
+    line = refused(capsys, *BY_REFERENCE, *EAGLE3, "--engine-args", '{"max_model_len": 9}')
     assert "the verifier takes 9" in line
+
+
+def test_folder_that_holds_no_model_is_refused(capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    line = refused(capsys, *BY_REFERENCE, "--model", str(tmp_path))
+    assert "not a speculator" in line
 
 
 def test_folder_that_cannot_be_written_is_refused_first(capsys, tmp_path):

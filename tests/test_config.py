@@ -53,8 +53,8 @@ def test_configs_are_equal_by_value():
     [
         ({"norm_befor_fc": True}, "Did you mean 'norm_before_fc'"),
         ({"colour": "blue"}, "unknown key 'colour'"),
-        ({"speculators_model_type": "eagle9"}, "known: eagle3"),
-        ({"speculators_model_type": None}, "known: eagle3"),
+        ({"speculators_model_type": "eagle9"}, "known: dflash, eagle3, mtp, peagle"),
+        ({"speculators_model_type": None}, "known: dflash, eagle3, mtp, peagle"),
         ({"draft_vocab_size": 0}, "draft_vocab_size"),
         ({"dtype": "float3"}, "dtype 'float3'"),
         ({"dtype": "int8"}, "dtype 'int8'"),

@@ -9,4 +9,5 @@ from pathlib import Path
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 VERIFIER = CHECKPOINTS / "verifier"
 EAGLE3 = CHECKPOINTS / "eagle3"
+SPECULATORS = {name: CHECKPOINTS / name for name in ("eagle3", "peagle", "dflash", "mtp")}
 PROMPTS = CHECKPOINTS / "prompts.jsonl"

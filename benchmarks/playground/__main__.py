@@ -4,18 +4,21 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import cyclopts
+import torch
+from datasets import Dataset
 
 from benchmarks import playground
 from benchmarks.playground import corpus, speculators, tokenizer, verifier
 from benchmarks.report import environment
+from speculators_core.model import load_verifier
 
-Part = Literal["verifier", "prompts", "eagle3"]
-PARTS: tuple[Part, ...] = ("verifier", "prompts", "eagle3")
-NUM_EVAL_ROWS = 64
+Part = Literal["verifier", "prompts", "eagle3", "peagle", "dflash", "mtp"]
+NUM_EVAL_ROWS = 16
 
 
 def rebuild(*, output: Path = playground.CHECKPOINTS, only: Part | None = None) -> None:
@@ -39,24 +42,27 @@ def rebuild(*, output: Path = playground.CHECKPOINTS, only: Part | None = None) 
             words = tokenizer.train_tokenizer((file.text for file in train), verifier_folder)
             return verifier.train_verifier(train, held_out, words, verifier_folder, work)
 
-        def build_eagle3() -> list[dict[str, Any]]:
+        @cache
+        def data() -> tuple[Dataset, Dataset, Dataset]:
             words = tokenizer.load_tokenizer(verifier_folder)
             train_rows = verifier.rows(verifier.documents(train, words))
             eval_rows = verifier.rows(verifier.documents(held_out, words))
-            return speculators.train_eagle3(
-                train_rows,
-                eval_rows.select(range(NUM_EVAL_ROWS)),
-                verifier_folder,
-                output / playground.EAGLE3.name,
-                work,
+            model = load_verifier(str(verifier_folder), torch.float32)
+            answers = speculators.greedy_answers(model, train_rows)
+            return train_rows, eval_rows.select(range(NUM_EVAL_ROWS)), answers
+
+        def build_speculator(name: str) -> list[dict[str, Any]]:
+            return speculators.train_speculator(
+                name, *data(), verifier_folder, output / name, work / name
             )
 
         if only in (None, "verifier"):
             _build(verifier_folder, build_verifier)
         if only in (None, "prompts"):
             corpus.write_prompts(corpus.prompts(files), output / playground.PROMPTS.name)
-        if only in (None, "eagle3"):
-            _build(output / playground.EAGLE3.name, build_eagle3)
+        for name in speculators.PLANS:
+            if only in (None, name):
+                _build(output / name, partial(build_speculator, name))
 
 
 def _build(folder: Path, train: Callable[[], list[dict[str, Any]]]) -> None:

@@ -14,13 +14,9 @@ import torch
 from datasets import Dataset
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-)
+from transformers import PreTrainedModel, Trainer, default_data_collator
 
+from benchmarks.playground.training import training_arguments
 from speculators_core.training.optimizers import MuonAdamW
 
 ROW_LENGTH = 512
@@ -75,21 +71,14 @@ def unlearn_loops(
     rows = rows_with_loops(documents, NUM_STEPS * ROWS_PER_STEP, seed)
     trainer = LoopTrainer(
         model,
-        TrainingArguments(
-            output_dir=str(work / "loops"),
+        training_arguments(
+            work / "loops",
+            seed,
+            min_lr_rate=0.05,
             max_steps=NUM_STEPS,
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr_rate": 0.05},
             warmup_steps=20,
             per_device_train_batch_size=ROWS_PER_STEP,
-            bf16=True,
-            use_cpu=not torch.cuda.is_available(),
-            disable_tqdm=True,
             logging_steps=20,
-            save_strategy="no",
-            report_to="none",
-            remove_unused_columns=False,
-            seed=seed,
         ),
         train_dataset=rows,
         data_collator=default_data_collator,

@@ -7,16 +7,22 @@ from typing import Any
 import torch
 from datasets import Dataset
 from pydantic import BaseModel, ConfigDict
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
-from speculators_core.model import load_verifier
-from speculators_core.models.eagle3 import Eagle3DraftModel
+from benchmarks.playground.training import training_arguments
+from speculators_core.model import SpeculatorModel, load_verifier
+from speculators_core.registry import MODELS
 from speculators_core.training.optimizers import MuonAdamW
-from speculators_core.training.trainer import PackedDocuments, SpeculatorTrainer
+from speculators_core.training.trainer import (
+    PackedDocuments,
+    SpeculatorTrainer,
+    VerifiedDocuments,
+)
 
 SEED = 0
 ROW_LENGTH = 2048
-AUX_LAYER_IDS = (2, 16, 29)
+MASK_TOKEN_ID = 3
+NUM_ANSWERS, PROMPT_LENGTH, ANSWER_LENGTH, ANSWERS_AT_A_TIME = 6144, 64, 96, 128
 
 
 class Pass(BaseModel):
@@ -25,53 +31,95 @@ class Pass(BaseModel):
     model_config = ConfigDict(frozen=True)
     num_epochs: float
     learning_rate: float
-    rows_per_step: int
+    rows_per_step: int = 1
 
 
-ON_LIBRARY = Pass(num_epochs=0.8, learning_rate=3e-3, rows_per_step=2)
-ON_POLICY = Pass(num_epochs=2.0, learning_rate=1e-3, rows_per_step=1)
-NUM_ANSWERS, PROMPT_LENGTH, ANSWER_LENGTH, ANSWERS_AT_A_TIME = 2048, 64, 96, 128
+class Plan(BaseModel):
+    """How one speculator is made."""
+
+    model_config = ConfigDict(frozen=True)
+    recipe: dict[str, Any]
+    objective: dict[str, Any]
+    on_library: Pass | None = None
+    """Over the library's own text, first."""
+    on_policy: Pass
+    """Over what the verifier itself goes on to write: that is what the draft will see."""
+    num_answers: int = NUM_ANSWERS
 
 
-def train_eagle3(
-    train_rows: Dataset, eval_rows: Dataset, verifier_path: Path, directory: Path, work: Path
+AUX = {"aux_layer_ids": (2, 16, 29), "intermediate_size": 512}
+PLANS = {
+    "eagle3": Plan(
+        recipe=AUX,
+        objective={"ttt_steps": 3},
+        on_library=Pass(num_epochs=0.8, learning_rate=3e-3, rows_per_step=2),
+        on_policy=Pass(num_epochs=2.0, learning_rate=1e-3),
+        num_answers=2048,
+    ),
+    "peagle": Plan(
+        recipe={
+            **AUX,
+            "num_layers": 2,
+            "mask_token_id": MASK_TOKEN_ID,
+            "speculative_tokens": 4,
+        },
+        objective={"num_depths": 4, "max_anchors": None},
+        on_policy=Pass(num_epochs=3.0, learning_rate=3e-3),
+    ),
+    "dflash": Plan(
+        recipe={**AUX, "num_layers": 3, "mask_token_id": MASK_TOKEN_ID, "block_size": 6},
+        objective={"max_anchors": 512, "decay_length": 3.0},
+        on_policy=Pass(num_epochs=3.0, learning_rate=3e-3),
+    ),
+    "mtp": Plan(
+        recipe={},
+        objective={"num_steps": 3, "targets": "verifier"},
+        on_policy=Pass(num_epochs=3.0, learning_rate=3e-3),
+    ),
+}
+
+
+def train_speculator(
+    name: str,
+    train_rows: Dataset,
+    eval_rows: Dataset,
+    answers: Dataset,
+    verifier_path: Path,
+    directory: Path,
+    work: Path,
 ) -> list[dict[str, Any]]:
-    """Trains an EAGLE-3 draft, saves it in bf16 and returns the log.
+    """Trains a draft by its plan, saves it in bf16 and returns the log.
 
-    First on the library's own text, then on what the verifier itself goes on to write after pieces
-    of it: that is what the draft will see. The checkpoint names its verifier by the relative
-    folder, so both move together.
+    The checkpoint names its verifier by the relative folder, so both move together.
     """
+    plan = PLANS[name]
     torch.manual_seed(SEED)
     verifier = load_verifier(str(verifier_path), torch.float32)
-    model = Eagle3DraftModel.from_training_args(
+    model = MODELS.load(name).from_training_args(
         verifier.config,
         verifier=verifier,
         name_or_path=f"../{verifier_path.name}",
-        aux_layer_ids=AUX_LAYER_IDS,
-        intermediate_size=512,
+        **plan.recipe,
     )
-    held_out = _all_trained(eval_rows)
-    history = _train(model, _all_trained(train_rows), held_out, ON_LIBRARY, work / "library")
-    history += continue_on_policy(model, train_rows, eval_rows, work)
+    made = (model.verifier, model.aux_layer_ids, torch.bfloat16)
+    held_out = VerifiedDocuments(PackedDocuments(_all_trained(eval_rows), ROW_LENGTH), *made)
+    history = []
+    if plan.on_library is not None:
+        library = PackedDocuments(_all_trained(train_rows), ROW_LENGTH)
+        history += _train(model, plan, plan.on_library, library, held_out, work / "library")
+    own = PackedDocuments(answers.select(range(plan.num_answers)), ROW_LENGTH)
+    verified = VerifiedDocuments(own, *made)
+    log = _train(model, plan, plan.on_policy, verified, held_out, work / "on-policy")
+    history += [{"pass": "on-policy", **entry} for entry in log]
     model.to("cpu", torch.bfloat16).save_pretrained(directory)
     return history
-
-
-def continue_on_policy(
-    model: Eagle3DraftModel, train_rows: Dataset, eval_rows: Dataset, work: Path
-) -> list[dict[str, Any]]:
-    """Trains a draft further on the verifier's own greedy answers and returns the log."""
-    answers = greedy_answers(model.verifier, train_rows)
-    history = _train(model, answers, _all_trained(eval_rows), ON_POLICY, work / "on-policy")
-    return [{"pass": "on-policy", **entry} for entry in history]
 
 
 @torch.no_grad()
 def greedy_answers(verifier: PreTrainedModel, rows: Dataset) -> Dataset:
     """Beginnings of rows, each with the verifier's own continuation, which alone is trained on."""
     generator = random.Random(SEED)
-    chosen = generator.sample(range(len(rows)), NUM_ANSWERS)
+    chosen = [generator.randrange(len(rows)) for _ in range(NUM_ANSWERS)]
     starts = [generator.randrange(len(rows[i]["input_ids"]) - PROMPT_LENGTH) for i in chosen]
     prompts = torch.tensor(
         [rows[i]["input_ids"][s : s + PROMPT_LENGTH] for i, s in zip(chosen, starts, strict=True)]
@@ -91,35 +139,33 @@ def greedy_answers(verifier: PreTrainedModel, rows: Dataset) -> Dataset:
 
 
 def _train(
-    model: Eagle3DraftModel, documents: Dataset, held_out: Dataset, stretch: Pass, work: Path
+    model: SpeculatorModel,
+    plan: Plan,
+    stretch: Pass,
+    rows: torch.utils.data.Dataset,
+    held_out: torch.utils.data.Dataset,
+    work: Path,
 ) -> list[dict[str, Any]]:
-    train_kwargs, eval_kwargs = model.get_trainer_kwargs(ttt_steps=3)
+    train_kwargs, eval_kwargs = model.get_trainer_kwargs(**plan.objective)
     trainer = SpeculatorTrainer(
         model,
-        TrainingArguments(
-            output_dir=str(work),
+        training_arguments(
+            work,
+            SEED,
+            min_lr_rate=0.02,
             num_train_epochs=stretch.num_epochs,
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr_rate": 0.02},
             warmup_steps=50,
             per_device_train_batch_size=1,
             per_device_eval_batch_size=1,
             gradient_accumulation_steps=stretch.rows_per_step,
-            bf16=True,
-            use_cpu=not torch.cuda.is_available(),
-            disable_tqdm=True,
             eval_strategy="steps",
             eval_steps=250,
             logging_steps=50,
-            save_strategy="no",
-            report_to="none",
-            remove_unused_columns=False,
-            seed=SEED,
         ),
         train_kwargs=train_kwargs,
         eval_kwargs=eval_kwargs,
-        train_dataset=PackedDocuments(documents, ROW_LENGTH),
-        eval_dataset=PackedDocuments(held_out, ROW_LENGTH),
+        train_dataset=rows,
+        eval_dataset=held_out,
         optimizers=(MuonAdamW(model, stretch.learning_rate), None),
     )
     trainer.train()

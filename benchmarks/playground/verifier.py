@@ -18,12 +18,12 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Trainer,
-    TrainingArguments,
     default_data_collator,
 )
 
 from benchmarks.playground.corpus import SourceFile, conversation, functions
 from benchmarks.playground.loops import unlearn_loops
+from benchmarks.playground.training import training_arguments
 from speculators_core.training.optimizers import MuonAdamW
 
 ROW_LENGTH = 1024
@@ -115,22 +115,16 @@ def train_verifier(
         model = grown
         trainer = Trainer(
             model,
-            TrainingArguments(
-                output_dir=str(work / f"verifier-{stage.num_layers}"),
+            training_arguments(
+                work / f"verifier-{stage.num_layers}",
+                SEED,
+                min_lr_rate=0.05,
                 num_train_epochs=stage.num_epochs,
-                lr_scheduler_type="cosine_with_min_lr",
-                lr_scheduler_kwargs={"min_lr_rate": 0.05},
                 warmup_steps=50,
                 per_device_train_batch_size=4,
-                bf16=True,
-                use_cpu=not torch.cuda.is_available(),
-                disable_tqdm=True,
                 eval_strategy="steps",
                 eval_steps=200,
                 logging_steps=50,
-                save_strategy="no",
-                report_to="none",
-                seed=SEED,
             ),
             train_dataset=train_rows,
             eval_dataset=eval_rows,

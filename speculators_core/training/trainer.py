@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -39,19 +40,65 @@ def run_verifier(
 ) -> Batch:
     """The states of every token, each document seen alone; in ``dtype`` where one is given.
 
-    Transformers keeps packed documents apart by the restarts of ``position_ids``.
+    Documents of like lengths are run one beside the other: what stands behind a document's end
+    changes nothing in it, and no token is masked from all others' sight. Those of unlike lengths
+    stay in their row, where Transformers keeps them apart by the restarts of ``position_ids``.
     """
     last = verifier.config.get_text_config().num_hidden_layers
     device = verifier.device
+    rows = _side_by_side(tokens)
+    packed = {} if rows is not None else {"position_ids": tokens.position_ids.to(device)}
+    input_ids = tokens.input_ids if rows is None else tokens.input_ids[0, rows]
     with torch.no_grad(), LayerTaps(verifier, [*aux_layer_ids, last]) as taps:
-        verifier.get_decoder()(
-            input_ids=tokens.input_ids.to(device),
-            position_ids=tokens.position_ids.to(device),
-            use_cache=False,
-        )
-    return tokens.with_states(
-        taps.states(aux_layer_ids).to(dtype=dtype), taps.states([last]).to(dtype=dtype)
-    )
+        verifier.get_decoder()(input_ids=input_ids.to(device), use_cache=False, **packed)
+    last_states = taps.states([last])
+    states = taps.states(aux_layer_ids) if aux_layer_ids else last_states[..., :0]
+    if rows is not None:
+        is_filling = torch.zeros_like(rows, dtype=torch.bool)
+        is_filling[:, 1:] = rows[:, 1:] == rows[:, :-1]
+        kept = (~is_filling).to(device)
+        states, last_states = states[kept][None], last_states[kept][None]
+    return tokens.with_states(states.to(dtype=dtype), last_states.to(dtype=dtype))
+
+
+MAX_FILLING = 1.25
+"""Documents are run side by side where that is at most this many times the row's tokens."""
+
+
+def _side_by_side(tokens: PackedTokens) -> Int[Tensor, "documents longest"] | None:
+    """The rows of each document, its last one repeated to the length of the longest.
+
+    documents [0 0 0 1 1]  ->  [[0 1 2] [3 4 4]]
+    None where there is one document, or where the filling would cost too much.
+    """
+    documents = tokens.document_ids[0]
+    lengths = documents.unique_consecutive(return_counts=True)[1]
+    longest = int(lengths.max())
+    if len(lengths) == 1 or len(lengths) * longest > MAX_FILLING * len(documents):
+        return None
+    starts = lengths.cumsum(0) - lengths
+    offsets = torch.arange(longest, device=documents.device)
+    return starts[:, None] + torch.minimum(offsets, lengths[:, None] - 1)
+
+
+class VerifiedDocuments(torch.utils.data.Dataset):
+    """Packed rows with the verifier's states, made once and held in memory in ``dtype``."""
+
+    def __init__(
+        self,
+        rows: PackedDocuments,
+        verifier: PreTrainedModel,
+        aux_layer_ids: Sequence[int],
+        dtype: torch.dtype | None = None,
+    ):
+        packed = (rows[index] for index in range(len(rows)))
+        self.batches = [run_verifier(verifier, tokens, aux_layer_ids, dtype) for tokens in packed]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.batches[index]
 
 
 class SpeculatorTrainer(Trainer):
@@ -77,6 +124,7 @@ class SpeculatorTrainer(Trainer):
                 "batch is one packed row. Several GPUs take one process each (torchrun)."
             )
         super().__init__(model, args, data_collator=_only, **kwargs)
+        self.model_accepts_loss_kwargs = True  # compute_loss weighs batches; Trainer must not
         self.train_kwargs = train_kwargs
         self.eval_kwargs = eval_kwargs
         self._metrics: dict[bool, dict[str, list[float]]] = {
@@ -84,18 +132,41 @@ class SpeculatorTrainer(Trainer):
         }
         model.verifier.to(self.args.device)
 
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Trained tokens of one optimizer step: over its batches, and over all ranks."""
+        count = torch.stack([batch["loss_mask"].sum() for batch in batch_samples]).sum().to(device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
     ) -> Any:
+        """The batch's loss; in an optimizer step, its share by trained tokens.
+
+        Batches of few tokens count little, on whatever rank they are; the ranks' gradients are
+        averaged afterwards, hence their number as a factor.
+        """
         speculator = self.accelerator.unwrap_model(model)
-        tokens = PackedTokens(**inputs)
-        batch = run_verifier(
-            speculator.verifier, tokens, speculator.config.aux_layer_ids, speculator.dtype
+        batch = (
+            Batch(**inputs).to(speculator.dtype)
+            if "hidden_states" in inputs
+            else run_verifier(
+                speculator.verifier,
+                PackedTokens(**inputs),
+                speculator.aux_layer_ids,
+                speculator.dtype,
+            )
         )
         kwargs = self.train_kwargs if model.training else self.eval_kwargs
         _, loss, metrics = model(batch, **kwargs)
         for name, value in metrics.items():
             self._metrics[model.training][name].append(float(value))
+        if num_items_in_batch is not None:
+            share = batch.loss_mask.sum() / num_items_in_batch.clamp_min(1)
+            loss = loss * share * self.args.world_size
         return (loss, metrics) if return_outputs else loss
 
     def prediction_step(
@@ -122,6 +193,6 @@ class SpeculatorTrainer(Trainer):
         return 0
 
 
-def _only(rows: list[PackedTokens]) -> dict[str, Tensor]:
+def _only(rows: list[PackedTokens] | list[Batch]) -> dict[str, Tensor]:
     (row,) = rows
     return dict(vars(row))

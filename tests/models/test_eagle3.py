@@ -1,17 +1,52 @@
+import copy
 import dataclasses
+import functools
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from speculators_core import attention, losses
 from speculators_core.batch import Batch
+from speculators_core.drafter import Chooser
 from speculators_core.errors import SpeculatorError
-from speculators_core.losses import LOSSES
+from speculators_core.feature_draft import default_aux_layer_ids
+from speculators_core.losses import LOSSES, MASK_SUM_FLOOR
 from speculators_core.model import SpeculatorModel
-from speculators_core.models.eagle3 import Eagle3DraftModel, Eagle3Objective, default_aux_layer_ids
+from speculators_core.models.eagle3 import Eagle3DraftModel, Eagle3Objective
+from speculators_core.training.batches import PackedTokens
+from speculators_core.training.trainer import run_verifier
 from speculators_core.vocabulary import choose_draft_vocabulary
 from tests.conftest import make_batch, make_eagle3, make_verifier
-from tests.data import INTEROP
+from tests.data import INTEROP, interop_case
+from tests.models.laws import (
+    Recorder,
+    assert_close,
+    check_batch_equals_rows_alone,
+    check_proposals_leave_no_trace,
+    check_round_trip,
+    confirm,
+    gradient,
+    lively_verifier,
+    liven,
+    make_document,
+    misaligned,
+    norms_of,
+    offsets,
+    pack,
+    packings,
+    seen,
+    served,
+    without,
+)
+from tests.test_checkpoint import change_tensor
+from tests.test_masks import picture
 
 VARIANTS = {
     "plain": {"norm_before_residual": False, "norm_before_fc": False, "norm_output": False},
@@ -35,11 +70,30 @@ def batch(verifier) -> Batch:
 
 def rebatch(verifier, model, batch: Batch) -> Batch:
     """The same tokens with the aux layers of ``model``."""
-    from speculators_core.training.batches import PackedTokens
-    from speculators_core.training.trainer import run_verifier
-
     tokens = PackedTokens(batch.input_ids, batch.document_ids, batch.position_ids, batch.loss_mask)
     return run_verifier(verifier, tokens, model.config.aux_layer_ids)
+
+
+@functools.cache
+def lively(variant: str, window: int | None = None) -> Eagle3DraftModel:
+    """A draft in whose output every weight shows; "reduced" is one with a smaller vocabulary."""
+    verifier = lively_verifier()
+    recipe = {"aux_layer_ids": (1, 2, 3), **VARIANTS.get(variant, {})}
+    if window is not None:
+        recipe["sliding_window"] = window
+    maps = {}
+    if variant == "reduced":
+        t2d, d2t = choose_draft_vocabulary({i: i for i in range(20, 90)}, 60, 96, always=[0, 2])
+        maps = {"t2d": t2d, "d2t": d2t}
+    model = Eagle3DraftModel.from_training_args(
+        verifier.config, **maps, verifier=verifier, **recipe
+    )
+    liven(model)
+    return model
+
+
+def num_aux(model: Eagle3DraftModel) -> int:
+    return len(model.aux_layer_ids)
 
 
 # ---- another implementation's speculator ----
@@ -53,16 +107,13 @@ def interop() -> Eagle3DraftModel:
 
 
 @pytest.fixture(scope="module")
-def case() -> dict[str, torch.Tensor]:
-    return load_file(INTEROP / "eagle3_case.safetensors")
+def case() -> dict[str, Tensor]:
+    return interop_case("eagle3")[0]
 
 
 @pytest.fixture(scope="module")
-def case_batch(case) -> Batch:
-    return Batch(
-        **{f.name: case[f.name][None] for f in dataclasses.fields(Batch) if f.name in case},
-        last_hidden_states=case["verifier_last_hidden_states"][None],
-    )
+def case_batch() -> Batch:
+    return interop_case("eagle3")[1]
 
 
 def test_interop_logits_are_the_recorded_ones(interop, case, case_batch):
@@ -92,14 +143,8 @@ def test_interop_losses_are_the_recorded_ones(interop, case, case_batch, name):
         assert value.item() == pytest.approx(expected.item(), abs=1e-4), metric
 
 
-def test_interop_round_trip_keeps_every_tensor(interop, tmp_path):
-    model = SpeculatorModel.from_pretrained(INTEROP / "eagle3")
-    model.save_pretrained(tmp_path)
-    theirs = load_file(INTEROP / "eagle3" / "model.safetensors")
-    ours = load_file(tmp_path / "model.safetensors")
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert tensor.dtype == ours[name].dtype and torch.equal(tensor, ours[name]), name
+def test_interop_round_trip_keeps_every_tensor_and_key(tmp_path):
+    check_round_trip("eagle3", tmp_path)
 
 
 # ---- laws ----
@@ -115,11 +160,9 @@ def test_packed_documents_lose_what_they_lose_apart(verifier, variant):
     total, trained = torch.zeros(3), torch.zeros(3)
     start = 0
     for length in lengths:
+        rows = slice(start, start + length)
         alone = Batch(
-            **{
-                f.name: getattr(packed, f.name)[:, start : start + length]
-                for f in dataclasses.fields(Batch)
-            }
+            **{f.name: getattr(packed, f.name)[:, rows] for f in dataclasses.fields(Batch)}
         )
         alone_tokens, _, metrics = model(alone, objective)
         counts = (alone_tokens >= 0).sum(dim=(1, 2))
@@ -138,10 +181,8 @@ def test_first_unroll_step_is_what_decoding_proposes(verifier, variant):
     expected = model.lm_head(next(model.unroll(batch, 1)))[0].argmax(-1)  # row i
     state = model.start_drafting()
     for row in range(9):
-        proposed = model.propose(
-            state, batch.input_ids[:, row + 1 : row + 2], batch.hidden_states[:, row : row + 1], 1
-        )
-        assert proposed.item() == expected[row].item()
+        proposed = model.propose(state, confirm(batch, row, row + 1, "hidden_states"), 1, Chooser())
+        assert proposed.token_ids.item() == expected[row].item()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -152,8 +193,8 @@ def test_later_unroll_steps_are_what_decoding_proposes(verifier, variant):
     row = 4
     state = model.start_drafting()
     proposed = model.propose(
-        state, batch.input_ids[:, 1 : row + 2], batch.hidden_states[:, : row + 1], 3
-    )
+        state, confirm(batch, 0, row + 1, "hidden_states"), 3, Chooser()
+    ).token_ids
     tokens = batch.input_ids.clone()
     tokens[0, row + 2 : row + 4] = proposed[0, :2]
     steps = model.unroll(dataclasses.replace(batch, input_ids=tokens), 3)
@@ -161,39 +202,170 @@ def test_later_unroll_steps_are_what_decoding_proposes(verifier, variant):
     assert unrolled == proposed[0].tolist()
 
 
-def test_rejected_tokens_leave_no_trace(verifier, batch):
-    model = make_eagle3(verifier)
-    document = batch.input_ids[:, :9], batch.hidden_states[:, :9]
-    at_once, in_parts = model.start_drafting(), model.start_drafting()
-    model.propose(in_parts, document[0][:, 1:4], document[1][:, :3], 5)
-    second = model.propose(in_parts, document[0][:, 4:9], document[1][:, 3:8], 3)
-    first = model.propose(at_once, document[0][:, 1:9], document[1][:, :8], 3)
-    assert torch.equal(first, second)
+LIVELY = [*VARIANTS, "reduced"]
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 4])
+@pytest.mark.parametrize("variant", ["norm_before_residual", "qwen3", "two_layers", "reduced"])
+def test_unroll_logits_are_the_cached_decoders(variant, window):
+    """Row for row and step for step; a window counts from the token that the step reads."""
+    model, document = lively(variant, window), make_document(15)
+    unrolled = [model.lm_head(output)[0] for output in model.unroll(document, 4)]
+    for last, logits in served(model, document, [1, 2, 5, 6, 9, 10], 4, dictate=True):
+        assert_close(logits, torch.stack([step[last - 1] for step in unrolled]), 1e-4)
+
+
+@pytest.mark.parametrize("variant", LIVELY)
+def test_rejected_tokens_leave_no_trace(variant):
+    model = lively(variant)
+    check_proposals_leave_no_trace(model, num_aux=num_aux(model))
+
+
+@pytest.mark.parametrize("variant", LIVELY)
+def test_rows_of_a_batch_propose_what_they_propose_alone(variant):
+    model = lively(variant)
+    check_batch_equals_rows_alone(model, 3, num_aux=num_aux(model))
+
+
+def count_rows(model: Eagle3DraftModel, batch: Batch, objective: Eagle3Objective) -> Tensor:
+    """The rows over which each step's loss is a mean."""
+    tokens, _, _ = model(batch, objective)
+    best = model.verifier_head(batch.last_hidden_states)[0].argmax(-1)
+    ids = torch.arange(96) if model.draft_token_ids is None else model.draft_token_ids
+    is_covered = torch.isin(best, ids)
+    trained = tokens[:, 0] >= 0
+    return torch.stack(
+        [(trained[k, : -1 - k] & is_covered[1 + k :]).sum() for k in range(objective.ttt_steps)]
+    )
+
+
+@pytest.mark.parametrize("variant", ["norm_before_residual", "sliding", "two_layers", "reduced"])
+@given(packings(), st.integers(1, 30))
+@settings(max_examples=12, deadline=None)
+def test_packed_documents_lose_and_get_what_they_do_apart(variant, packing, query_block):
+    """Tokens, losses and gradients: of each step the mean over all rows, whose documents they are.
+
+    A step's own loss is that of so many steps less that of one step fewer.
+    """
+    documents, padding = packing
+    packed = pack(documents, padding)
+    model = lively(variant)
+    objectives = [Eagle3Objective(ttt_steps=k + 1, ttt_step_loss_decay=0.7) for k in range(3)]
+    with mock.patch.object(attention, "QUERY_BLOCK", query_block):
+        tokens, loss, _ = model(packed, objectives[-1])
+    num_rows = count_rows(model, packed, objectives[-1]) + MASK_SUM_FLOOR
+    apart = torch.zeros(())
+    for start, document in zip(offsets(documents), documents, strict=True):
+        length = document.input_ids.shape[1]
+        runs = [model(document, objective) for objective in objectives]
+        assert torch.equal(runs[-1][0], tokens[:, :, start : start + length])
+        totals = [run[1] for run in runs]
+        steps = torch.stack([totals[0], totals[1] - totals[0], totals[2] - totals[1]])
+        share = (count_rows(model, document, objectives[-1]) + MASK_SUM_FLOOR) / num_rows
+        apart = apart + (share * steps).sum()
+    assert_close(loss, apart)
+    assume(apart.requires_grad)  # not where every document is of one token
+    assert_close(gradient(model, loss), gradient(model, apart), 1e-4)
+
+
+@given(packings())
+@settings(max_examples=15, deadline=None)
+def test_packed_documents_have_the_states_that_they_have_apart(packing):
+    documents, padding = packing
+    model = lively("two_qwen3_layers")
+    together = list(model.unroll(pack(documents, padding), 3))
+    for start, document in zip(offsets(documents), documents, strict=True):
+        for ours, alone in zip(together, model.unroll(document, 3), strict=False):
+            assert_close(ours[:, start : start + alone.shape[1]], alone)
 
 
 def test_long_rows_in_blocks_equal_one_block(verifier, monkeypatch):
-    from speculators_core import layers
-
     model = make_eagle3(verifier, sliding_window=5)
     batch = make_batch(verifier, (30, 25), 60)
     _, whole, _ = model(batch)
-    monkeypatch.setattr(layers, "QUERY_BLOCK", 7)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 7)
     _, parts, _ = model(batch)
     assert whole.item() == pytest.approx(parts.item(), rel=1e-6)
+
+
+# ---- pictures ----
+
+
+def test_rows_see_the_states_of_their_document_up_to_their_own():
+    """Rows down, states across: what each row of a step depends on, in documents 0 0 0 1 1 1."""
+    model = lively("norm_before_residual")
+    batch = pack([make_document(3), make_document(3, seed=1)])
+    pictures = [
+        seen(lambda step=step: list(model.unroll(batch, 3))[step][0].detach(), model.fc)
+        for step in range(3)
+    ]
+    first = ["x....", "xx...", "xxx..", "...x.", "...xx"]
+    assert pictures == [first, first[:4], first[:3]]
+
+
+def test_rows_see_the_tokens_after_their_states():
+    """Rows down, tokens across: row i of step k reads token i + 1 + k, and has read those before.
+
+    What a row reads of another document (row 2 here) is not trained.
+    """
+    model = lively("norm_before_residual")
+    batch = pack([make_document(3), make_document(3, seed=1)])
+    columns: list[list[Tensor]] = [[], []]
+    before = [output[0] for output in model.unroll(batch, 2)]
+    for column in range(6):
+        ids = batch.input_ids.clone()
+        ids[0, column] = 2
+        for step, output in enumerate(model.unroll(dataclasses.replace(batch, input_ids=ids), 2)):
+            columns[step].append((output[0] - before[step]).abs().amax(1) > 1e-6)
+    assert picture(torch.stack(columns[0], dim=1)) == [
+        ".x....",
+        ".xx...",
+        ".xxx..",
+        "....x.",
+        "....xx",
+    ]
+    assert picture(torch.stack(columns[1], dim=1)) == [".xx...", ".xxx..", ".xxxx.", "....xx"]
+
+
+# ---- memory ----
+
+
+class LargestLogits(TorchDispatchMode):
+    """The most rows that any tensor as wide as the vocabulary had."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size, self.rows = vocab_size, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.shape[-1:] == (self.vocab_size,):
+                self.rows = max(self.rows, tensor.numel() // self.vocab_size)
+        return result
+
+
+def test_logits_of_a_whole_row_are_never_made(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 40 * 113)
+    model = make_eagle3(make_verifier(vocab_size=113))
+    document = make_document(120)
+    with LargestLogits(113) as largest:
+        model(document)[1].backward()
+    assert largest.rows == 40
 
 
 # ---- options have effects ----
 
 
 def test_every_norm_option_changes_the_output(verifier, batch):
-    losses = {}
+    found = {}
     for variant in ("plain", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
         model = make_eagle3(verifier, **VARIANTS[variant])
         with torch.no_grad():
             for norm in (m for m in model.modules() if type(m).__name__.endswith("RMSNorm")):
                 norm.weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(5))
-        losses[variant] = round(model(batch)[1].item(), 5)
-    assert len(set(losses.values())) == len(losses), losses
+        found[variant] = round(model(batch)[1].item(), 5)
+    assert len(set(found.values())) == len(found), found
 
 
 def test_sliding_window_hides_far_tokens(verifier):
@@ -263,6 +435,66 @@ def test_mutated_alignment_costs_the_fitted_draft(verifier):
     assert model(batch)[2]["loss_0"].item() > 2 * good
 
 
+def test_misaligned_rows_lose_something_else_than_was_recorded(interop, case, case_batch):
+    recorded = case["expected.loss.kl_div"].item()
+    for what, batch in misaligned(case_batch).items():
+        assert abs(interop(batch)[1].item() - recorded) > 5e-4, what
+
+
+def test_no_norm_can_be_dropped(interop, case, case_batch):
+    recorded = case["expected.loss.kl_div"].item()
+    assert len(norms_of(interop)) == 4
+    for name in norms_of(interop):
+        put_back = without(interop, name)
+        assert abs(interop(case_batch)[1].item() - recorded) > 1e-2, name
+        put_back()
+    assert interop(case_batch)[1].item() == pytest.approx(recorded, abs=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["norm_before_fc", "fc_norm"])
+def test_norms_before_fc_are_the_contracts(variant):
+    """One over all states together, or one for each; then fc."""
+    model, states = lively(variant), make_document(4).hidden_states
+
+    def normed(x, norm):
+        return norm.weight * x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+    if variant == "norm_before_fc":
+        expected = normed(states, model.input_norm)
+    else:
+        chunks = zip(states.split(32, dim=-1), model.fc_norm, strict=True)
+        expected = torch.cat([normed(chunk, norm) for chunk, norm in chunks], dim=-1)
+    assert_close(model.combine(states), expected @ model.fc.weight.T)
+
+
+def test_layers_are_read_ascending(verifier):
+    """fc's first columns are the lowest layer's, as vLLM has them."""
+    model = make_eagle3(verifier, norm_before_fc=False)
+    batch = make_batch(verifier, (6,), 6)
+    states = verifier.model(batch.input_ids, output_hidden_states=True).hidden_states
+    columns = model.fc.weight.split(32, dim=1)
+    expected = sum(states[k] @ column.T for k, column in zip((1, 2, 3), columns, strict=True))
+    assert_close(model.combine(batch.hidden_states), expected)
+
+
+def test_shifted_d2t_is_noticed():
+    """Were draft ids read one off, other tokens would be proposed and other targets taken."""
+    model, document = lively("reduced"), make_document(20)
+    shifted = copy.deepcopy(model)
+    shifted.d2t += 1
+    assert not torch.isclose(model(document)[1], shifted(document)[1], rtol=1e-2)
+    marked = model.t2d.nonzero().flatten()
+    assert torch.equal(model.draft_token_ids, marked)
+    proposals = [
+        draft.propose(
+            draft.start_drafting(), confirm(document, 0, 9, "hidden_states"), 4, Chooser()
+        ).token_ids
+        for draft in (model, shifted)
+    ]
+    assert torch.isin(proposals[0], marked).all()
+    assert (proposals[1] == proposals[0] + 1)[0, 0]
+
+
 def test_targets_never_cross_a_document_end(verifier):
     model = make_eagle3(verifier)
     batch = make_batch(verifier, (5, 5), 10)
@@ -288,9 +520,9 @@ def test_reduced_vocabulary_proposes_verifier_ids(verifier, reduced, batch, tmp_
     ids = reduced.draft_token_ids
     assert torch.equal(reduced.lm_head.weight, verifier.lm_head.weight[ids])
     proposed = reduced.propose(
-        reduced.start_drafting(), batch.input_ids[:, 1:5], batch.hidden_states[:, :4], 4
+        reduced.start_drafting(), confirm(batch, 0, 4, "hidden_states"), 4, Chooser()
     )
-    assert set(proposed[0].tolist()) <= set(ids.tolist())
+    assert set(proposed.token_ids[0].tolist()) <= set(ids.tolist())
     reduced.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     assert tensors["d2t"].dtype == torch.int64 and tensors["t2d"].dtype == torch.bool
@@ -299,37 +531,77 @@ def test_reduced_vocabulary_proposes_verifier_ids(verifier, reduced, batch, tmp_
     assert again.config.draft_vocab_size == 30
 
 
-def test_reduced_vocabulary_targets_are_the_subsets(verifier, reduced, batch):
-    from speculators_core.verifier import VerifierHead
-
+def test_reduced_vocabulary_is_right_where_the_verifiers_token_is_drafted(reduced, batch):
+    """Against the verifier's best token of all; as likely to be wrong where it is outside."""
     tokens, _, metrics = reduced(batch)
-    head = VerifierHead(verifier)
-    targets = head(batch.last_hidden_states)[0][:, reduced.draft_token_ids].argmax(-1)
+    targets = reduced.verifier_head(batch.last_hidden_states)[0].argmax(-1)
     rows = (tokens[0, 0] >= 0).nonzero().flatten()
-    right = (tokens[0, 0, rows] == targets[rows + 1]).float().mean()
+    proposed = reduced.draft_token_ids[tokens[0, 0, rows]]
+    right = (proposed == targets[rows + 1]).float().mean()
     assert metrics["full_acc_0"].item() == pytest.approx(right.item())
+
+
+@pytest.mark.parametrize("loss", ["kl_div", "tv"])
+def test_rows_outside_a_reduced_vocabulary_count_as_wrong_and_teach_nothing(loss):
+    model, document = lively("reduced"), make_document(60)
+    ids = model.draft_token_ids
+    (hidden,) = model.unroll(document, 1)
+    logits = model.lm_head(hidden)[0]  # row i reads token i + 1
+    verifier = model.verifier_head(document.last_hidden_states)[0, 1:]
+    best = verifier.argmax(-1)
+    covered = torch.isin(best, ids)
+    assert 0.2 < covered.float().mean() < 0.9
+    expected = LOSSES[loss](logits, verifier[:, ids])[covered].mean()
+    _, found, metrics = model(document, Eagle3Objective(ttt_steps=1, loss={loss: 1.0}))
+    assert_close(found, expected)
+    assert_close(gradient(model, found), gradient(model, expected), 1e-4)
+    right = (ids[logits.argmax(-1)] == best).float()
+    assert metrics["full_acc_0"].item() == pytest.approx(right.mean().item())
+    assert right[~covered].sum() == 0
+
+
+def test_row_of_nothing_covered_teaches_nothing():
+    model, document = lively("reduced"), make_document(8)
+    head = model.verifier_head(document.last_hidden_states)[0]
+    uncovered = ~torch.isin(head.argmax(-1), model.draft_token_ids)
+    loss_mask = uncovered[None] & document.loss_mask
+    # Row i is of token i + 1, whose distribution is the target.
+    _, loss, _ = model(
+        dataclasses.replace(document, loss_mask=loss_mask), Eagle3Objective(ttt_steps=1)
+    )
+    assert uncovered.any() and loss.item() == 0.0
+    assert gradient(model, loss).abs().max() == 0.0
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "reduced"])
+def test_sampled_proposals_say_what_they_were_drawn_from(variant):
+    model, document = lively(variant), make_document(10)
+    recorder = Recorder(temperature=0.7, generator=torch.Generator().manual_seed(0))
+    proposal = model.propose(
+        model.start_drafting(), confirm(document, 0, 6, "hidden_states"), 3, recorder
+    )
+    assert proposal.probs is not None and proposal.probs.shape == (1, 3, 96)
+    ids = torch.arange(96) if model.draft_token_ids is None else model.draft_token_ids
+    expected = torch.zeros(1, 3, 96)
+    expected[:, :, ids] = (recorder.logits / 0.7).softmax(-1)
+    assert_close(proposal.probs, expected)
+    assert (proposal.probs.gather(-1, proposal.token_ids[..., None]) > 0).all()
 
 
 def test_draft_vocabulary_without_its_map_is_refused(reduced, tmp_path):
     reduced.save_pretrained(tmp_path)
-    from tests.test_checkpoint import change_tensor
-
     change_tensor(tmp_path, "d2t", lambda t: None)
     with pytest.raises(SpeculatorError, match="tensor d2t .* is missing"):
         SpeculatorModel.from_pretrained(tmp_path)
 
 
 def test_t2d_is_made_from_d2t(reduced, tmp_path):
-    from tests.test_checkpoint import change_tensor
-
     reduced.save_pretrained(tmp_path)
     change_tensor(tmp_path, "t2d", lambda t: None)
     assert torch.equal(SpeculatorModel.from_pretrained(tmp_path).t2d, reduced.t2d)
 
 
 def test_head_of_a_reduced_vocabulary_must_be_there(reduced, tmp_path):
-    from tests.test_checkpoint import change_tensor
-
     reduced.save_pretrained(tmp_path)
     change_tensor(tmp_path, "lm_head.weight", lambda t: None)
     with pytest.raises(SpeculatorError, match="lm_head.weight .* is missing"):
@@ -338,8 +610,6 @@ def test_head_of_a_reduced_vocabulary_must_be_there(reduced, tmp_path):
 
 def test_d2t_off_by_one_is_refused(reduced, tmp_path):
     reduced.save_pretrained(tmp_path)
-    from tests.test_checkpoint import change_tensor
-
     change_tensor(tmp_path, "d2t", lambda t: t + 1)
     with pytest.raises(SpeculatorError, match="contradict"):
         SpeculatorModel.from_pretrained(tmp_path)
@@ -361,8 +631,6 @@ def test_state_never_holds_the_verifier(verifier, tmp_path):
 
 
 def test_missing_ends_are_read_from_the_verifier(eagle3_folder):
-    from tests.test_checkpoint import change_tensor
-
     whole = SpeculatorModel.from_pretrained(eagle3_folder)
     for name in whole.from_verifier:
         change_tensor(eagle3_folder, name, lambda t: None)
@@ -400,7 +668,7 @@ def test_draft_made_without_its_verifier_takes_its_ends_when_attached(verifier):
 
 
 def test_checkpoint_without_layer_ids_reads_the_papers(tmp_path):
-    deep = make_verifier(num_layers=8)
+    deep = make_verifier(num_hidden_layers=8)
     model = make_eagle3(deep, aux_layer_ids=None, name_or_path="none")
     model.config.eagle_aux_hidden_state_layer_ids = None
     model.save_pretrained(tmp_path)
@@ -483,7 +751,7 @@ def test_bad_objective_is_named(kwargs, message):
 
 def test_what_cannot_train_is_refused():
     with pytest.raises(SpeculatorError, match="is not a speculator"):
-        SpeculatorModel.verify_training_compatible(make_verifier(num_layers=1))
+        SpeculatorModel.verify_training_compatible(make_verifier(num_hidden_layers=1))
     model = make_eagle3(make_verifier())
     model.requires_grad_(False)
     with pytest.raises(SpeculatorError, match="no weight that requires a gradient"):

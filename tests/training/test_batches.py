@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speculators_core.batch import Batch
 from speculators_core.training.batches import fill_rows, pack
 
 
@@ -44,3 +45,23 @@ def test_every_document_has_one_row_and_rows_are_full(lengths, row_length):
 def test_padding_is_no_document():
     row = pack([], 3)
     assert torch.equal(row.document_ids, torch.full((1, 3), -1))
+
+
+def filled(num_rows):
+    row = pack([{"input_ids": [5, 6, 7], "loss_mask": [1, 1, 1]}], 4)
+    columns = [column.expand(num_rows, -1) for column in vars(row).values()]
+    return Batch(*columns, torch.randn(num_rows, 4, 6), torch.randn(num_rows, 4, 2))
+
+
+def test_batch_is_one_row():
+    assert filled(1).input_ids.shape == (1, 4)
+    with pytest.raises(ValueError, match="one packed row, found 2 rows"):
+        filled(2)
+
+
+def test_batch_changes_the_type_of_its_states_alone():
+    batch = filled(1)
+    half = batch.to(torch.bfloat16)
+    assert half.hidden_states.dtype == half.last_hidden_states.dtype == torch.bfloat16
+    assert batch.hidden_states.dtype == torch.float32
+    assert half.input_ids is batch.input_ids

@@ -1,7 +1,8 @@
+import pytest
 import torch
 
 from speculators_core.training.optimizers import MuonAdamW
-from tests.conftest import make_eagle3, make_verifier
+from tests.conftest import SMALL_RECIPES, make_draft, make_eagle3, make_verifier
 
 
 def trained(optimizer, model, steps):
@@ -60,3 +61,11 @@ def _saved(state):
     torch.save(state, stream)
     stream.seek(0)
     return stream
+
+
+@pytest.mark.parametrize("name", SMALL_RECIPES)
+def test_every_draft_has_an_optimizer_for_all_that_trains(name):
+    model = make_draft(name, make_verifier())
+    optimizer = MuonAdamW(model, 1e-2)
+    in_groups = {id(w) for group in optimizer.param_groups for w in group["params"]}
+    assert in_groups == {id(w) for w in model.parameters() if w.requires_grad}

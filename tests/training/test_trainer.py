@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -45,15 +46,20 @@ def train(model, folder, **arguments):
     return trainer
 
 
-def test_verifier_sees_each_document_alone(verifier):
-    packed = make_batch(verifier, (7, 9), 20)
-    for start, length in ((0, 7), (7, 9)):
-        ids = packed.input_ids[0, start : start + length].tolist()
+@pytest.mark.parametrize(
+    ("lengths", "row_length"),
+    [((7, 9), 20), ((7, 9), 16), ((8, 8, 8), 24), ((4, 5), 9), ((3, 15, 2), 20), ((6,), 6)],
+)
+def test_verifier_sees_each_document_alone(verifier, lengths, row_length):
+    """Whether they are run in their row, or side by side because their lengths are alike."""
+    packed = make_batch(verifier, lengths, row_length)
+    for end, length in zip(itertools.accumulate(lengths), lengths, strict=True):
+        ids = packed.input_ids[0, end - length : end].tolist()
         alone = run_verifier(
             verifier, pack([{"input_ids": ids, "loss_mask": [1] * length}], length), (1, 2, 3)
         )
         for name in ("hidden_states", "last_hidden_states"):
-            together = getattr(packed, name)[:, start : start + length]
+            together = getattr(packed, name)[:, end - length : end]
             assert torch.allclose(together, getattr(alone, name), atol=1e-4)
 
 

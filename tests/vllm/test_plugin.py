@@ -1,3 +1,4 @@
+import importlib
 import logging
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from speculators_vllm import openmp, patches, plugin
 
 @pytest.fixture
 def warnings(caplog):
+    importlib.import_module("vllm.engine.arg_utils")  # gives warnings of its own
+    patches.warn_of_untested_version.cache_clear()  # as in a fresh process
     caplog.set_level(logging.WARNING, logger="speculators_vllm")
     logging.getLogger("speculators_vllm").propagate = True
     return caplog
@@ -51,6 +54,14 @@ def test_second_registration_changes_nothing(warnings):
     assert EngineArgs.create_speculative_config is once
     assert hasattr(once, patches.MARK)
     assert not warnings.messages
+
+
+def test_second_registration_repeats_no_warning_of_the_version(warnings, monkeypatch):
+    monkeypatch.setattr("vllm.version.__version_tuple__", (0, 34, 0))
+    plugin.register()
+    plugin.register()
+    (message,) = warnings.messages
+    assert "found 0.34" in message
 
 
 def test_importing_the_plugin_imports_nothing_heavy():

@@ -11,26 +11,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from benchmarks import playground
 from benchmarks.acceptance import AcceptanceSettings, measure
-from benchmarks.engines import Decoding, TransformersEngine, VLLMEngine
+from benchmarks.engines import Decoding, Draft, TransformersEngine, VLLMEngine
 from benchmarks.prompts import TokenizedPrompt
 from speculators_core.batch import Batch
 from speculators_core.models.eagle3 import Eagle3DraftModel
 from speculators_core.training.batches import pack
 from speculators_core.training.trainer import run_verifier
 from speculators_core.vocabulary import choose_draft_vocabulary
+from tests.conftest import make_verifier
 from tests.data import INTEROP, interop_acceptance
 
 pytestmark = pytest.mark.vllm
 
+EAGLE3 = str(playground.EAGLE3)
 EAGER = {"enforce_eager": True, "max_model_len": 512}
 
 
-def run(engine, speculative_tokens, prompts, decoding):
-    with engine.loaded(speculative_tokens) as runner:
+def run(engine, speculator, speculative_tokens, prompts, decoding):
+    with engine.loaded(Draft("speculator", str(speculator), speculative_tokens)) as runner:
         return runner.run(prompts, decoding, lambda: None)
 
 
@@ -38,38 +40,42 @@ def as_prompts(ids):
     return [TokenizedPrompt(category="all", token_ids=list(tokens)) for tokens in ids]
 
 
-def test_interop_counts_in_vllm_are_the_recorded_ones():
+@pytest.mark.parametrize("name", ["eagle3", "peagle", "dflash"])
+def test_interop_counts_in_vllm_are_the_recorded_ones(name):
     recorded = interop_acceptance()
-    engine = VLLMEngine(
-        str(INTEROP / "verifier"), str(INTEROP / "eagle3"), "float32", 1, dict(EAGER)
-    )
+    expected = recorded["speculators"][name]
+    k = expected["speculative_tokens"]
+    engine = VLLMEngine(str(INTEROP / "verifier"), "float32", 1, dict(EAGER))
     decoding = Decoding(recorded["max_tokens"], 0.0, 0, ignore_eos=True)
-    records = run(engine, 3, as_prompts(recorded["prompts"]), decoding)
+    records = run(engine, INTEROP / name, k, as_prompts(recorded["prompts"]), decoding)
     assert [r.output_ids for r in records] == recorded["verifier_only"]
-    for record, request in zip(records, recorded["speculators"]["eagle3"]["requests"], strict=True):
+    for record, request in zip(records, expected["requests"], strict=True):
         assert len(record.accepted) == request["drafts"]
-        per_position = [sum(a >= k for a in record.accepted) for k in (1, 2, 3)]
+        per_position = [sum(a >= i for a in record.accepted) for i in range(1, k + 1)]
         assert per_position == request["accepted_per_position"]
 
 
 def test_playground_is_lossless_and_vllm_agrees_with_the_reference():
-    common = {"limit_per_category": 2, "max_tokens": 48, "k": (3,)}
+    names = tuple(str(playground.SPECULATORS[name]) for name in ("eagle3", "peagle"))
+    common = {"limit_per_category": 2, "max_tokens": 48, "model": names}
     served = measure(AcceptanceSettings(engine="vllm", **common))
     reference = measure(AcceptanceSettings(engine="transformers", **common))
-    for report in (served, reference):
-        assert report.by_k[0].num_identical == 8
-    for ours, theirs in zip(served.by_k[0].requests, reference.by_k[0].requests, strict=True):
-        assert ours.output_ids == theirs.output_ids
-        assert ours.accepted == theirs.accepted
-    assert served.by_k[0].pooled.acceptance_length > 1.5
+    for in_vllm, decoded in zip(served.drafts, reference.drafts, strict=True):
+        assert in_vllm.by_k[0].num_identical == decoded.by_k[0].num_identical == 8
+        requests = zip(in_vllm.by_k[0].requests, decoded.by_k[0].requests, strict=True)
+        for ours, theirs in requests:
+            assert ours.output_ids == theirs.output_ids
+            assert ours.accepted == theirs.accepted
+        assert in_vllm.by_k[0].pooled.acceptance_length > 1.5
     assert served.prompts_sha256 == reference.prompts_sha256
 
 
 def test_concurrent_requests_get_what_each_gets_alone():
-    common = {"limit_per_category": 2, "max_tokens": 24, "k": (2,)}
+    common = {"limit_per_category": 2, "max_tokens": 24, "k": (2,), "model": (EAGLE3,)}
     alone = measure(AcceptanceSettings(concurrency=1, **common))
     together = measure(AcceptanceSettings(concurrency=8, **common))
-    for ours, theirs in zip(together.by_k[0].requests, alone.by_k[0].requests, strict=True):
+    (ours_by_k,), (theirs_by_k,) = together.drafts[0].by_k, alone.drafts[0].by_k
+    for ours, theirs in zip(ours_by_k.requests, theirs_by_k.requests, strict=True):
         assert ours.output_ids == theirs.output_ids
         assert ours.accepted == theirs.accepted
 
@@ -77,6 +83,7 @@ def test_concurrent_requests_get_what_each_gets_alone():
 def test_sampled_runs_differ_and_are_not_compared():
     report = measure(
         AcceptanceSettings(
+            model=(EAGLE3,),
             temperature=1.0,
             runs=2,
             k=(2,),
@@ -85,7 +92,7 @@ def test_sampled_runs_differ_and_are_not_compared():
             engine_args={"max_model_len": 600},
         )
     )
-    (entry,) = report.by_k
+    (entry,) = report.drafts[0].by_k
     first, second = entry.requests[:4], entry.requests[4:]
     assert [r.output_ids for r in first] != [r.output_ids for r in second]
     assert entry.num_identical is None
@@ -122,21 +129,18 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def small_verifier(tmp_path_factory) -> Path:
     """Shaped so that vLLM's CPU attention takes it."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
+    verifier = make_verifier(
         vocab_size=128,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=4,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
         max_position_embeddings=512,
         initializer_range=0.15,
-        eos_token_id=None,
     )
     folder = tmp_path_factory.mktemp("small") / "verifier"
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    verifier.save_pretrained(folder)
     return folder
 
 
@@ -173,9 +177,9 @@ def test_every_kind_of_draft_serves_as_it_decodes(small_verifier, tmp_path, vari
     model.save_pretrained(tmp_path)
     prompts = as_prompts([[5, 9, 17], [40], list(range(60, 100))])
     decoding = Decoding(60, 0.0, 0, ignore_eos=True)
-    arguments = (str(small_verifier), str(tmp_path), "float32")
-    reference = run(TransformersEngine(*arguments), 4, prompts, decoding)
-    served = run(VLLMEngine(*arguments, 1, dict(EAGER)), 4, prompts, decoding)
+    arguments = (str(small_verifier), "float32", 1)
+    reference = run(TransformersEngine(*arguments), tmp_path, 4, prompts, decoding)
+    served = run(VLLMEngine(*arguments, dict(EAGER)), tmp_path, 4, prompts, decoding)
     assert sum(map(sum, (r.accepted for r in reference))) >= 10
     for ours, theirs in zip(served, reference, strict=True):
         assert ours.output_ids == theirs.output_ids
@@ -226,9 +230,8 @@ def test_stock_vllm_serves_our_checkpoint_with_the_same_counts():
         if "RESULT " in line
     ]
     assert len(results) == len(prompts), done.stderr[-2000:]
-    reference = run(
-        TransformersEngine(*arguments, "float32"), 3, prompts, Decoding(48, 0.0, 0, False)
-    )
+    engine = TransformersEngine(str(playground.VERIFIER), "float32", 1)
+    reference = run(engine, EAGLE3, 3, prompts, Decoding(48, 0.0, 0, False))
     for (token_ids, accepted), record in zip(results, reference, strict=True):
         assert token_ids == record.output_ids
         assert accepted == record.accepted

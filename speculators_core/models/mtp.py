@@ -1,0 +1,295 @@
+"""MTP in the manner of FastMTP (arXiv:2509.18362): the verifier's own last state, one step on.
+
+One block of the verifier's own kind joins the verifier's state of token t, as its head reads it
+(after the final norm), with the embedding of token t + 1, and predicts token t + 2. Further tokens
+come one at a time from the same block, which reads its own output:
+
+    tokens      x0   x1   x2   x3   x4      post-norm state of token t: y_t
+    step 0      row t reads (y_t, x_{t+1})                     -> predicts x_{t+2}
+    step 1      row t reads (output of step 0 at t, x_{t+2})   -> predicts x_{t+3}
+
+Embeddings and head are the verifier's, and its checkpoint's alone.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from speculators_core.attention import Attend, DraftCache
+from speculators_core.batch import PADDING, Batch
+from speculators_core.config import SpeculatorModelConfig
+from speculators_core.drafter import Chooser, Confirmed, Proposal, join
+from speculators_core.errors import SpeculatorError
+from speculators_core.feature_draft import speculators_config
+from speculators_core.layers import (
+    Hidden,
+    Rotary,
+    UnrolledAttention,
+    cached_attend,
+    decoder_layer,
+    family_of,
+)
+from speculators_core.losses import MASK_SUM_FLOOR, LossWeights, VerifierLogits, score_rows
+from speculators_core.model import SpeculatorModel
+from speculators_core.settings import Settings
+
+LAYER_TYPES = ("qwen3", "qwen2", "llama")
+
+
+class MTPSpeculatorConfig(SpeculatorModelConfig):
+    """An MTP speculator on disk; ``transformer_layer_config`` is the verifier's own."""
+
+    speculators_model_type: Literal["mtp"] = "mtp"
+    num_nextn_predict_layers: Literal[1] = 1
+    verifier_state: Literal["post_norm", "pre_norm"] = "post_norm"
+
+    def check(self) -> None:
+        family_of(self.transformer_layer_config, LAYER_TYPES)
+
+    @property
+    def verifier_depth(self) -> int:
+        return self.transformer_layer_config.num_hidden_layers
+
+    @property
+    def aux_layer_ids(self) -> list[int]:
+        """The state after the last layer; the draft norms it as the verifier does."""
+        return [self.verifier_depth]
+
+
+class MTPRecipe(Settings):
+    """What decides the shape of a fresh draft, beside its verifier."""
+
+    speculative_tokens: int = Field(3, ge=1)
+    """Tokens proposed in one step."""
+
+
+class MTPObjective(Settings):
+    """What training minimises."""
+
+    num_steps: int = Field(3, ge=1)
+    """Steps that the training unroll takes."""
+    step_weights: tuple[float, ...] | None = None
+    """Weight of each step; falling by ``step_decay`` and summing to 1 where None."""
+    step_decay: float = Field(0.6, gt=0.0)
+    """Step k counts with this to the power of k, before the weights are made to sum to 1."""
+    targets: Literal["text", "verifier"] = "text"
+    """Cross-entropy with the text's next token, or ``loss`` against the verifier's distribution."""
+    loss: LossWeights = {"kl_div": 1.0}
+    """Weights of the losses in `losses.LOSSES`, or the name of one; for ``targets`` verifier."""
+    attention: Literal["served", "independent"] = "served"
+    """A later step sees the first step's keys, as when it is served, or those of its own step."""
+
+    @model_validator(mode="after")
+    def _every_step_has_a_weight(self) -> "MTPObjective":
+        if self.step_weights is not None and len(self.step_weights) != self.num_steps:
+            raise ValueError(
+                f"step_weights has {len(self.step_weights)} weights for {self.num_steps} steps"
+            )
+        return self
+
+    @property
+    def weights(self) -> list[float]:
+        if self.step_weights is not None:
+            return list(self.step_weights)
+        powers = [self.step_decay**step for step in range(self.num_steps)]
+        return [power / sum(powers) for power in powers]
+
+
+class MTPLayer(nn.Module):
+    """A block of the verifier's kind behind the projection that joins token and state."""
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__()
+        family = family_of(config, LAYER_TYPES)
+        hidden, norm_eps = config.hidden_size, config.rms_norm_eps
+        block: Any = family.decoder_layer(config, 0)
+        self.input_proj = nn.Linear(2 * hidden, hidden, bias=False)
+        self.token_layernorm = family.norm(hidden, eps=norm_eps)
+        self.hidden_layernorm = family.norm(hidden, eps=norm_eps)
+        self.input_layernorm = block.input_layernorm
+        self.self_attn = block.self_attn
+        self.post_attention_layernorm = block.post_attention_layernorm
+        self.mlp = block.mlp
+        self.final_layernorm = family.norm(hidden, eps=norm_eps)
+
+    def forward(self, embedding: Hidden, hidden: Hidden, rotary: Rotary, attend: Attend) -> Hidden:
+        both = [self.token_layernorm(embedding), self.hidden_layernorm(hidden)]
+        joined = self.input_proj(torch.cat(both, dim=-1))  # [batch, seq, hidden]
+        return self.final_layernorm(decoder_layer(self, 0, joined, rotary, attend))
+
+
+@dataclass
+class MTPState:
+    """Keys and values of the tokens that the verifier has confirmed."""
+
+    cache: DraftCache = field(default_factory=DraftCache)
+
+    def select_rows(self, rows: Int[Tensor, "rows"]) -> None:
+        self.cache.select_rows(rows)
+
+
+class MTPDraftModel(SpeculatorModel):
+    """The MTP draft: one block that is run once for each token."""
+
+    config_class: ClassVar[type[SpeculatorModelConfig]] = MTPSpeculatorConfig
+    recipe_class = MTPRecipe
+    objective_class = MTPObjective
+    config: MTPSpeculatorConfig
+
+    def __init__(self, config: MTPSpeculatorConfig, verifier=None, verifier_attachment_mode=None):  # type: ignore[no-untyped-def]  # as in the base
+        super().__init__(config, verifier, verifier_attachment_mode)
+        self.layer_config = full_attention(config.transformer_layer_config)
+        self.mtp_layers = nn.ModuleList([MTPLayer(self.layer_config)])
+        self.rotary_emb = family_of(self.layer_config, LAYER_TYPES).rotary(self.layer_config)
+        self.post_init()
+
+    @classmethod
+    def fresh_config(
+        cls,
+        verifier_config: PretrainedConfig,
+        recipe: MTPRecipe,
+        draft_vocab_size: int,
+        name_or_path: str | None,
+    ) -> MTPSpeculatorConfig:
+        text = verifier_config.get_text_config()
+        return MTPSpeculatorConfig(
+            transformer_layer_config=copy.deepcopy(text),
+            speculators_config=speculators_config(
+                "mtp", recipe.speculative_tokens, verifier_config, name_or_path
+            ),
+        )
+
+    def start_fresh(self, t2d: Tensor | None, d2t: Tensor | None) -> None:
+        if t2d is not None or d2t is not None:
+            raise SpeculatorError("an MTP draft has the verifier's vocabulary: no t2d, no d2t.")
+
+    # ---- the network ----
+
+    def read_verifier(
+        self, last_hidden_states: Float[Tensor, "batch seq hidden"]
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """The verifier's state as this draft reads it."""
+        if self.config.verifier_state == "pre_norm":
+            return last_hidden_states
+        head = self.verifier_head
+        return head.norm(last_hidden_states.to(head.lm_head.weight.dtype)).detach().to(self.dtype)
+
+    def backbone(
+        self,
+        token_ids: Int[Tensor, "batch seq"],
+        hidden: Float[Tensor, "batch seq hidden"],
+        position_ids: Int[Tensor, "batch seq"],
+        attend: Attend,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """One step: the state that the head reads, which is also the one that is fed back."""
+        table = self.verifier_head.embed_tokens.weight.detach()
+        embedding = nn.functional.embedding(token_ids, table).to(self.dtype)
+        rotary = self.rotary_emb(embedding, position_ids)
+        return self.mtp_layers[0](embedding, hidden, rotary, attend)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab hidden"]:
+        return self.verifier_head.lm_head.weight.detach().to(self.dtype)
+
+    # ---- training ----
+
+    def unroll(
+        self, batch: Batch, num_steps: int, attention: Literal["served", "independent"] = "served"
+    ) -> Iterator[Float[Tensor, "batch rows hidden"]]:
+        """The state that the head reads, step by step; step k has ``seq - 1 - k`` rows.
+
+        Row t of step k predicts token t + 2 + k. Tokens are the true ones throughout.
+        """
+        hidden = self.read_verifier(batch.last_hidden_states[:, :-1])
+        documents = batch.document_ids[0, :-1]
+        attend = UnrolledAttention(self.layer_config, documents)
+        for step in range(min(num_steps, batch.input_ids.shape[1] - 1)):
+            tokens = batch.input_ids[:, 1 + step :]
+            num_rows = tokens.shape[1]
+            positions = batch.position_ids[:, :num_rows] + step
+            if attention == "independent":
+                attend = UnrolledAttention(self.layer_config, documents)
+            hidden = self.backbone(tokens, hidden[:, :num_rows], positions, attend)
+            yield hidden
+
+    def forward(
+        self, batch: Batch, objective: MTPObjective | None = None
+    ) -> tuple[Int[Tensor, "steps batch seq"], Tensor, dict[str, Tensor]]:
+        """Draft tokens of every step, the loss, and metrics.
+
+        A row counts at all steps if the tokens that it predicts at each of them are of its
+        document; at step k it counts if the token predicted there has loss mask 1. Draft tokens are
+        -1 where no loss was taken. Metrics of step k, teacher-forced: ``loss_k`` and ``acc_k``.
+        """
+        objective = objective or MTPObjective()
+        length, documents = batch.input_ids.shape[1], batch.document_ids[0]
+        steps = objective.num_steps
+        rows = torch.arange(max(0, length - 1 - steps), device=documents.device)
+        rows = rows[(documents[rows] != PADDING) & (documents[rows] == documents[rows + 1 + steps])]
+        draft_tokens = torch.full((steps, *batch.input_ids.shape), -1, device=documents.device)
+        total = batch.last_hidden_states.new_zeros((), dtype=torch.float32)
+        metrics: dict[str, Tensor] = {}
+        unrolled = self.unroll(batch, steps, objective.attention)
+        for step, (weight, output) in enumerate(zip(objective.weights, unrolled, strict=False)):
+            said = rows + 2 + step
+            trained = rows[batch.loss_mask[0, said]]
+            scored = score_rows(
+                output[0, trained],
+                self.head_weight,
+                self._targets(batch, objective),
+                trained + 1 + step,
+                {"ce": 1.0} if objective.targets == "text" else objective.loss,
+            )
+            loss = scored.losses.sum() / (len(trained) + MASK_SUM_FLOOR)
+            total = total + weight * loss
+            draft_tokens[step, 0, trained] = scored.draft_tokens
+            metrics[f"loss_{step}"] = loss.detach()
+            metrics[f"acc_{step}"] = scored.is_right.sum() / max(1, len(trained))
+        return draft_tokens, total, metrics
+
+    def _targets(self, batch: Batch, objective: MTPObjective) -> VerifierLogits:
+        """What each row should say next: the text's token for certain, or the verifier's choice."""
+        if objective.targets == "verifier":
+            return self.verifier_logits(batch)
+        vocab_size = self.config.transformer_layer_config.vocab_size
+
+        def certain(rows: Int[Tensor, "rows"]) -> Float[Tensor, "rows vocab"]:
+            return nn.functional.one_hot(batch.input_ids[0, rows + 1], vocab_size).to(self.dtype)
+
+        return certain
+
+    # ---- decoding ----
+
+    def start_drafting(self) -> MTPState:
+        return MTPState()
+
+    @torch.no_grad()
+    def propose(
+        self, state: MTPState, confirmed: Confirmed, num_tokens: int, choose: Chooser
+    ) -> Proposal:
+        hidden = self.read_verifier(confirmed.hidden_states)
+        tokens, positions = confirmed.token_ids[:, 1:], confirmed.positions
+        num_confirmed = state.cache.length + positions.shape[1]
+        proposals: list[Proposal] = []
+        while True:
+            attend = cached_attend(self.layer_config, state.cache, positions)
+            hidden = self.backbone(tokens, hidden, positions, attend)[:, -1:]
+            proposals.append(choose(nn.functional.linear(hidden, self.head_weight)))
+            if len(proposals) == num_tokens:
+                state.cache.crop(num_confirmed)
+                return join(proposals)
+            tokens, positions = proposals[-1].token_ids, positions[:, -1:] + 1
+
+
+def full_attention(config: PretrainedConfig) -> PretrainedConfig:
+    """The verifier's layers without their windows: the block is one that sees all."""
+    config = copy.deepcopy(config)
+    config.layer_types = ["full_attention"] * config.num_hidden_layers
+    return config

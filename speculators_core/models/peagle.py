@@ -1,0 +1,321 @@
+"""P-EAGLE (arXiv:2602.01469): EAGLE-3's network, proposing all its tokens in one pass.
+
+Where EAGLE-3 would wait for its own token and state, P-EAGLE puts a mask token and a learnt state.
+An *element* (anchor a, depth d) stands at row p = a + d and predicts token p + 2:
+
+    tokens      x0   x1   x2   x3   x4      features of token i: g_i
+    depth 0     row a reads (g_a, x_{a+1})                     -> predicts x_{a+2}
+    depth d     row a + d reads (mask state, mask token)       -> predicts x_{a+d+2}
+
+    sees          depth 0 of rows      of anchor 1: depth
+                  0  1  2  3               1  2
+    (0, 0)        x  .  .  .               .  .
+    (1, 0)        x  x  .  .               .  .
+    (1, 1)        x  x  .  .               x  .
+    (1, 2)        x  x  .  .               x  x
+
+Training all depths at all rows would cost as many passes; conditional drop of depths (COD) keeps a
+share of them that falls with the depth, and never a depth without those before it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from speculators_core.attention import DraftCache, Keys, OwnKey, Queries, attend_packed
+from speculators_core.batch import PADDING, Batch
+from speculators_core.config import SpeculatorModelConfig
+from speculators_core.drafter import Chooser, Confirmed, Proposal
+from speculators_core.eagle_stack import EagleStackConfig, EagleStackModel, EagleStackRecipe
+from speculators_core.errors import SpeculatorError
+from speculators_core.feature_draft import (
+    draft_layer_config,
+    recipe_layer_ids,
+    speculators_config,
+)
+from speculators_core.layers import cached_attend, sliding_window
+from speculators_core.losses import MASK_SUM_FLOOR, LossWeights, score_rows
+from speculators_core.masks import document_starts, spans_before
+from speculators_core.settings import Settings
+
+
+class PEagleSpeculatorConfig(EagleStackConfig):
+    """A P-EAGLE speculator on disk."""
+
+    speculators_model_type: Literal["peagle"] = "peagle"
+    mask_token_id: Annotated[int, Field(ge=0)] | None = None
+    embed_requires_grad: bool = True
+
+    def check(self) -> None:
+        super().check()
+        vocab_size = self.transformer_layer_config.vocab_size
+        if self.mask_token_id is None:
+            raise SpeculatorError("mask_token_id is missing: a P-EAGLE draft reads it ahead.")
+        if self.mask_token_id >= vocab_size:
+            raise SpeculatorError(
+                f"mask_token_id {self.mask_token_id} is not in the vocabulary of {vocab_size}."
+            )
+        if self.fc_norm:
+            # vLLM takes this key from here alone.
+            self.transformer_layer_config.fc_norm = True
+
+
+class PEagleRecipe(EagleStackRecipe):
+    """What decides the shape of a fresh draft, beside its verifier."""
+
+    mask_token_id: int = Field(ge=0)
+    """Token that stands for those not known yet; one that no text has."""
+    embed_requires_grad: bool = True
+    """Train the embeddings too, the mask token's among them."""
+    speculative_tokens: int = Field(8, ge=1)
+    """Tokens proposed in one step."""
+
+
+class PEagleObjective(Settings):
+    """What training minimises."""
+
+    num_depths: int = Field(8, ge=1)
+    """Tokens that a row learns to propose at once."""
+    down_sample_ratio: float = Field(0.7, gt=0.0, le=1.0)
+    """Depth d keeps this to the power of d of the rows."""
+    down_sample_ratio_min: float = Field(0.2, ge=0.0, le=1.0)
+    """A depth keeps at least this share."""
+    max_anchors: int | None = Field(512, ge=1)
+    """Rows that have depths beyond the first, at most; all where None."""
+    loss: LossWeights = {"kl_div": 1.0}
+    """Weights of the losses in `losses.LOSSES`, or the name of one."""
+
+
+@dataclass(frozen=True)
+class Elements:
+    """What one row of training is made of, ordered by anchor and then by depth.
+
+    An anchor's depths are 0, 1, ... without a gap.
+    """
+
+    anchors: Int[Tensor, "elements"]
+    depths: Int[Tensor, "elements"]
+
+    @property
+    def rows(self) -> Int[Tensor, "elements"]:
+        return self.anchors + self.depths
+
+
+@dataclass
+class PEagleState:
+    """Keys and values of the tokens that the verifier has confirmed."""
+
+    cache: DraftCache = field(default_factory=DraftCache)
+
+    def select_rows(self, rows: Int[Tensor, "rows"]) -> None:
+        self.cache.select_rows(rows)
+
+
+class PEagleDraftModel(EagleStackModel):
+    """The P-EAGLE draft: EAGLE-3's network and a learnt state."""
+
+    config_class: ClassVar[type[SpeculatorModelConfig]] = PEagleSpeculatorConfig
+    recipe_class = PEagleRecipe
+    objective_class = PEagleObjective
+    config: PEagleSpeculatorConfig
+
+    def __init__(
+        self, config: PEagleSpeculatorConfig, verifier=None, verifier_attachment_mode=None
+    ):  # type: ignore[no-untyped-def]  # as in the base
+        super().__init__(config, verifier, verifier_attachment_mode)
+        self.make_stack()
+        self.mask_hidden = nn.Parameter(torch.randn(1, 1, self.fc.in_features))
+        self.post_init()
+        self.freeze_ends()
+
+    @classmethod
+    def fresh_config(
+        cls,
+        verifier_config: PretrainedConfig,
+        recipe: PEagleRecipe,
+        draft_vocab_size: int,
+        name_or_path: str | None,
+    ) -> PEagleSpeculatorConfig:
+        return PEagleSpeculatorConfig(
+            transformer_layer_config=draft_layer_config(verifier_config, recipe),
+            draft_vocab_size=draft_vocab_size,
+            norm_before_residual=recipe.norm_before_residual,
+            norm_before_fc=recipe.norm_before_fc,
+            fc_norm=recipe.fc_norm,
+            eagle_aux_hidden_state_layer_ids=recipe_layer_ids(verifier_config, recipe),
+            mask_token_id=recipe.mask_token_id,
+            embed_requires_grad=recipe.embed_requires_grad,
+            speculators_config=speculators_config(
+                "peagle", recipe.speculative_tokens, verifier_config, name_or_path
+            ),
+        )
+
+    # ---- training ----
+
+    def states(self, batch: Batch, elements: Elements) -> Float[Tensor, "1 elements hidden"]:
+        """The state that the head reads, for each element; all in one pass."""
+        anchors, depths, rows = elements.anchors, elements.depths, elements.rows
+        is_masked = depths > 0
+        tokens = batch.input_ids[0, (rows + 1).clamp_max(batch.input_ids.shape[1] - 1)]
+        tokens = tokens.masked_fill(is_masked, self.config.mask_token_id or 0)
+        features = torch.cat([batch.hidden_states[0], self.mask_hidden[0].to(batch.hidden_states)])
+        hidden = self.combine(features[None])  # each feature once, not once for each element
+        index = rows.masked_fill(is_masked, len(features) - 1)
+        positions = batch.position_ids[0, anchors] + depths
+        attend = ElementAttention(
+            self.config.transformer_layer_config, elements, batch.document_ids[0]
+        )
+        return self.backbone(tokens[None], hidden[:, index], positions[None], attend)[0]
+
+    def forward(
+        self,
+        batch: Batch,
+        objective: PEagleObjective | None = None,
+        elements: Elements | None = None,
+    ) -> tuple[Int[Tensor, "depths batch seq"], Tensor, dict[str, Tensor]]:
+        """Draft tokens by depth and row, the loss, and metrics.
+
+        ``elements`` are drawn where None. The loss is one mean over all elements whose row reads a
+        token of loss mask 1. Draft tokens are ids of the draft's vocabulary, -1 where there was no
+        element or no loss. Metrics, teacher-forced: ``loss``, ``full_acc`` over all elements, and
+        ``acc_d`` of each depth.
+        """
+        objective = objective or PEagleObjective()
+        reads = readable_rows(batch)
+        if elements is None:
+            elements = draw_elements(reads, reads & _next(batch.loss_mask[0]), objective)
+        if not len(elements.anchors):  # one with nothing to train: every weight has a gradient
+            last = elements.anchors.new_tensor([batch.input_ids.shape[1] - 1])
+            elements = Elements(last, torch.zeros_like(last))
+        rows = elements.rows
+        trained = (reads & _next(batch.loss_mask[0]))[rows]
+        scored = score_rows(
+            self.states(batch, elements)[0, trained],
+            self.lm_head.weight,
+            self.verifier_logits(batch),
+            rows[trained] + 1,
+            objective.loss,
+            self.draft_token_ids,
+        )
+        loss = scored.losses.sum() / (scored.is_covered.sum() + MASK_SUM_FLOOR)
+        num_depths = int(elements.depths.max()) + 1
+        draft_tokens = torch.full((num_depths, *batch.input_ids.shape), -1, device=rows.device)
+        depths = elements.depths[trained]
+        draft_tokens[depths, 0, rows[trained]] = scored.draft_tokens
+        metrics = {"loss": loss.detach(), "full_acc": _mean(scored.is_right)}
+        for depth in range(num_depths):
+            metrics[f"acc_{depth}"] = _mean(scored.is_right[depths == depth])
+        return draft_tokens, loss, metrics
+
+    # ---- decoding ----
+
+    def start_drafting(self) -> PEagleState:
+        return PEagleState()
+
+    @torch.no_grad()
+    def propose(
+        self, state: PEagleState, confirmed: Confirmed, num_tokens: int, choose: Chooser
+    ) -> Proposal:
+        batch, num_new = confirmed.positions.shape
+        ahead = torch.arange(1, num_tokens, device=confirmed.positions.device)
+        masks = ahead.new_full((batch, num_tokens - 1), self.config.mask_token_id or 0)
+        tokens = torch.cat([confirmed.token_ids[:, 1:], masks], dim=1)
+        positions = torch.cat([confirmed.positions, confirmed.positions[:, -1:] + ahead], dim=1)
+        features = [confirmed.hidden_states, self.mask_hidden.expand(batch, num_tokens - 1, -1)]
+        hidden = self.combine(torch.cat(features, dim=1))
+        num_confirmed = state.cache.length + num_new
+        attend = cached_attend(self.config.transformer_layer_config, state.cache, positions)
+        output, _ = self.backbone(tokens, hidden, positions, attend)
+        state.cache.crop(num_confirmed)
+        return self.choose(self.lm_head(output[:, num_new - 1 :]), choose)
+
+
+class ElementAttention:
+    """Attention among elements: depth 0 up to the anchor, and the anchor's own chain."""
+
+    def __init__(
+        self, config: PretrainedConfig, elements: Elements, document_ids: Int[Tensor, "seq"]
+    ):
+        self.config = config
+        self.elements = elements
+        self.is_context = elements.depths == 0
+        # Rows of the context are numbered by anchor; those without an element leave a gap.
+        number = torch.cumsum(self.is_context, 0) - 1  # of each element's anchor
+        starts = document_starts(document_ids)[elements.anchors]
+        first = torch.searchsorted(elements.anchors[self.is_context], starts)
+        self.ends, self.starts = number + 1, first
+        self.num_chained = int(elements.depths.max()) if len(elements.depths) else 0
+
+    def __call__(self, layer: int, queries: Queries, keys: Keys, values: Keys) -> Queries:
+        depths = self.elements.depths
+        window = sliding_window(self.config, layer)
+        spans = spans_before(self.ends, self.starts, depths, window)
+        context = keys[:, :, self.is_context], values[:, :, self.is_context]
+        chain = [
+            OwnKey(_back(keys, by), _back(values, by), depths > by)
+            for by in range(min(self.num_chained, window or self.num_chained))
+        ]
+        return attend_packed(queries, *context, spans, chain)
+
+
+def _back(keys: Keys, by: int) -> Keys:
+    """Each element's key ``by`` elements before it: of the same anchor, where its depth is more."""
+    return nn.functional.pad(keys[:, :, : keys.shape[2] - by], (0, 0, by, 0))
+
+
+def readable_rows(batch: Batch) -> Bool[Tensor, "seq"]:
+    """Rows whose next token is of their document: those that a draft runs over."""
+    documents = batch.document_ids[0]
+    return (documents == _next(documents, PADDING)) & (documents != PADDING)
+
+
+def draw_elements(
+    readable: Bool[Tensor, "seq"], trained: Bool[Tensor, "seq"], objective: PEagleObjective
+) -> Elements:
+    """Every readable row at depth 0, and further depths by conditional drop.
+
+    Of the n rows with a loss (at most ``max_anchors`` of them, drawn), depth d keeps
+    ``max(0, n - d) * max(ratio ** d, least ratio)``, drawn among the rows that follow one kept at
+    depth d - 1: so a chain has no gap. A row whose anchor would lie in another document has none.
+    """
+    rows = torch.arange(len(trained), device=trained.device)
+    anchors, depths = [rows[readable]], [torch.zeros_like(rows[readable])]
+    seeds = rows[trained]
+    if objective.max_anchors is not None:
+        seeds = _draw(seeds, objective.max_anchors)
+    pool, num_seeds = seeds, len(seeds)
+    for depth in range(1, objective.num_depths):
+        ratio = max(objective.down_sample_ratio**depth, objective.down_sample_ratio_min)
+        count = int(max(0, num_seeds - depth) * ratio)
+        pool = pool[pool >= 1]
+        kept = _draw(pool[readable[pool - 1]], count)
+        if not len(kept):
+            break
+        anchors.append(kept - depth)
+        depths.append(torch.full_like(kept, depth))
+        following = kept[kept + 1 < len(trained)] + 1
+        pool = following[trained[following]]
+    all_anchors, all_depths = torch.cat(anchors), torch.cat(depths)
+    order = torch.argsort(all_anchors * objective.num_depths + all_depths)
+    return Elements(all_anchors[order], all_depths[order])
+
+
+def _draw(rows: Int[Tensor, "rows"], count: int) -> Int[Tensor, "drawn"]:
+    """So many of the rows, ascending; all where there are fewer."""
+    if len(rows) <= count:
+        return rows
+    return rows[torch.randperm(len(rows), device=rows.device)[:count].sort().values]
+
+
+def _next(values: Tensor, last: int = 0) -> Tensor:
+    """Each row's successor's value."""
+    return torch.cat([values[1:], values.new_full((1,), last)])
+
+
+def _mean(values: Bool[Tensor, "rows"]) -> Float[Tensor, ""]:
+    return values.sum() / max(1, len(values))

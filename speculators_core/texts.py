@@ -1,0 +1,238 @@
+"""The texts of a batch while they are written: how scores become tokens, and where a text ends."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import logits_process
+from transformers.generation.streamers import BaseStreamer
+
+from speculators_core.acceptance import Acceptance, accept_greedy, accept_sampled
+from speculators_core.drafter import Chooser, Proposal
+from speculators_core.proposals import (
+    GreedyTokenProposalConfig,
+    SamplingTokenProposalConfig,
+    TokenProposalConfig,
+)
+
+STATELESS_PROCESSORS = {
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.TopHLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
+    logits_process.SuppressTokensLogitsProcessor,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.LogitNormalization,
+}
+"""Those that look at the scores alone, not at the text before them."""
+
+
+@dataclass(frozen=True)
+class AcceptanceCounts:
+    """How many tokens of each draft were kept, in order."""
+
+    speculative_tokens: int
+    accepted: list[int] = field(default_factory=list)
+
+    @property
+    def num_drafts(self) -> int:
+        return len(self.accepted)
+
+    @property
+    def accepted_per_position(self) -> list[int]:
+        """Drafts whose positions 1 to k were all kept, for each k."""
+        positions = range(1, self.speculative_tokens + 1)
+        return [sum(count >= k for count in self.accepted) for k in positions]
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per verifier step, the bonus token included; 1 where nothing was drafted."""
+        return 1.0 + sum(self.accepted) / max(1, self.num_drafts)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How scores become tokens, and when a text ends."""
+
+    logits_processor: LogitsProcessorList
+    stopping_criteria: Any
+    config: GenerationConfig
+    proposal: TokenProposalConfig
+    num_tokens: int
+    generator: torch.Generator | None = None
+    streamer: BaseStreamer | None = None
+
+    def __post_init__(self) -> None:
+        if self.lossy_options and self.config.do_sample:
+            raise ValueError(
+                f"{', '.join(self.lossy_options)}: for greedy decoding alone; pass do_sample=False"
+            )
+        for processor in self.logits_processor:
+            if isinstance(processor, logits_process.SynthIDTextWatermarkLogitsProcessor):
+                raise ValueError("watermarking_config: SynthID would count rejected tokens too")
+
+    @cached_property
+    def lossy_options(self) -> dict[str, float] | None:
+        """What is on that lets the output differ from the verifier's own."""
+        if not isinstance(self.proposal, GreedyTokenProposalConfig):
+            return None
+        exact = GreedyTokenProposalConfig()
+        names = ("verifier_accept_k", "accept_tolerance")
+        options = {name: getattr(self.proposal, name) for name in names}
+        return {k: v for k, v in options.items() if v != getattr(exact, k)} or None
+
+    @cached_property
+    def pad_token_id(self) -> int | None:
+        """What follows an end token; None where no token ends a text.
+
+        Then Transformers writes on in a row that something else has ended, until every row has
+        ended, and so do we.
+        """
+        ends = [c.eos_token_id for c in self.stopping_criteria if hasattr(c, "eos_token_id")]
+        if not ends:
+            return None
+        pad = self.config.pad_token_id
+        return int(ends[0].flatten()[0] if pad is None else pad)
+
+    @property
+    def keeps_scores(self) -> bool:
+        return bool(self.config.return_dict_in_generate and self.config.output_scores)
+
+    @property
+    def keeps_logits(self) -> bool:
+        return bool(self.config.return_dict_in_generate and self.config.output_logits)
+
+    @cached_property
+    def choose(self) -> Chooser:
+        if isinstance(self.proposal, SamplingTokenProposalConfig):
+            return Chooser(self.proposal.temperature, self.generator)
+        return Chooser()
+
+    def accept(self, proposal: Proposal, scores: Float[Tensor, "batch places vocab"]) -> Acceptance:
+        if self.config.do_sample:
+            probs = scores.float().softmax(-1)
+            return accept_sampled(proposal.token_ids, proposal.probs, probs, self.generator)
+        if isinstance(self.proposal, GreedyTokenProposalConfig):
+            accept_k, tolerance = self.proposal.verifier_accept_k, self.proposal.accept_tolerance
+            return accept_greedy(proposal.token_ids, scores, accept_k, tolerance)
+        return accept_greedy(proposal.token_ids, scores)
+
+
+class Text:
+    """One row of the batch: its prompt, padding included, and what was generated."""
+
+    def __init__(self, row: int, prompt: Int[Tensor, "seq"], rules: Rules):
+        self.rules = rules
+        self.ids = prompt
+        self.prompt_length = len(prompt)
+        self.end: int | None = None
+        """Its length when it ended."""
+        self.counts = AcceptanceCounts(rules.num_tokens)
+        self.scores: list[Float[Tensor, "1 vocab"]] = []
+        self.logits: list[Float[Tensor, "1 vocab"]] = []
+        self._processors = [_for_row(processor, row) for processor in rules.logits_processor]
+
+    def process(
+        self, drafted: Int[Tensor, "draft"], logits: Float[Tensor, "places vocab"]
+    ) -> Float[Tensor, "places vocab"]:
+        """Scores of each place after this text, each under the drafted tokens before it."""
+        ids = torch.cat([self.ids, drafted])[None]
+        places = []
+        for place in range(len(logits)):
+            scores = logits[None, place]
+            for processor in self._processors:
+                scores = processor(ids[:, : len(self.ids) + place], scores)
+            places.append(scores)
+        return torch.cat(places)
+
+    def append(
+        self,
+        tokens: Int[Tensor, "new"],
+        scores: Float[Tensor, "places vocab"],
+        logits: Float[Tensor, "places vocab"],
+    ) -> None:
+        """Takes tokens; those behind an end token are left out."""
+        start = len(self.ids)
+        self.ids = torch.cat([self.ids, tokens])
+        if self.rules.keeps_scores:
+            self.scores += scores.split(1)
+        if self.rules.keeps_logits:
+            self.logits += logits.float().split(1)
+        if self.end is None:
+            lengths = range(start + 1, len(self.ids) + 1)
+            self.end = next((length for length in lengths if self._is_end(length)), None)
+            if self.end is not None and self.rules.pad_token_id is not None:
+                self.ids = self.ids[: self.end]
+        num_new = len(self.ids) - self.prompt_length
+        del self.scores[num_new:], self.logits[num_new:]
+
+    def _is_end(self, length: int) -> bool:
+        scores = tuple(self.scores[: length - self.prompt_length])
+        known = scores if self.rules.keeps_scores else None
+        return bool(self.rules.stopping_criteria(self.ids[None, :length], known).all())
+
+
+def _for_row(processor: Any, row: int) -> Any:
+    """The processor for one row alone: prefix constraints are told which row they are in."""
+    if isinstance(processor, logits_process.PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        return logits_process.PrefixConstrainedLogitsProcessor(
+            lambda _, prefix: allowed(row, prefix), num_beams=1
+        )
+    return processor
+
+
+class Texts:
+    """The rows of a batch, each as far as it has come."""
+
+    def __init__(self, prompts: Int[Tensor, "batch seq"], rules: Rules):
+        self.rules = rules
+        self.rows = [Text(row, prompt, rules) for row, prompt in enumerate(prompts)]
+        self._num_streamed = prompts.shape[1]  # Transformers hands the prompt to the streamer
+
+    @property
+    def length(self) -> int | None:
+        """Of the longest text, its prompt included; None while one has not ended."""
+        ends = [text.end for text in self.rows if text.end is not None]
+        return max(ends) if len(ends) == len(self.rows) else None
+
+    def unwritten(self) -> list[int]:
+        """Rows that need further tokens."""
+        if self.rules.pad_token_id is not None:
+            return [row for row, text in enumerate(self.rows) if text.end is None]
+        goal = self.length or self.rules.stopping_criteria.max_length
+        return [row for row, t in enumerate(self.rows) if goal is None or len(t.ids) < goal]
+
+    def sequences(self, length: int) -> Int[Tensor, "batch length"]:
+        """The start of every text, padded behind its end."""
+        pad = self.rules.pad_token_id or 0
+        rows = [nn.functional.pad(t.ids, (0, length - len(t.ids)), value=pad) for t in self.rows]
+        return torch.stack(rows)
+
+    def stream(self) -> None:
+        """Hands the streamer, as Transformers does, one token of every row at a time."""
+        if self.rules.streamer is None:
+            return
+        lengths = [len(self.rows[row].ids) for row in self.unwritten()]
+        length = min(lengths) if lengths else self.length
+        assert length is not None
+        for tokens in self.sequences(length)[:, self._num_streamed :].T:
+            self.rules.streamer.put(tokens.cpu())
+        self._num_streamed = length
+
+
+def by_place(rows: list[list[Tensor]], num_places: int) -> tuple[Tensor, ...]:
+    """One tensor for each place, as Transformers has it; ended rows hold zeros."""
+    blank = torch.zeros_like(rows[0][0])
+    return tuple(
+        torch.cat([row[place] if place < len(row) else blank for row in rows])
+        for place in range(num_places)
+    )

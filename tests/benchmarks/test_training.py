@@ -1,0 +1,35 @@
+import pytest
+
+from benchmarks import training
+from benchmarks.training import StepFigures, TrainingSettings, measure, run
+from speculators_core.console import console
+
+
+def test_every_draft_is_measured(monkeypatch):
+    monkeypatch.setattr(training, "measure", training._measure_here)
+    with console.capture() as shown:
+        run(settings=TrainingSettings(lengths=(32, 64), steps=1, hidden_size=32, vocab_size=64))
+    lines = shown.get().splitlines()
+    for algorithm in ("eagle3", "peagle", "dflash", "mtp"):
+        assert sum(algorithm in line for line in lines) == 2
+
+
+def test_figures_come_from_a_process_of_their_own():
+    settings = TrainingSettings(algorithms=("mtp",), steps=1, hidden_size=32, vocab_size=64)
+    figures = measure(settings, "mtp", 64)
+    assert figures.tokens_per_s == 64 / figures.seconds > 0
+    assert figures.peak_bytes >= 0
+
+
+def test_growth_is_the_exponent_of_the_length():
+    before = StepFigures(algorithm="mtp", length=10, seconds=1.0, peak_bytes=100)
+    after = StepFigures(algorithm="mtp", length=20, seconds=4.0, peak_bytes=200)
+    assert training._growth("seconds", before, after) == "2.00"
+    assert training._growth("peak_bytes", before, after) == "1.00"
+    assert training._growth("seconds", None, after) == "-"
+
+
+@pytest.mark.parametrize("wrong", [{"lengths": (8,)}, {"algorithms": ("other",)}, {"steps": 0}])
+def test_settings_out_of_bounds_are_refused(wrong):
+    with pytest.raises(ValueError):
+        TrainingSettings(**wrong)
