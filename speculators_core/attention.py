@@ -88,7 +88,7 @@ def attend_packed(
             if recompute
             else _attend_block(*arguments)
         )
-    return torch.cat(blocks, dim=2)
+    return torch.cat(blocks, dim=2) if blocks else queries
 
 
 def _attend_block(
@@ -103,20 +103,24 @@ def _attend_block(
     num_kv_heads, num_keys = keys.shape[1:3]
     group = (batch, num_kv_heads, num_heads // num_kv_heads, num_queries, head_dim)
     grouped = queries.reshape(group) * head_dim**-0.5
-    lowest = torch.finfo(queries.dtype).min
     scores = grouped @ keys[:, :, None].transpose(-1, -2)  # [batch, kv, group, queries, keys]
     index = torch.arange(num_keys, device=queries.device)
     hidden = (index < spans.first[:, None]) | (index >= spans.last[:, None])
-    parts = [scores.masked_fill(hidden, lowest)]
+    parts = [_hide(scores, hidden)]
     own_keys, own_values = own[::2], own[1::2]
     for key, mask in zip(own_keys, visible, strict=True):
         score = (grouped * key[:, :, None]).sum(-1, keepdim=True)
-        parts.append(score if mask is None else score.masked_fill(~mask[:, None], lowest))
+        parts.append(score if mask is None else _hide(score, ~mask[:, None]))
     weights = torch.cat(parts, dim=-1).float().softmax(-1).to(values.dtype)
     attended = weights[..., :num_keys] @ values[:, :, None]
     for offset, value in enumerate(own_values):
         attended = attended + weights[..., num_keys + offset, None] * value[:, :, None]
     return attended.reshape(batch, num_heads, num_queries, head_dim)
+
+
+def _hide(scores: Tensor, is_hidden: Bool[Tensor, "#queries #keys"]) -> Tensor:
+    """The least finite score: a query that sees nothing stays finite too."""
+    return scores.masked_fill(is_hidden, torch.finfo(scores.dtype).min)
 
 
 FAR = 2**62

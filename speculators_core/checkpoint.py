@@ -251,12 +251,14 @@ def write_checkpoint(
             metadata={"format": "pt"},
         )
         written = {path.name for path in draft.iterdir()}
+        (draft / CONFIG).write_text(_json(config), encoding="utf-8")
+        readers = (draft / CONFIG).stat().st_mode  # safetensors lets the owner alone read
         for name in sorted(written):  # shards before their index
+            os.chmod(draft / name, readers)
             os.replace(draft / name, folder / name)
         # The index first: without it a reader takes the single file, with it only its shards.
         for stale in sorted(old - written, key=lambda name: name != INDEX):
             (folder / stale).unlink(missing_ok=True)
-        (draft / CONFIG).write_text(_json(config), encoding="utf-8")
         os.replace(draft / CONFIG, folder / CONFIG)
 
 

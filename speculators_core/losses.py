@@ -109,7 +109,9 @@ def _acceptance(draft: Logits, verifier: Logits) -> Loss:
 # ---- rows by the thousand ----
 
 CHUNK_LOGITS = 2**19
-"""Logits of the draft that exist at one time; as many of the verifier beside them."""
+"""Logits of the draft that exist at one time on a CPU: what its cache holds."""
+GPU_CHUNK_LOGITS = 2**26
+"""The same on a GPU, which is slow on small pieces."""
 FEWEST_ROWS = 16
 """Rows that are scored together however wide the vocabulary."""
 
@@ -172,7 +174,8 @@ class _ScoreRows(torch.autograd.Function):
         is_covered = torch.ones_like(is_right)
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(hidden) if needs_gradient else None
-        chunk = max(FEWEST_ROWS, CHUNK_LOGITS // len(head_weight))
+        at_once = CHUNK_LOGITS if hidden.device.type == "cpu" else GPU_CHUNK_LOGITS
+        chunk = max(FEWEST_ROWS, at_once // len(head_weight))
         for first in range(0, num_rows, chunk):
             rows = slice(first, first + chunk)
             targets = verifier_logits(target_rows[rows])  # [rows, vocab]

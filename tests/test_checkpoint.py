@@ -133,3 +133,9 @@ def test_failed_write_leaves_the_old_checkpoint_whole(eagle3_folder, monkeypatch
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(eagle3_folder)
     assert {path.name: path.read_bytes() for path in eagle3_folder.iterdir()} == before
+
+
+def test_who_may_read_the_config_may_read_the_weights(tmp_path):
+    checkpoint.write_checkpoint(tmp_path, {"a": 1}, {"w": torch.zeros(2)})
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1

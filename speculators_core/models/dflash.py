@@ -343,8 +343,8 @@ class DFlashDraftModel(FeatureDraftModel):
         said = own + 1 - first
         documents = batch.document_ids[0]
         last = length - 1
-        same = documents[own.clamp_max(last)] == documents[anchors, None]
-        same &= documents[said.clamp_max(last)] == documents[anchors, None]
+        # Documents are in order, so one that holds the token said holds the slot's own as well.
+        same = documents[said.clamp_max(last)] == documents[anchors, None]
         return same & batch.loss_mask[0, own.clamp_max(last)] & (said < length)
 
     def draw_anchors(self, batch: Batch, max_anchors: int) -> Int[Tensor, "blocks"]:

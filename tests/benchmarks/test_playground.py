@@ -1,12 +1,16 @@
 import json
 
+import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from benchmarks import playground
 from benchmarks.playground import corpus
 from benchmarks.playground.verifier import grow, verifier_config
+from benchmarks.prompts import read_prompts, tokenize
 from speculators_core.model import SpeculatorModel
+from speculators_core.training.batches import pack
+from speculators_core.training.trainer import run_verifier
 
 
 def test_prompts_are_held_out_and_balanced():
@@ -23,9 +27,12 @@ def test_it_is_small_bf16_and_whole():
     assert size <= 25e6
     verifier = Qwen3ForCausalLM.from_pretrained(playground.VERIFIER)
     assert verifier.dtype == torch.bfloat16
-    speculator = SpeculatorModel.from_pretrained(playground.EAGLE3, verifier_attachment_mode="full")
-    assert speculator.config.verifier.name_or_path == "../verifier"
-    for folder in (playground.VERIFIER, playground.EAGLE3):
+    for name, folder in playground.SPECULATORS.items():
+        speculator = SpeculatorModel.from_pretrained(folder, verifier_attachment_mode="full")
+        assert speculator.config.speculators_model_type == name
+        assert speculator.config.verifier.name_or_path == "../verifier"
+        assert speculator.dtype == torch.bfloat16
+    for folder in (playground.VERIFIER, *playground.SPECULATORS.values()):
         log = json.loads((folder / "training_log.json").read_text())
         assert log["seconds"] > 0 and any("eval_loss" in entry for entry in log["history"])
 
@@ -63,3 +70,48 @@ class A:
     (function,) = corpus.functions(file)
     assert function.request == "Write `f(self, n)`. Double it."
     assert function.source.startswith("def f(self, n):\n    ")
+
+
+@pytest.mark.parametrize("name", ["peagle", "dflash"])
+def test_training_forward_foresees_what_decoding_keeps(name):
+    """Both propose all tokens in one pass, so teacher forcing on the output is the decoding."""
+    model = SpeculatorModel.from_pretrained(
+        playground.SPECULATORS[name], verifier_attachment_mode="full", dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(playground.VERIFIER)
+    (prompt, *_) = tokenize(read_prompts("playground", 1), tokenizer, 512)
+    start, k = len(prompt.token_ids), model.config.proposal.speculative_tokens
+    output = model.generate(
+        torch.tensor([prompt.token_ids]),
+        max_new_tokens=40,
+        eos_token_id=None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+    )
+    ids = output.sequences[0].tolist()
+    row = pack([{"input_ids": ids, "loss_mask": [1] * len(ids)}], len(ids))
+    batch = run_verifier(model.verifier, row, model.aux_layer_ids)
+    with torch.no_grad():
+        if name == "dflash":
+            anchors = torch.arange(start, len(ids) - 1)
+            said = dict(
+                zip(anchors.tolist(), model(batch, anchors=anchors)[0].tolist(), strict=True)
+            )
+        else:
+            kwargs, _ = model.get_trainer_kwargs(
+                num_depths=k, max_anchors=None, down_sample_ratio=1.0
+            )
+            by_depth = model(batch, **kwargs)[0][:, 0]  # [depths, seq]
+            # The anchor of a bonus token at p is row p - 1; depth d stands at row p - 1 + d.
+            said = {
+                p: [by_depth[d, p - 1 + d].item() for d in range(k)]
+                for p in range(start, len(ids) - k)
+            }
+    position, foreseen = start, []
+    while position < len(ids) - k - 1:
+        text = ids[position + 1 : position + 1 + k]
+        wrong = [ours != own for ours, own in zip(said[position], text, strict=True)]
+        foreseen.append(wrong.index(True) if True in wrong else k)
+        position += foreseen[-1] + 1
+    assert output.acceptance[0].accepted[: len(foreseen)] == foreseen
+    assert sum(foreseen) > 5

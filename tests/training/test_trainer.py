@@ -12,7 +12,7 @@ from speculators_core.model import SpeculatorModel
 from speculators_core.training.batches import pack
 from speculators_core.training.optimizers import MuonAdamW
 from speculators_core.training.trainer import PackedDocuments, SpeculatorTrainer, run_verifier
-from tests.conftest import make_batch, make_eagle3
+from tests.conftest import SMALL_RECIPES, make_batch, make_draft, make_eagle3
 
 
 def documents(num=24, length=20):
@@ -111,3 +111,15 @@ def test_model_without_verifier_is_refused(verifier, tmp_path):
 
 def test_batch_is_one_record():
     assert dataclasses.is_dataclass(Batch) and Batch.__dataclass_params__.frozen
+
+
+@pytest.mark.parametrize("name", SMALL_RECIPES)
+def test_every_draft_trains_under_bf16_autocast(verifier, name):
+    model, batch = make_draft(name, verifier).train(), make_batch(verifier)
+    _, exact, _ = model(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, loss, _ = model(batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=0.1)
+    gradients = [w.grad for w in model.parameters() if w.requires_grad and w.grad is not None]
+    assert gradients and all(bool(g.isfinite().all()) for g in gradients)
