@@ -5,7 +5,7 @@ from transformers import DynamicCache
 
 from speculators_core.errors import SpeculatorError
 from speculators_core.row_cache import RowCache
-from tests.conftest import VOCAB_SIZE, make_verifier
+from tests.conftest import VOCAB_SIZE
 from tests.test_verifier import GEMMA, MOE, SHAPE, make_family
 
 WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
