@@ -371,22 +371,28 @@ def test_loss_is_the_weighted_sum_of_the_steps_means(targets, attention):
 
 
 def test_accuracy_is_that_of_the_targets():
-    model, document = lively_draft(), make_document(12)
-    by_text = model(document, MTPObjective(targets="text"))
-    by_verifier = model(document, MTPObjective(targets="verifier"))
-    best = model.verifier_head(document.last_hidden_states)[0].argmax(-1)
-    for step in range(3):
-        rows = torch.arange(8)
-        said = by_text[0][step, 0, rows]
-        text_right = (said == document.input_ids[0, rows + 2 + step]).float().mean()
-        verifier_right = (said == best[rows + 1 + step]).float().mean()
-        assert by_text[2][f"acc_{step}"].item() == pytest.approx(text_right.item())
-        assert by_verifier[2][f"acc_{step}"].item() == pytest.approx(verifier_right.item())
+    model, mask = lively_draft(), [True, True, True, False, True, True, True, False, True, True]
+    document = make_document(10, mask)
+    said, _, _ = model(document)
+    text, states = document.input_ids.clone(), document.last_hidden_states.clone()
+    text[0, 9] = said[2, 0, 5]  # what the last step of row 5 says; no row reads it
+    metrics = model(dataclasses.replace(document, input_ids=text))[2]
+    # Rows 0 to 5 but those that say tokens 3 and 7.
+    assert metrics["acc_2"].item() == pytest.approx(1 / 5)
+    head = model.verifier_head
+    states[0, 8] = head.lm_head.weight[said[2, 0, 5]] / head.norm.weight  # read by row 8 alone
+    batch = dataclasses.replace(document, last_hidden_states=states)
+    by_verifier, by_text = (
+        model(batch, MTPObjective(targets=targets))[2] for targets in ("verifier", "text")
+    )
+    assert by_verifier["acc_2"].item() == pytest.approx(1 / 5)
+    assert by_text["acc_2"].item() == 0
 
 
 def test_rows_and_targets_end_with_their_document():
     model = lively_draft()
-    batch = pack([make_document(6), make_document(4), make_document(5)], padding=3)
+    batch = pack([make_document(6), make_document(4), make_document(5)], padding=7)
+    batch = dataclasses.replace(batch, loss_mask=torch.ones_like(batch.loss_mask))
     tokens, _, _ = model(batch)
     trained = [(tokens[step, 0] >= 0).nonzero().flatten().tolist() for step in range(3)]
     assert trained == [[0, 1, 10]] * 3
