@@ -110,7 +110,9 @@ def measure(settings: AcceptanceSettings) -> Any:
     )
 
     def run_all(draft: Draft | None) -> list[Any]:
-        what = "alone" if draft is None else f"{Path(draft.name).name}, K = {draft.speculative_tokens}"
+        what = (
+            "alone" if draft is None else f"{Path(draft.name).name}, K = {draft.speculative_tokens}"
+        )
         with engine.loaded(draft) as runner, progress(what, settings.runs * len(prompts)) as done:
             warm_up(runner, prompts, decoding)
             return [

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from speculators_core import checkpoint
+from speculators_core.attention import DraftCache
 from speculators_core.batch import Batch
 from speculators_core.config import SpeculatorModelConfig
 from speculators_core.drafter import Chooser, Confirmed, Proposal
@@ -408,9 +409,9 @@ class SpeculatorModel(PreTrainedModel):
 
     # ---- decoding ----
 
-    @abstractmethod
     def start_drafting(self) -> Any:
-        """The state that `propose` carries from one step to the next."""
+        """The state that `propose` carries on, of a new batch: keys and values of what it read."""
+        return DraftCache()
 
     @abstractmethod
     def propose(

@@ -15,7 +15,6 @@ The anchor's own state is unknown when it is served, so no slot sees it.
 """
 
 import logging
-from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -145,16 +144,6 @@ class DFlashObjective(Settings):
         if self.position_weights == "dpace" and dict(self.loss) != {"ce": 1.0}:
             raise ValueError("position_weights 'dpace' needs the loss 'ce' alone")
         return self
-
-
-@dataclass
-class DFlashState:
-    """Keys and values of the tokens that the verifier has confirmed."""
-
-    cache: DraftCache = field(default_factory=DraftCache)
-
-    def select_rows(self, rows: Int[Tensor, "rows"]) -> None:
-        self.cache.select_rows(rows)
 
 
 class DFlashDraftModel(FeatureDraftModel):
@@ -361,14 +350,11 @@ class DFlashDraftModel(FeatureDraftModel):
 
     # ---- decoding ----
 
-    def start_drafting(self) -> DFlashState:
-        return DFlashState()
-
     @torch.no_grad()
     def propose(
-        self, state: DFlashState, confirmed: Confirmed, num_tokens: int, choose: Chooser
+        self, state: DraftCache, confirmed: Confirmed, num_tokens: int, choose: Chooser
     ) -> Proposal:
-        cache, layer_config = state.cache, self.config.transformer_layer_config
+        cache, layer_config = state, self.config.transformer_layer_config
         context = self.combine(confirmed.hidden_states)
         rotary = self.rotary_emb(context, confirmed.positions)
         cache.extend_positions(confirmed.positions)

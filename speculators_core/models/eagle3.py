@@ -13,7 +13,6 @@ Training unrolls the same steps for all rows at once, so the draft learns to liv
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -63,16 +62,6 @@ class Eagle3Objective(Settings):
     """Step k counts with this to the power of k."""
     loss: LossWeights = {"kl_div": 1.0}
     """Weights of the losses in `losses.LOSSES`, or the name of one."""
-
-
-@dataclass
-class Eagle3State:
-    """Keys and values of the tokens that the verifier has confirmed."""
-
-    cache: DraftCache = field(default_factory=DraftCache)
-
-    def select_rows(self, rows: Int[Tensor, "rows"]) -> None:
-        self.cache.select_rows(rows)
 
 
 class Eagle3DraftModel(EagleStackModel):
@@ -178,23 +167,20 @@ class Eagle3DraftModel(EagleStackModel):
 
     # ---- decoding ----
 
-    def start_drafting(self) -> Eagle3State:
-        return Eagle3State()
-
     @torch.no_grad()
     def propose(
-        self, state: Eagle3State, confirmed: Confirmed, num_tokens: int, choose: Chooser
+        self, state: DraftCache, confirmed: Confirmed, num_tokens: int, choose: Chooser
     ) -> Proposal:
         hidden = self.combine(confirmed.hidden_states)
         tokens, positions = confirmed.token_ids[:, 1:], confirmed.positions
-        num_confirmed = state.cache.length + positions.shape[1]
+        num_confirmed = state.length + positions.shape[1]
         proposals: list[Proposal] = []
         while True:
-            attend = cached_attend(self.config.transformer_layer_config, state.cache, positions)
+            attend = cached_attend(self.config.transformer_layer_config, state, positions)
             output, raw = self.backbone(tokens, hidden, positions, attend)
             proposals.append(self.choose(self.lm_head(output[:, -1:]), choose))
             if len(proposals) == num_tokens:
-                state.cache.crop(num_confirmed)
+                state.crop(num_confirmed)
                 return join(proposals)
             hidden = (output if self.config.norm_output else raw)[:, -1:]
             tokens, positions = proposals[-1].token_ids, positions[:, -1:] + 1

@@ -13,7 +13,6 @@ Embeddings and head are the verifier's, and its checkpoint's alone.
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -123,16 +122,6 @@ class MTPLayer(nn.Module):
         both = [self.token_layernorm(embedding), self.hidden_layernorm(hidden)]
         joined = self.input_proj(torch.cat(both, dim=-1))  # [batch, seq, hidden]
         return self.final_layernorm(decoder_layer(self, 0, joined, rotary, attend))
-
-
-@dataclass
-class MTPState:
-    """Keys and values of the tokens that the verifier has confirmed."""
-
-    cache: DraftCache = field(default_factory=DraftCache)
-
-    def select_rows(self, rows: Int[Tensor, "rows"]) -> None:
-        self.cache.select_rows(rows)
 
 
 class MTPDraftModel(SpeculatorModel):
@@ -267,23 +256,20 @@ class MTPDraftModel(SpeculatorModel):
 
     # ---- decoding ----
 
-    def start_drafting(self) -> MTPState:
-        return MTPState()
-
     @torch.no_grad()
     def propose(
-        self, state: MTPState, confirmed: Confirmed, num_tokens: int, choose: Chooser
+        self, state: DraftCache, confirmed: Confirmed, num_tokens: int, choose: Chooser
     ) -> Proposal:
         hidden = self.read_verifier(confirmed.hidden_states)
         tokens, positions = confirmed.token_ids[:, 1:], confirmed.positions
-        num_confirmed = state.cache.length + positions.shape[1]
+        num_confirmed = state.length + positions.shape[1]
         proposals: list[Proposal] = []
         while True:
-            attend = cached_attend(self.layer_config, state.cache, positions)
+            attend = cached_attend(self.layer_config, state, positions)
             hidden = self.backbone(tokens, hidden, positions, attend)[:, -1:]
             proposals.append(choose(nn.functional.linear(hidden, self.head_weight)))
             if len(proposals) == num_tokens:
-                state.cache.crop(num_confirmed)
+                state.crop(num_confirmed)
                 return join(proposals)
             tokens, positions = proposals[-1].token_ids, positions[:, -1:] + 1
 

@@ -18,7 +18,7 @@ Training all depths at all rows would cost as many passes; conditional drop of d
 share of them that falls with the depth, and never a depth without those before it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -104,16 +104,6 @@ class Elements:
     @property
     def rows(self) -> Int[Tensor, "elements"]:
         return self.anchors + self.depths
-
-
-@dataclass
-class PEagleState:
-    """Keys and values of the tokens that the verifier has confirmed."""
-
-    cache: DraftCache = field(default_factory=DraftCache)
-
-    def select_rows(self, rows: Int[Tensor, "rows"]) -> None:
-        self.cache.select_rows(rows)
 
 
 class PEagleDraftModel(EagleStackModel):
@@ -214,12 +204,9 @@ class PEagleDraftModel(EagleStackModel):
 
     # ---- decoding ----
 
-    def start_drafting(self) -> PEagleState:
-        return PEagleState()
-
     @torch.no_grad()
     def propose(
-        self, state: PEagleState, confirmed: Confirmed, num_tokens: int, choose: Chooser
+        self, state: DraftCache, confirmed: Confirmed, num_tokens: int, choose: Chooser
     ) -> Proposal:
         batch, num_new = confirmed.positions.shape
         ahead = torch.arange(1, num_tokens, device=confirmed.positions.device)
@@ -228,10 +215,10 @@ class PEagleDraftModel(EagleStackModel):
         positions = torch.cat([confirmed.positions, confirmed.positions[:, -1:] + ahead], dim=1)
         features = [confirmed.hidden_states, self.mask_hidden.expand(batch, num_tokens - 1, -1)]
         hidden = self.combine(torch.cat(features, dim=1))
-        num_confirmed = state.cache.length + num_new
-        attend = cached_attend(self.config.transformer_layer_config, state.cache, positions)
+        num_confirmed = state.length + num_new
+        attend = cached_attend(self.config.transformer_layer_config, state, positions)
         output, _ = self.backbone(tokens, hidden, positions, attend)
-        state.cache.crop(num_confirmed)
+        state.crop(num_confirmed)
         return self.choose(self.lm_head(output[:, num_new - 1 :]), choose)
 
 
