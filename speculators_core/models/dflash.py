@@ -95,6 +95,12 @@ class DFlashSpeculatorConfig(FeatureDraftConfig):
                 "sliding_window_non_causal was false beside full attention alone: taken for true"
             )
             self.sliding_window_non_causal = True
+        causal = {self.is_causal(i) for i in range(layer_config.num_hidden_layers)}
+        if len(causal) > 1:
+            logger.warning(
+                "full attention beside causal sliding: vLLM 0.32 serves every layer causally; "
+                "train with sliding_window_non_causal to serve what was trained"
+            )
 
     def is_causal(self, layer: int) -> bool:
         """A slot of this layer sees its block up to itself, not all of it."""

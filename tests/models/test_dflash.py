@@ -989,3 +989,13 @@ def test_bad_training_argument_is_named(kwargs, message):
 def test_bad_objective_is_named(kwargs, message):
     with pytest.raises(SpeculatorError, match=message):
         DFlashDraftModel.get_trainer_kwargs(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("first", "is_warned"), [("full_attention", True), ("sliding_attention", False)]
+)
+def test_what_vllm_would_serve_otherwise_is_said(verifier, caplog, first, is_warned):
+    written = make_draft("dflash", verifier, sliding_window=8, causal=True).config.to_dict()
+    written["transformer_layer_config"]["layer_types"][0] = first
+    DFlashSpeculatorConfig.from_dict(written)
+    assert ("vLLM 0.32 serves every layer causally" in caplog.text) is is_warned
