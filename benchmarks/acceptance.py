@@ -93,6 +93,11 @@ def measure(settings: AcceptanceSettings) -> Any:
     """
     if settings.engine == "vllm":
         _prepare_vllm()
+    elif settings.engine_args:
+        raise SpeculatorError(
+            f"--engine-args are vLLM's; found {', '.join(settings.engine_args)} with "
+            "--engine transformers."
+        )
     from benchmarks.engines import Decoding, Draft, warm_up
     from benchmarks.prompts import hash_prompts
     from benchmarks.report import DraftReport, Report, environment, hash_weights, report_k
@@ -102,8 +107,10 @@ def measure(settings: AcceptanceSettings) -> Any:
     checked = _check_inputs(settings)
     prompts = checked.prompts
     dtype = settings.dtype or ("auto" if _has_gpu() else "float32")
-    engine_args: dict[str, Any] = {} if _has_gpu() else {"enforce_eager": True}
-    engine_args |= {"seed": settings.seed, **settings.engine_args}
+    engine_args: dict[str, Any] = {}
+    if settings.engine == "vllm":
+        engine_args = {} if _has_gpu() else {"enforce_eager": True}
+        engine_args |= {"seed": settings.seed, **settings.engine_args}
     engine = _engine(settings, checked, dtype, engine_args)
     decoding = Decoding(
         settings.max_tokens, settings.temperature, settings.seed, settings.ignore_eos
@@ -185,8 +192,11 @@ def _check_inputs(settings: AcceptanceSettings) -> _Checked:
     verifier_config = read_verifier_config(named)
     for draft in drafts:
         _check_draft(draft, named, verifier_config)
-    longest = verifier_config.get_text_config().max_position_embeddings
-    longest = min(longest, settings.engine_args.get("max_model_len", longest))
+    longest = getattr(verifier_config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    stated = settings.engine_args.get("max_model_len", longest)
+    if not isinstance(stated, int):
+        raise SpeculatorError(f"--engine-args max_model_len: expected a number, found {stated!r}.")
+    longest = min(longest, stated)
     return _Checked(named, drafts, tokenize(prompts, _tokenizer(named), longest))
 
 
@@ -213,10 +223,29 @@ def _find_draft(name: str, settings: AcceptanceSettings) -> _FoundDraft:
     if "speculators_model_type" not in raw and "model_type" in raw:
         return _FoundDraft("language-model", name, YARDSTICK_K, folder)
     config = SpeculatorModelConfig.from_pretrained(folder)
+    if settings.engine == "vllm":
+        _check_served(name, config)
     verifier = config.verifier.name_or_path
     if verifier is not None:
         verifier = locate_verifier(verifier, beside=folder)
     return _FoundDraft("speculator", name, config.proposal.speculative_tokens, folder, verifier)
+
+
+def _check_served(name: str, config: Any) -> None:
+    """Raises SpeculatorError where vLLM has no such method for a speculator."""
+    from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES
+
+    kind = config.speculators_model_type
+    if kind not in SUPPORTED_SPECULATORS_TYPES:
+        raise SpeculatorError(
+            f"{name}: vLLM serves no {kind} speculator from its own folder; it serves "
+            f"{', '.join(sorted(SUPPORTED_SPECULATORS_TYPES))}. Use --engine transformers."
+        )
+    if getattr(config, "sample_from_anchor", False):
+        raise SpeculatorError(
+            f"{name}: sample_from_anchor is true, which vLLM 0.32 does not serve for {kind}. "
+            "Use --engine transformers."
+        )
 
 
 def _check_draft(draft: _FoundDraft, verifier: str, verifier_config: Any) -> None:

@@ -181,7 +181,9 @@ def print_report(report: Report) -> None:
                 f"{pooled.acceptance_length:.3f}",
                 "{:.2f}-{:.2f}".format(*entry.interval_95),
                 f"{entry.macro_acceptance_length:.3f}",
-                f"{entry.without_loops.acceptance_length:.3f}",
+                f"{entry.without_loops.acceptance_length:.3f}"
+                if entry.without_loops.num_drafts
+                else "-",
             ]
         summary.add_row(
             name,
@@ -216,7 +218,12 @@ def print_report(report: Report) -> None:
 
 def _entries(report: Report) -> list[tuple[str, KReport]]:
     """Each draft at each number of speculative tokens, under a name that fits a table."""
-    return [(draft.short_name, entry) for draft in report.drafts for entry in draft.by_k]
+    short = [draft.short_name for draft in report.drafts]
+    return [
+        (name if short.count(name) == 1 else draft.name, entry)
+        for name, draft in zip(short, report.drafts, strict=True)
+        for entry in draft.by_k
+    ]
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -263,10 +270,12 @@ def _plot(report: Report, path: Path) -> None:
         )
     rates.set(xlabel="position", ylabel="rate", ylim=(0, 1), title="joint (-) and conditional (..)")
     rates.xaxis.set_major_locator(MaxNLocator(integer=True))
-    rates.legend(frameon=False)
+    if counted:
+        rates.legend(frameon=False)
     histogram.set(xlabel="tokens kept of a draft", ylabel="share of drafts", ylim=(0, 1))
     histogram.set_title("histogram, and speed-up")
-    histogram.legend(frameon=False)
+    if counted:
+        histogram.legend(frameon=False)
     histogram.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

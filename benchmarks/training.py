@@ -11,7 +11,6 @@ import statistics
 import time
 from typing import Annotated, Any, Literal
 
-import cyclopts
 from cyclopts import Parameter
 from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
@@ -39,8 +38,8 @@ class TrainingSettings(BaseModel):
         Field(min_length=1),
     ] = (1024, 2048, 4096, 8192)
     """Tokens of the packed row."""
-    hidden_size: int = Field(128, ge=32, multiple_of=32)
-    """Width of verifier and draft; heads are 32 wide."""
+    hidden_size: int = Field(128, ge=64, multiple_of=64)
+    """Width of verifier and draft; heads are 32 wide, and two share their keys."""
     vocab_size: int = Field(2048, ge=16)
     """Of verifier and draft."""
     documents: int = Field(1, ge=1)
@@ -92,7 +91,9 @@ def run(*, settings: Annotated[TrainingSettings | None, Parameter(name="*")] = N
 
 
 def _growth(name: str, before: StepFigures | None, after: StepFigures) -> str:
-    if before is None or min(getattr(before, name), getattr(after, name)) <= 0:
+    if before is None or before.length == after.length:
+        return "-"
+    if min(getattr(before, name), getattr(after, name)) <= 0:
         return "-"
     ratio = getattr(after, name) / getattr(before, name)
     return f"{math.log(ratio) / math.log(after.length / before.length):.2f}"
@@ -158,7 +159,7 @@ def _prepare(
         intermediate_size=hidden * 11 // 4,
         num_hidden_layers=NUM_VERIFIER_LAYERS,
         num_attention_heads=hidden // 32,
-        num_key_value_heads=max(1, hidden // 64),
+        num_key_value_heads=hidden // 64,
         head_dim=32,
         max_position_embeddings=2 * length,
     )
@@ -201,4 +202,6 @@ def _prepare(
 
 
 if __name__ == "__main__":
-    cyclopts.run(run)
+    from speculators_core.cli import run_function
+
+    run_function(run)

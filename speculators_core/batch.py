@@ -1,6 +1,6 @@
 """What a draft learns from: packed rows, each token beside the verifier's states."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,10 +30,11 @@ class Batch:
         if self.input_ids.shape[0] != 1:
             raise ValueError(f"a batch is one packed row, found {self.input_ids.shape[0]} rows")
 
-    def to(self, dtype: torch.dtype) -> "Batch":
-        """The same rows with states of this type."""
-        return replace(
-            self,
-            hidden_states=self.hidden_states.to(dtype),
-            last_hidden_states=self.last_hidden_states.to(dtype),
-        )
+    def to(
+        self, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    ) -> "Batch":
+        """The same rows, all on this device, with states of this type."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
+        for name in ("hidden_states", "last_hidden_states"):
+            moved[name] = moved[name].to(dtype=dtype)
+        return Batch(**moved)

@@ -1,6 +1,8 @@
 """The command line: one function a command, each found through the group `speculators.commands`."""
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import cyclopts
 from pydantic import ValidationError
@@ -19,12 +21,16 @@ def app() -> cyclopts.App:
         name="speculators",
         help="Train, check and serve speculators for speculative decoding.",
         version_flags=["--version"],
-        error_console=Console(stderr=True, soft_wrap=True),
+        error_console=_stderr(),
         error_formatter=_one_line,
     )
     for name in COMMANDS.names():
         commands.command(COMMANDS.path(name), name=name)
     return commands
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, soft_wrap=True)
 
 
 def _one_line(error: Exception) -> str:
@@ -36,9 +42,20 @@ def _one_line(error: Exception) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; what a user can act on is one line on stderr and exit code 2."""
+    _run(app(), arguments)
+
+
+def run_function(function: Callable[..., Any]) -> None:
+    """Runs a function that is no installed command, with the same manners."""
+    single = cyclopts.App(help=function.__doc__, error_console=_stderr(), error_formatter=_one_line)
+    single.default(function)
+    _run(single, None)
+
+
+def _run(commands: cyclopts.App, arguments: list[str] | None) -> None:
     console.set_up()
     try:
-        app()(sys.argv[1:] if arguments is None else arguments)
+        commands(sys.argv[1:] if arguments is None else arguments)
     except SpeculatorError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(ERROR_EXIT)

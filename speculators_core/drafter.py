@@ -38,6 +38,8 @@ class Proposal:
     token_ids: Int[Tensor, "batch draft"]
     probs: Float[Tensor, "batch draft vocab"] | None = None
     """What the tokens were drawn from, over the verifier's vocabulary; None if nothing was."""
+    num_proposed: Int[Tensor, "batch"] | None = None
+    """Tokens of each row that are proposals, the rest is filling; all of them where None."""
 
 
 @dataclass(frozen=True)

@@ -138,9 +138,16 @@ class FeatureDraftModel(SpeculatorModel):
         if (t2d is None) != (d2t is None):
             raise SpeculatorError("t2d and d2t come together; one of them is missing.")
         if t2d is not None and d2t is not None:
-            self.t2d.copy_(t2d)
-            self.d2t.copy_(d2t)
-            self.check_tensors({"t2d": t2d, "d2t": d2t})
+            vocab_size = self.config.transformer_layer_config.vocab_size
+            if len(t2d) != vocab_size:
+                raise SpeculatorError(
+                    f"t2d has {len(t2d)} entries; expected one for each of the verifier's "
+                    f"{vocab_size} tokens."
+                )
+            check_vocabulary(t2d, d2t)
+            if not self.config.has_whole_vocabulary:
+                self.t2d.copy_(t2d)
+                self.d2t.copy_(d2t)
         self.unset = {name for name in self.own_ends if name in self.state_dict()}
 
     @property

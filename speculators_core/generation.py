@@ -160,7 +160,7 @@ def _with_stop_strings(
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError where an argument would have no effect, or a wrong one."""
+    """Raises ValueError where an argument is unknown, or would have another effect than its own."""
     options = vars(GenerationConfig())
     for name, value in arguments.items():
         if value is not None and name not in ARGUMENTS and name not in options:
@@ -254,8 +254,12 @@ def _propose(drafter: Drafter, state: Any, confirmed: Confirmed, rules: Rules) -
         confirmed.hidden_states.to(drafter.device, drafter.dtype),
     )
     proposal = drafter.propose(state, known, rules.num_tokens, rules.choose)
-    probs, device = proposal.probs, confirmed.token_ids.device
-    return Proposal(proposal.token_ids.to(device), None if probs is None else probs.to(device))
+    device = confirmed.token_ids.device
+    return Proposal(
+        proposal.token_ids.to(device),
+        None if proposal.probs is None else proposal.probs.to(device),
+        proposal.num_proposed,
+    )
 
 
 def _settle(
@@ -276,9 +280,12 @@ def _settle(
         rows = zip(texts, drafted, logits.float(), strict=True)
         scores = torch.stack([text.process(row, row_logits) for text, row, row_logits in rows])
     kept = rules.accept(proposal, scores)
+    proposed = [drafted.shape[1]] * len(texts)
+    if proposal.num_proposed is not None:
+        proposed = proposal.num_proposed.tolist()
     for row, (text, count) in enumerate(zip(texts, kept.num_accepted.tolist(), strict=True)):
-        if drafted.shape[1] and text.end is None:
-            text.counts.accepted.append(count)
+        if proposed[row] and text.end is None:
+            text.counts.accepted.append(min(count, proposed[row]))
         new = torch.cat([drafted[row, :count], kept.next_token[row : row + 1]])
         text.append(new, scores[row], logits[row])
     return kept

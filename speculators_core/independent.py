@@ -3,6 +3,7 @@
 They are the yardsticks beside trained drafts: the same loop, the same counts.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -79,7 +80,7 @@ class PromptLookupDraft:
     """The text itself: what followed the last time that its last tokens stood there.
 
     The longest match counts, of ``max_matched`` down to ``min_matched`` tokens, and of equal ones
-    the latest. Where no row has one, nothing is proposed.
+    the latest. Where a row has none, nothing is proposed for it.
     """
 
     aux_layer_ids: list[int] = []
@@ -111,9 +112,10 @@ class PromptLookupDraft:
             else new
         )
         found = [self.look_up(text)[:num_tokens] for text in state.texts]
-        width = max(map(len, found))
+        lengths = torch.tensor([len(tokens) for tokens in found])
+        width = int(lengths.max())
         filled = [tokens + [0] * (width - len(tokens)) for tokens in found]
-        return Proposal(torch.tensor(filled, dtype=torch.long))
+        return Proposal(torch.tensor(filled, dtype=torch.long), num_proposed=lengths)
 
     def look_up(self, text: list[int]) -> list[int]:
         """What followed the last tokens of the text where they stood before; or nothing.
@@ -151,9 +153,9 @@ class SpeculativeConfig(Settings):
     seed: int | None = None
     """Makes a sampled run repeatable."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of both models; as stored where auto."""
+    """Of both models where `from_config` loads them; as stored where auto."""
     device: str = "cpu"
-    """Of both models."""
+    """Of both models where `from_config` loads them."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,11 @@ class SpeculativeInferenceEngine:
                 f"{config.draft_model_path}: vocabulary of {sizes[1]} tokens, and that of "
                 f"{config.main_model_path} has {sizes[0]}. A draft must share its verifier's."
             )
-        self.main_model, self.tokenizer, self.config = main_model.eval(), tokenizer, config
+        self.main_model, self.config = main_model.eval(), config
+        self.tokenizer = copy.deepcopy(tokenizer)  # its padding is ours alone
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         self.draft = LanguageModelDraft(draft_model)
 
     @classmethod
@@ -211,9 +217,6 @@ class SpeculativeInferenceEngine:
         """Continues one prompt or several at once."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         tokenizer, config = self.tokenizer, self.config
-        tokenizer.padding_side = "left"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
         batch = tokenizer(prompts, return_tensors="pt", padding=True).to(self.main_model.device)
         generator = None
         if config.seed is not None:

@@ -178,7 +178,7 @@ class _ScoreRows(torch.autograd.Function):
         chunk = max(FEWEST_ROWS, at_once // len(head_weight))
         for first in range(0, num_rows, chunk):
             rows = slice(first, first + chunk)
-            targets = verifier_logits(target_rows[rows])  # [rows, vocab]
+            targets = verifier_logits(target_rows[rows]).to(hidden.device)  # [rows, vocab]
             best = targets.argmax(-1)
             if draft_token_ids is not None:
                 is_covered[rows] = torch.isin(best, draft_token_ids)

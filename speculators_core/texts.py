@@ -163,7 +163,7 @@ class Text:
         start = len(self.ids)
         self.ids = torch.cat([self.ids, tokens])
         if self.rules.keeps_scores:
-            self.scores += scores.split(1)
+            self.scores += scores.float().split(1)
         if self.rules.keeps_logits:
             self.logits += logits.float().split(1)
         if self.end is None:

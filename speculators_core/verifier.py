@@ -78,7 +78,7 @@ class VerifierHead(nn.Module):
         """Logits over the whole vocabulary, or over ``token_ids`` alone."""
         weight: Tensor = self.lm_head.weight
         bias: Tensor | None = self.lm_head.bias
-        last_hidden = last_hidden.to(weight.dtype)
+        last_hidden = last_hidden.to(weight.device, weight.dtype)
         if token_ids is not None:
             weight, bias = weight[token_ids], None if bias is None else bias[token_ids]
         logits = nn.functional.linear(self.norm(last_hidden), weight, bias) * self.scale

@@ -174,3 +174,23 @@ def test_models_of_different_tokenizers_are_refused(folders, tmp_path, small):
     )
     with pytest.raises(SpeculatorError, match="its tokenizer is not that of"):
         SpeculativeInferenceEngine.from_config(config)
+
+
+def test_filling_of_a_batch_counts_for_nobody(verifier):
+    ids, mask = prompts(4, 9, 2, 12)
+    settings = {"max_new_tokens": 30, "pad_token_id": 0, "return_dict_in_generate": True}
+    together = generate(
+        PromptLookupDraft(), verifier, GREEDY, ids, attention_mask=mask, **settings
+    ).acceptance
+    for row, length in enumerate((4, 9, 2, 12)):
+        prompt = ids[row : row + 1, -length:]
+        alone = generate(PromptLookupDraft(), verifier, GREEDY, prompt, **settings)
+        assert alone.acceptance[0].accepted == together[row].accepted
+
+
+def test_the_callers_tokenizer_is_left_alone(verifier, small):
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "right"
+    config = SpeculativeConfig(main_model_path="a", draft_model_path="b", max_new_tokens=2)
+    SpeculativeInferenceEngine(verifier, small, tokenizer, config).generate(["w5", "w6 w7"])
+    assert tokenizer.padding_side == "right"

@@ -1,6 +1,8 @@
 """``python -m benchmarks.playground``: rebuilds verifier, speculators and prompts from nothing."""
 
 import json
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -8,13 +10,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import cyclopts
 import torch
 from datasets import Dataset
 
 from benchmarks import playground
 from benchmarks.playground import corpus, speculators, tokenizer, verifier
 from benchmarks.report import environment
+from speculators_core.cli import run_function
+from speculators_core.errors import SpeculatorError
 from speculators_core.model import load_verifier
 
 Part = Literal["verifier", "prompts", "eagle3", "peagle", "dflash", "mtp"]
@@ -29,12 +32,17 @@ def rebuild(*, output: Path = playground.CHECKPOINTS, only: Part | None = None) 
     output:
         Folder to write into.
     only:
-        One part; the verifier must be there already for the others.
+        One part; the verifier must be there already for a speculator.
     """
     files = corpus.read_library()
     train = [file for file in files if not file.is_held_out]
     held_out = [file for file in files if file.is_held_out]
     verifier_folder = output / playground.VERIFIER.name
+    if only in speculators.PLANS and not (verifier_folder / "config.json").exists():
+        raise SpeculatorError(
+            f"{verifier_folder}: no verifier there, which --only {only} needs. Build it first with "
+            "--only verifier."
+        )
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
 
@@ -71,7 +79,7 @@ def _build(folder: Path, train: Callable[[], list[dict[str, Any]]]) -> None:
     start = time.monotonic()
     history = train()
     log = {
-        "command": "python -m benchmarks.playground",
+        "command": shlex.join(["python", "-m", "benchmarks.playground", *sys.argv[1:]]),
         "environment": environment(),
         "seconds": round(time.monotonic() - start),
         "history": history,
@@ -80,4 +88,4 @@ def _build(folder: Path, train: Callable[[], list[dict[str, Any]]]) -> None:
 
 
 if __name__ == "__main__":
-    cyclopts.run(rebuild)
+    run_function(rebuild)

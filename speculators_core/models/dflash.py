@@ -149,6 +149,11 @@ class DFlashObjective(Settings):
     def _dpace_reads_cross_entropy(self) -> "DFlashObjective":
         if self.position_weights == "dpace" and dict(self.loss) != {"ce": 1.0}:
             raise ValueError("position_weights 'dpace' needs the loss 'ce' alone")
+        idle = {"exponential": "dpace_smoothing", "dpace": "decay_length"}[self.position_weights]
+        if idle in self.model_fields_set:
+            raise ValueError(
+                f"{idle} has no effect with position_weights {self.position_weights!r}"
+            )
         return self
 
 
@@ -215,7 +220,7 @@ class DFlashDraftModel(FeatureDraftModel):
     @property
     def head_weight(self) -> Float[Tensor, "draft_vocab hidden"]:
         if self.config.has_whole_vocabulary:
-            return self.verifier_head.lm_head.weight.detach().to(self.dtype)
+            return self.verifier_head.lm_head.weight.detach().to(self.device, self.dtype)
         return self.lm_head.weight
 
     def combine(
@@ -231,7 +236,8 @@ class DFlashDraftModel(FeatureDraftModel):
         tokens = anchor_tokens[..., None].repeat_interleave(num_slots, dim=-1)
         tokens[..., 1:] = self.config.mask_token_id or 0
         table = self.verifier_head.embed_tokens.weight.detach()
-        return nn.functional.embedding(tokens, table).to(self.dtype)
+        embedded = nn.functional.embedding(tokens.to(table.device), table)
+        return embedded.to(self.device, self.dtype)
 
     def backbone(
         self,

@@ -93,6 +93,14 @@ class MTPObjective(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _no_field_is_idle(self) -> "MTPObjective":
+        if "loss" in self.model_fields_set and self.targets == "text":
+            raise ValueError("loss is for targets 'verifier'; targets 'text' is cross-entropy")
+        if "step_decay" in self.model_fields_set and self.step_weights is not None:
+            raise ValueError("step_weights and step_decay exclude each other; set one")
+        return self
+
     @property
     def weights(self) -> list[float]:
         if self.step_weights is not None:
@@ -168,7 +176,9 @@ class MTPDraftModel(SpeculatorModel):
         if self.config.verifier_state == "pre_norm":
             return last_hidden_states
         head = self.verifier_head
-        return head.norm(last_hidden_states.to(head.lm_head.weight.dtype)).detach().to(self.dtype)
+        weight = head.lm_head.weight
+        normed = head.norm(last_hidden_states.to(weight.device, weight.dtype))
+        return normed.detach().to(self.device, self.dtype)
 
     def backbone(
         self,
@@ -179,13 +189,14 @@ class MTPDraftModel(SpeculatorModel):
     ) -> Float[Tensor, "batch seq hidden"]:
         """One step: the state that the head reads, which is also the one that is fed back."""
         table = self.verifier_head.embed_tokens.weight.detach()
-        embedding = nn.functional.embedding(token_ids, table).to(self.dtype)
+        embedded = nn.functional.embedding(token_ids.to(table.device), table)
+        embedding = embedded.to(self.device, self.dtype)
         rotary = self.rotary_emb(embedding, position_ids)
         return self.mtp_layers[0](embedding, hidden, rotary, attend)
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab hidden"]:
-        return self.verifier_head.lm_head.weight.detach().to(self.dtype)
+        return self.verifier_head.lm_head.weight.detach().to(self.device, self.dtype)
 
     # ---- training ----
 

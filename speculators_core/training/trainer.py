@@ -82,7 +82,7 @@ def _side_by_side(tokens: PackedTokens) -> Int[Tensor, "documents longest"] | No
 
 
 class VerifiedDocuments(torch.utils.data.Dataset):
-    """Packed rows with the verifier's states, made once and held in memory in ``dtype``."""
+    """Packed rows with the verifier's states, made once and held in main memory in ``dtype``."""
 
     def __init__(
         self,
@@ -92,7 +92,10 @@ class VerifiedDocuments(torch.utils.data.Dataset):
         dtype: torch.dtype | None = None,
     ):
         packed = (rows[index] for index in range(len(rows)))
-        self.batches = [run_verifier(verifier, tokens, aux_layer_ids, dtype) for tokens in packed]
+        self.batches = [
+            run_verifier(verifier, tokens, aux_layer_ids, dtype).to(device="cpu")
+            for tokens in packed
+        ]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -151,7 +154,7 @@ class SpeculatorTrainer(Trainer):
         """
         speculator = self.accelerator.unwrap_model(model)
         batch = (
-            Batch(**inputs).to(speculator.dtype)
+            Batch(**inputs).to(dtype=speculator.dtype)
             if "hidden_states" in inputs
             else run_verifier(
                 speculator.verifier,

@@ -6,6 +6,7 @@ from benchmarks import playground
 from benchmarks.acceptance import AcceptanceSettings, measure
 from benchmarks.report import hash_weights, print_report, write_report
 from speculators_core.console import console
+from speculators_core.errors import SpeculatorError
 
 EAGLE3 = str(playground.EAGLE3)
 QUICK = {
@@ -120,3 +121,31 @@ def test_differing_outputs_are_found():
     assert entry.num_identical == 1
     assert entry.first_differences == {0: 1}
     assert report_k(1, ours, alone, greedy=False).num_identical is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine_args": {"max_model_len": 64}}, "--engine-args are vLLM's; found max_model_len"),
+        ({"model": ("prompt-lookup",)}, "no verifier is named"),
+        ({"model": ("assisted",), "concurrency": 2}, "one request at a time"),
+        ({"engine": "vllm", "model": ("assisted",)}, "one request at a time"),
+        ({"engine": "vllm", "model": ("prompt-lookup",), "k": (1, 2)}, "pass one number to --k"),
+        (
+            {"engine": "vllm", "model": (str(playground.SPECULATORS["mtp"]),)},
+            "vLLM serves no mtp speculator from its own folder; it serves dflash",
+        ),
+        ({"engine": "vllm", "engine_args": {"max_model_len": "x"}}, "expected a number, found 'x'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_loads(settings, message):
+    with pytest.raises(SpeculatorError, match=message):
+        measure(AcceptanceSettings(**QUICK | settings))
+
+
+def test_drafts_of_one_folder_name_are_told_apart(report):
+    twice = report.model_copy(update={"drafts": [report.drafts[0], report.drafts[0].model_copy()]})
+    twice.drafts[1].name = "elsewhere/eagle3"
+    with console.capture() as shown:
+        print_report(twice)
+    assert "elsewhere/eagle3" in shown.get()

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from benchmarks import training
@@ -8,14 +11,14 @@ from speculators_core.console import console
 def test_every_draft_is_measured(monkeypatch):
     monkeypatch.setattr(training, "measure", training._measure_here)
     with console.capture() as shown:
-        run(settings=TrainingSettings(lengths=(32, 64), steps=1, hidden_size=32, vocab_size=64))
+        run(settings=TrainingSettings(lengths=(32, 64), steps=1, hidden_size=64, vocab_size=64))
     lines = shown.get().splitlines()
     for algorithm in ("eagle3", "peagle", "dflash", "mtp"):
         assert sum(algorithm in line for line in lines) == 2
 
 
 def test_figures_come_from_a_process_of_their_own():
-    settings = TrainingSettings(algorithms=("mtp",), steps=1, hidden_size=32, vocab_size=64)
+    settings = TrainingSettings(algorithms=("mtp",), steps=1, hidden_size=64, vocab_size=64)
     figures = measure(settings, "mtp", 64)
     assert figures.tokens_per_s == 64 / figures.seconds > 0
     assert figures.peak_bytes >= 0
@@ -33,3 +36,24 @@ def test_growth_is_the_exponent_of_the_length():
 def test_settings_out_of_bounds_are_refused(wrong):
     with pytest.raises(ValueError):
         TrainingSettings(**wrong)
+
+
+def test_equal_lengths_have_no_growth():
+    same = StepFigures(algorithm="mtp", length=10, seconds=1.0, peak_bytes=100)
+    assert training._growth("seconds", same, same) == "-"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lengths", "5"], "greater than or equal to 16"),
+        (["--foo", "3"], "--foo"),
+        (["--hidden-size", "160"], "multiple of 64"),
+    ],
+)
+def test_wrong_flags_are_one_line(flags, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.training", *flags], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

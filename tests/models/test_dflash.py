@@ -999,3 +999,12 @@ def test_what_vllm_would_serve_otherwise_is_said(verifier, caplog, first, is_war
     written["transformer_layer_config"]["layer_types"][0] = first
     DFlashSpeculatorConfig.from_dict(written)
     assert ("vLLM 0.32 serves every layer causally" in caplog.text) is is_warned
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dpace_smoothing": 0.1}, {"position_weights": "dpace", "loss": "ce", "decay_length": 2.0}],
+)
+def test_weights_options_that_would_be_idle_are_refused(options):
+    with pytest.raises(SpeculatorError, match="has no effect with position_weights"):
+        DFlashDraftModel.get_trainer_kwargs(**options)

@@ -756,3 +756,17 @@ def test_what_cannot_train_is_refused():
     model.requires_grad_(False)
     with pytest.raises(SpeculatorError, match="no weight that requires a gradient"):
         SpeculatorModel.verify_training_compatible(model)
+
+
+def test_maps_over_the_whole_vocabulary_change_nothing(verifier):
+    t2d, d2t = choose_draft_vocabulary({}, 96, 96)
+    model = Eagle3DraftModel.from_training_args(
+        verifier.config, t2d, d2t, verifier=verifier, aux_layer_ids=(1, 2, 3)
+    )
+    assert model.draft_token_ids is None and "t2d" not in model.state_dict()
+
+
+def test_maps_of_another_vocabulary_are_refused(verifier):
+    t2d, d2t = choose_draft_vocabulary({}, 20, 90)
+    with pytest.raises(SpeculatorError, match="t2d has 90 entries; expected one for each of the"):
+        Eagle3DraftModel.from_training_args(verifier.config, t2d, d2t, aux_layer_ids=(1, 2, 3))

@@ -345,7 +345,8 @@ def test_loss_is_the_weighted_sum_of_the_steps_means(targets, attention):
     model = lively_draft()
     mask = [True, True, True, False, True, True, True, False, True, True]
     document = make_document(10, mask)
-    objective = MTPObjective(targets=targets, attention=attention, loss="rkl")
+    loss = {"loss": "rkl"} if targets == "verifier" else {}
+    objective = MTPObjective(targets=targets, attention=attention, **loss)
     tokens, loss, metrics = model(document, objective)
     logits = unrolled(model, document, 3, attention)
     verifier = model.verifier_head(document.last_hidden_states)[0]
@@ -644,3 +645,15 @@ def test_sampled_proposal_has_the_distribution_of_each_step():
     grown = dataclasses.replace(grown, last_hidden_states=states)
     expected = (unrolled(model, grown, 3)[:, 5] / 0.7).softmax(-1)
     assert_close(proposal.probs[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "tv"}, "loss is for targets 'verifier'"),
+        ({"step_weights": (1, 1, 1), "step_decay": 0.5}, "exclude each other"),
+    ],
+)
+def test_options_that_would_be_idle_are_refused(options, message):
+    with pytest.raises(SpeculatorError, match=message):
+        MTPDraftModel.get_trainer_kwargs(**options)

@@ -91,7 +91,7 @@ def test_states_made_beforehand_train_the_same(verifier, rows, tmp_path):
 def test_states_are_held_in_the_type_asked_for(verifier, rows):
     batch = VerifiedDocuments(rows, verifier, (1, 2), torch.bfloat16)[0]
     assert batch.hidden_states.dtype == batch.last_hidden_states.dtype == torch.bfloat16
-    assert batch.to(torch.float32).hidden_states.dtype == torch.float32
+    assert batch.to(dtype=torch.float32).hidden_states.dtype == torch.float32
     two_rows = {f.name: getattr(batch, f.name).repeat_interleave(2, 0) for f in fields(batch)}
     with pytest.raises(ValueError, match="one packed row, found 2"):
         Batch(**two_rows)
