@@ -63,7 +63,7 @@ def test_k_below_one_is_refused(capsys):
 
 
 def test_prompt_longer_than_a_given_max_model_len_is_refused(capsys):
-    line = refused(capsys, *BY_REFERENCE, *EAGLE3, "--engine-args", '{"max_model_len": 9}')
+    line = refused(capsys, "acceptance", *EAGLE3, "--engine-args", '{"max_model_len": 9}')
     assert "the verifier takes 9" in line
 
 
