@@ -313,3 +313,16 @@ def _greedy_text(prompt, max_tokens):
     ids = tokenizer(prompt, return_tensors="pt")
     output = model.generate(**ids, max_new_tokens=max_tokens, do_sample=False)
     return tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.slow
+def test_untrained_drafts_are_measured_in_vllm():
+    """In a process of its own: vLLM 0.32 cannot start again after its prompt lookup."""
+    command = [sys.executable, "-m", "benchmarks.acceptance", "--model", "prompt-lookup"]
+    command += [str(playground.VERIFIER), "--verifier", str(playground.VERIFIER)]
+    command += ["--limit-per-category", "1", "--max-tokens", "24"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split() for line in done.stdout.splitlines() if "4 of 4" in line]
+    assert [row[1] for row in rows] == ["verifier", "prompt-lookup"]
+    assert rows[0][5] == "4.000"  # the verifier agrees with itself
