@@ -89,23 +89,38 @@ def _from_checkpoint(
     tokens = user.get("num_speculative_tokens")
     if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
         raise SpeculatorError(f"num_speculative_tokens must be at least 1, found {tokens!r}.")
-    kind = config_dict.get("speculators_model_type")
-    if kind in MODELS.names():
+    check_served(name, config_dict)
+    if config_dict["speculators_model_type"] in MODELS.names():
         files = checkpoint.ALL_FILES if source.has_weights else [checkpoint.CONFIG]
         folder = checkpoint.fetch(name, files=files, **where)
         config = SpeculatorModelConfig.from_pretrained(folder)
         check_verifier(config, verifier, verifier_name)
         if source.has_weights:
             SpeculatorModel.check_checkpoint(folder, config)
-    else:
-        from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES
-
-        if kind not in SUPPORTED_SPECULATORS_TYPES:
-            known = sorted({*MODELS.names(), *SUPPORTED_SPECULATORS_TYPES})
-            raise SpeculatorError(
-                f"{name}: unknown speculators_model_type {kind!r}; known: {', '.join(known)}."
-            )
     return vllm_settings(config_dict)
+
+
+def check_served(name: str, config_dict: Mapping[str, Any]) -> None:
+    """Raises SpeculatorError unless vLLM has a method for such a speculator."""
+    from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES
+
+    kind = config_dict.get("speculators_model_type")
+    served = sorted(SUPPORTED_SPECULATORS_TYPES)
+    if kind in MODELS.names() and kind not in served:
+        raise SpeculatorError(
+            f"{name}: vLLM serves no {kind} speculator from its own folder; it serves "
+            f"{', '.join(served)}. The reference decoder runs it."
+        )
+    if kind not in served:
+        known = sorted({*MODELS.names(), *served})
+        raise SpeculatorError(
+            f"{name}: unknown speculators_model_type {kind!r}; known: {', '.join(known)}."
+        )
+    if kind in ("dflash", "dflash2") and config_dict.get("sample_from_anchor"):
+        raise SpeculatorError(
+            f"{name}: sample_from_anchor is true, which vLLM 0.32 does not serve for {kind}. "
+            "The reference decoder runs it."
+        )
 
 
 def _may_be_a_speculator(name: str, method: str | None) -> bool:

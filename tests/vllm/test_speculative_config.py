@@ -131,3 +131,13 @@ def test_a_fault_of_ours_leaves_the_settings_as_they_are(monkeypatch):
 def test_missing_folder_is_refused():
     with pytest.raises(SpeculatorError, match="no such folder"):
         completed({"model": "/nowhere/eagle3"})
+
+
+def test_what_vllm_has_no_method_for_is_refused_by_name(tmp_path):
+    with pytest.raises(SpeculatorError, match="vLLM serves no mtp speculator from its own folder"):
+        completed({"model": str(INTEROP / "mtp")})
+    folder = shutil.copytree(INTEROP / "dflash", tmp_path / "draft")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sample_from_anchor": True}))
+    with pytest.raises(SpeculatorError, match="sample_from_anchor is true, which vLLM 0.32"):
+        completed({"model": str(folder)})
