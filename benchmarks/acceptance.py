@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.errors import SpeculatorError
+from speculators_core.settings import Settings
 
 SHIPPED = {
     "vllm": ("eagle3", "peagle", "dflash"),
@@ -24,10 +25,8 @@ YARDSTICK_K = 3
 """Tokens that a draft proposes in one step where neither it nor the caller says how many."""
 
 
-class AcceptanceSettings(BaseModel):
+class AcceptanceSettings(Settings):
     """What is measured, and on what."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     model: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = ()
     """Drafts to compare: speculators or language models (folders or hub ids), prompt-lookup, and
@@ -160,6 +159,8 @@ class _FoundDraft:
     kind: Any
     name: str
     default_k: int
+    config: Any = None
+    """Of a speculator or a language model."""
     folder: Path | None = None
     verifier: str | None = None
     """The one that a speculator names."""
@@ -177,7 +178,7 @@ class _Checked:
 def _check_inputs(settings: AcceptanceSettings) -> _Checked:
     from benchmarks import playground
     from benchmarks.prompts import read_prompts, tokenize
-    from speculators_core.verifier import read_verifier_config
+    from speculators_core.verifier import read_tokenizer, read_verifier_config
 
     shipped = [str(playground.SPECULATORS[name]) for name in SHIPPED[settings.engine]]
     prompts = read_prompts(settings.prompts, settings.limit_per_category)
@@ -197,14 +198,14 @@ def _check_inputs(settings: AcceptanceSettings) -> _Checked:
     if not isinstance(stated, int):
         raise SpeculatorError(f"--engine-args max_model_len: expected a number, found {stated!r}.")
     longest = min(longest, stated)
-    return _Checked(named, drafts, tokenize(prompts, _tokenizer(named), longest))
+    return _Checked(named, drafts, tokenize(prompts, read_tokenizer(named), longest))
 
 
 def _find_draft(name: str, settings: AcceptanceSettings) -> _FoundDraft:
     """Raises SpeculatorError where there is no such draft, or the engine has no such method."""
     from speculators_core import checkpoint
     from speculators_core.config import SpeculatorModelConfig
-    from speculators_core.verifier import locate_verifier
+    from speculators_core.verifier import locate_verifier, read_verifier_config
 
     if name in ("prompt-lookup", "assisted"):
         if name == "assisted" and (settings.engine == "vllm" or settings.concurrency > 1):
@@ -221,53 +222,30 @@ def _find_draft(name: str, settings: AcceptanceSettings) -> _FoundDraft:
     folder = checkpoint.fetch(name)
     raw = checkpoint.read_config(folder)
     if "speculators_model_type" not in raw and "model_type" in raw:
-        return _FoundDraft("language-model", name, YARDSTICK_K, folder)
+        return _FoundDraft("language-model", name, YARDSTICK_K, read_verifier_config(name), folder)
     config = SpeculatorModelConfig.from_pretrained(folder)
     if settings.engine == "vllm":
-        _check_served(name, config)
+        from speculators_vllm.speculative_config import check_served
+
+        check_served(name, raw)
     verifier = config.verifier.name_or_path
     if verifier is not None:
         verifier = locate_verifier(verifier, beside=folder)
-    return _FoundDraft("speculator", name, config.proposal.speculative_tokens, folder, verifier)
-
-
-def _check_served(name: str, config: Any) -> None:
-    """Raises SpeculatorError where vLLM has no such method for a speculator."""
-    from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES
-
-    kind = config.speculators_model_type
-    if kind not in SUPPORTED_SPECULATORS_TYPES:
-        raise SpeculatorError(
-            f"{name}: vLLM serves no {kind} speculator from its own folder; it serves "
-            f"{', '.join(sorted(SUPPORTED_SPECULATORS_TYPES))}. Use --engine transformers."
-        )
-    if getattr(config, "sample_from_anchor", False):
-        raise SpeculatorError(
-            f"{name}: sample_from_anchor is true, which vLLM 0.32 does not serve for {kind}. "
-            "Use --engine transformers."
-        )
+    default_k = config.proposal.speculative_tokens
+    return _FoundDraft("speculator", name, default_k, config, folder, verifier)
 
 
 def _check_draft(draft: _FoundDraft, verifier: str, verifier_config: Any) -> None:
     """Raises SpeculatorError unless the draft is whole and made for this verifier."""
-    from speculators_core.config import SpeculatorModelConfig
+    from speculators_core.independent import check_shared_vocabulary
     from speculators_core.model import SpeculatorModel
-    from speculators_core.verifier import check_verifier, read_verifier_config
+    from speculators_core.verifier import check_verifier
 
     if draft.kind == "speculator" and draft.folder is not None:
-        config = SpeculatorModelConfig.from_pretrained(draft.folder)
-        check_verifier(config, verifier_config)
-        SpeculatorModel.check_checkpoint(draft.folder, config)
+        check_verifier(draft.config, verifier_config)
+        SpeculatorModel.check_checkpoint(draft.folder, draft.config)
     elif draft.kind == "language-model":
-        sizes = [
-            c.get_text_config().vocab_size
-            for c in (read_verifier_config(draft.name), verifier_config)
-        ]
-        if sizes[0] != sizes[1]:
-            raise SpeculatorError(
-                f"{draft.name}: vocabulary of {sizes[0]} tokens, and that of {verifier} has "
-                f"{sizes[1]}. A draft must share its verifier's."
-            )
+        check_shared_vocabulary(draft.config, draft.name, verifier_config, verifier)
 
 
 def _engine(
@@ -302,17 +280,6 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _tokenizer(verifier: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(verifier)
-    except (OSError, ValueError) as error:
-        raise SpeculatorError(
-            f"{verifier}: no tokenizer that Transformers reads: {first_line(error)}"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -213,10 +213,10 @@ class _TransformersRunner:
 
         from speculators_core.generation import generate
         from speculators_core.proposals import GreedyTokenProposalConfig
+        from speculators_core.texts import until_end
 
         verifier, draft = self.verifier, self.draft
         stop = None if decoding.ignore_eos else verifier.generation_config.eos_token_id
-        stops = {stop} if isinstance(stop, int) else set(stop or ())
         longest = max(map(len, prompts))
         padded = [[0] * (longest - len(ids)) + ids for ids in prompts]
         mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
@@ -245,13 +245,7 @@ class _TransformersRunner:
             output = generate(self.drafter, verifier, proposal, ids, **settings)
             accepted = [counts.accepted for counts in output.acceptance]
         new = output.sequences[:, longest:].tolist()
-        return [_until_end(row, stops) for row in new], accepted
-
-
-def _until_end(tokens: list[int], stops: set[int]) -> list[int]:
-    """The tokens up to the one that ended the text; padding follows it."""
-    ends = (place + 1 for place, token in enumerate(tokens) if token in stops)
-    return tokens[: next(ends, len(tokens))]
+        return [until_end(row, stop) for row in new], accepted
 
 
 def warm_up(runner: Runner, prompts: Sequence[TokenizedPrompt], decoding: Decoding) -> None:

@@ -12,8 +12,10 @@ import time
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from rich.table import Table
+
+from speculators_core.settings import Settings
 
 Algorithm = Literal["eagle3", "peagle", "dflash", "mtp"]
 AUX_LAYER_IDS = (1, 3, 4)
@@ -23,10 +25,8 @@ ANCHOR_SHARE = 8
 """A DFlash row has one anchor for so many tokens."""
 
 
-class TrainingSettings(BaseModel):
+class TrainingSettings(Settings):
     """What is trained, and on what."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     algorithms: Annotated[
         tuple[Algorithm, ...], Parameter(consume_multiple=True, negative=()), Field(min_length=1)

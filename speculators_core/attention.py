@@ -12,6 +12,7 @@ So no mask of rows by rows is ever made: a block of queries reads the keys betwe
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,11 +47,17 @@ class Spans:
         low, high = int(self.first.min()), int(self.last.max())
         return (low, high) if low < high else (0, 0)
 
+    @cached_property
+    def blocks(self) -> list[tuple[slice, "Spans", int, int]]:
+        """Each block's queries, their spans, and the ends of the keys that it reads."""
+        starts = range(0, len(self.first), QUERY_BLOCK)
+        rows = [slice(start, start + QUERY_BLOCK) for start in starts]
+        return [(r, self[r], *self[r].ends) for r in rows]
+
     @property
     def num_keys(self) -> int:
         """The keys that blocks of these queries read, in all."""
-        blocks = [self[i : i + QUERY_BLOCK] for i in range(0, len(self.first), QUERY_BLOCK)]
-        return sum(len(b.first) * (b.ends[1] - b.ends[0]) for b in blocks)
+        return sum(len(block.first) * (high - low) for _, block, low, high in self.blocks)
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,7 @@ def attend_packed(
     blocks = []
     recompute = torch.is_grad_enabled() and queries.shape[1] * spans.num_keys > RECOMPUTE_SCORES
     own_tensors = [tensor for key in own for tensor in (key.keys, key.values)]
-    for first in range(0, queries.shape[2], QUERY_BLOCK):
-        rows = slice(first, first + QUERY_BLOCK)
-        block = spans[rows]
-        low, high = block.ends
+    for rows, block, low, high in spans.blocks:
         visible = [None if key.is_visible is None else key.is_visible[rows] for key in own]
         arguments: Any = (
             queries[:, :, rows],

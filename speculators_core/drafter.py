@@ -7,8 +7,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-PADDING = -1
-
 
 @dataclass(frozen=True)
 class Confirmed:

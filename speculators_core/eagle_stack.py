@@ -3,11 +3,16 @@
 The first layer reads embedding and hidden state side by side; the others are ordinary.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from speculators_core.attention import Attend
+from speculators_core.config import own_fields
 from speculators_core.errors import SpeculatorError
 from speculators_core.feature_draft import (
     DEFAULT_NUM_AUX,
@@ -15,6 +20,9 @@ from speculators_core.feature_draft import (
     DraftRecipe,
     FeatureDraftConfig,
     FeatureDraftModel,
+    draft_layer_config,
+    recipe_layer_ids,
+    speculators_config,
 )
 from speculators_core.layers import InputLayer, decoder_layer, family_of
 
@@ -62,6 +70,8 @@ class EagleStackRecipe(DraftRecipe):
     """One norm over all aux states together."""
     fc_norm: bool = False
     """One norm for each aux state."""
+    speculative_tokens: int = Field(ge=1)
+    """Tokens proposed in one step."""
 
 
 class EagleStackModel(FeatureDraftModel):
@@ -69,7 +79,39 @@ class EagleStackModel(FeatureDraftModel):
 
     config: EagleStackConfig
 
+    def __init__(self, config: EagleStackConfig, verifier=None, verifier_attachment_mode=None):  # type: ignore[no-untyped-def]  # as in the base
+        super().__init__(config, verifier, verifier_attachment_mode)
+        self.make_stack()
+        self.post_init()
+        # The head is the verifier's for good; the embeddings are unless they shall train.
+        self.embed_tokens.requires_grad_(config.embed_requires_grad)
+        self.lm_head.requires_grad_(False)
+
+    @classmethod
+    def fresh_config(
+        cls,
+        verifier_config: PretrainedConfig,
+        recipe: EagleStackRecipe,
+        draft_vocab_size: int,
+        name_or_path: str | None,
+    ) -> Any:
+        """Options of the recipe that are keys of the config go over by their names."""
+        config_class = cls.config_class
+        return config_class(
+            **recipe.model_dump(include=set(own_fields(config_class))),
+            transformer_layer_config=draft_layer_config(verifier_config, recipe),
+            draft_vocab_size=draft_vocab_size,
+            eagle_aux_hidden_state_layer_ids=recipe_layer_ids(verifier_config, recipe),
+            speculators_config=speculators_config(
+                config_class.speculators_model_type,
+                recipe.speculative_tokens,
+                verifier_config,
+                name_or_path,
+            ),
+        )
+
     def make_stack(self) -> None:
+        """All modules; an algorithm adds its own."""
         config = self.config
         layer_config = config.transformer_layer_config
         family = family_of(layer_config, LAYER_TYPES)
@@ -95,11 +137,6 @@ class EagleStackModel(FeatureDraftModel):
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size or 0, bias=False)
         self.rotary_emb = family.rotary(layer_config)
         self.make_vocabulary()
-
-    def freeze_ends(self) -> None:
-        """The head is the verifier's for good; the embeddings are unless they shall train."""
-        self.embed_tokens.requires_grad_(self.config.embed_requires_grad)
-        self.lm_head.requires_grad_(False)
 
     def combine(
         self, hidden_states: Float[Tensor, "batch seq aux_hidden"]

@@ -79,6 +79,16 @@ class FeatureDraftConfig(SpeculatorModelConfig):
         return self._default_aux_layer_ids
 
 
+def check_mask_token(mask_token_id: int | None, vocab_size: int, who: str) -> None:
+    """Raises SpeculatorError unless it is a token of the vocabulary; ``who`` reads it."""
+    if mask_token_id is None:
+        raise SpeculatorError(f"mask_token_id is missing: {who} cannot do without.")
+    if mask_token_id >= vocab_size:
+        raise SpeculatorError(
+            f"mask_token_id {mask_token_id} is not in the vocabulary of {vocab_size}."
+        )
+
+
 def default_aux_layer_ids(num_layers: int) -> list[int]:
     """EAGLE-3's choice: the states that enter layers 2, n // 2 and n - 3.
 

@@ -20,7 +20,8 @@ from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteri
 from transformers.generation.streamers import BaseStreamer
 
 from speculators_core.acceptance import Acceptance
-from speculators_core.drafter import PADDING, Confirmed, Drafter, Proposal
+from speculators_core.batch import PADDING
+from speculators_core.drafter import Confirmed, Drafter, Proposal
 from speculators_core.proposals import TokenProposalConfig
 from speculators_core.row_cache import RowCache
 from speculators_core.texts import (
@@ -214,7 +215,7 @@ def decode(
         confirmed = Confirmed(
             torch.cat([prompts, kept.next_token[:, None]], dim=1),
             (is_token.long().cumsum(1) - 1).masked_fill(~is_token, PADDING),
-            _states(taps, prompts),
+            taps.states(taps.layer_ids),
         )
         while rows := texts.unwritten():
             texts.stream()
@@ -233,7 +234,7 @@ def decode(
             logits = cache.run(tokens)
             kept = _settle([texts.rows[row] for row in alive], proposal, logits, rules)
             cache.forget(proposal.token_ids.shape[1] - kept.num_accepted)
-            news = _confirm(tokens, position, kept, _states(taps, tokens))
+            news = _confirm(tokens, position, kept, taps.states(taps.layer_ids))
             confirmed = news if can_draft else _join(confirmed, news)
     texts.stream()
     if rules.streamer is not None:
@@ -289,15 +290,6 @@ def _settle(
         new = torch.cat([drafted[row, :count], kept.next_token[row : row + 1]])
         text.append(new, scores[row], logits[row])
     return kept
-
-
-def _states(
-    taps: LayerTaps, token_ids: Int[Tensor, "batch places"]
-) -> Float[Tensor, "batch places aux_hidden"]:
-    """The verifier's states of the tokens that it has just read, as the draft takes them."""
-    if not taps.layer_ids:
-        return token_ids.new_zeros((*token_ids.shape, 0), dtype=torch.float32)
-    return taps.states(taps.layer_ids)
 
 
 def _confirm(

@@ -12,16 +12,18 @@ import torch
 from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from speculators_core.checkpoint import as_dtype
 from speculators_core.drafter import Chooser, Confirmed, Proposal, join
-from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.errors import SpeculatorError
 from speculators_core.generation import AcceptanceCounts, generate
 from speculators_core.model import load_verifier
 from speculators_core.proposals import GreedyTokenProposalConfig
 from speculators_core.row_cache import RowCache
 from speculators_core.settings import Settings
+from speculators_core.texts import until_end
+from speculators_core.verifier import read_tokenizer
 
 
 @dataclass
@@ -133,6 +135,18 @@ class PromptLookupDraft:
 # ---- the door for two whole models ----
 
 
+def check_shared_vocabulary(
+    draft: PretrainedConfig, draft_name: str, verifier: PretrainedConfig, verifier_name: str
+) -> None:
+    """Raises SpeculatorError unless the two have as many tokens."""
+    sizes = [config.get_text_config().vocab_size for config in (draft, verifier)]
+    if sizes[0] != sizes[1]:
+        raise SpeculatorError(
+            f"{draft_name}: vocabulary of {sizes[0]} tokens, and that of {verifier_name} has "
+            f"{sizes[1]}. A draft must share its verifier's."
+        )
+
+
 class SpeculativeConfig(Settings):
     """Two language models and how they decode together."""
 
@@ -182,12 +196,9 @@ class SpeculativeInferenceEngine:
         tokenizer: Any,
         config: SpeculativeConfig,
     ):
-        sizes = [model.config.get_text_config().vocab_size for model in (main_model, draft_model)]
-        if sizes[0] != sizes[1]:
-            raise SpeculatorError(
-                f"{config.draft_model_path}: vocabulary of {sizes[1]} tokens, and that of "
-                f"{config.main_model_path} has {sizes[0]}. A draft must share its verifier's."
-            )
+        check_shared_vocabulary(
+            draft_model.config, config.draft_model_path, main_model.config, config.main_model_path
+        )
         self.main_model, self.config = main_model.eval(), config
         self.tokenizer = copy.deepcopy(tokenizer)  # its padding is ours alone
         self.tokenizer.padding_side = "left"
@@ -203,7 +214,7 @@ class SpeculativeInferenceEngine:
             SpeculatorError: one cannot be read, or their tokenizers differ.
         """
         paths = (config.main_model_path, config.draft_model_path)
-        main, draft = (_load_tokenizer(path) for path in paths)
+        main, draft = (read_tokenizer(path) for path in paths)
         if main.get_vocab() != draft.get_vocab():
             raise SpeculatorError(
                 f"{paths[1]}: its tokenizer is not that of {paths[0]}. A draft must share its "
@@ -241,23 +252,8 @@ class SpeculativeInferenceEngine:
             **sampling,
         )
         width = batch["input_ids"].shape[1]
-        new = [self._until_end(row) for row in output.sequences[:, width:].tolist()]
+        stop_ids = self.main_model.generation_config.eos_token_id
+        new = [until_end(row, stop_ids) for row in output.sequences[:, width:].tolist()]
         return SpeculativeResult(
             tokenizer.batch_decode(new, skip_special_tokens=True), new, output.acceptance
         )
-
-    def _until_end(self, tokens: list[int]) -> list[int]:
-        """The tokens up to the one that ended the text; padding follows it."""
-        stop = self.main_model.generation_config.eos_token_id
-        stops = {stop} if isinstance(stop, int) else set(stop or ())
-        ends = (place + 1 for place, token in enumerate(tokens) if token in stops)
-        return tokens[: next(ends, len(tokens))]
-
-
-def _load_tokenizer(path: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise SpeculatorError(
-            f"{path}: no tokenizer that Transformers reads: {first_line(error)}"
-        ) from error

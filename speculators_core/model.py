@@ -71,11 +71,11 @@ class SpeculatorModel(PreTrainedModel):
         if mode != "detached":
             self.attach_verifier(self.resolve_verifier(verifier), mode)
 
-    def get_input_embeddings(self) -> nn.Module | None:
+    def get_input_embeddings(self) -> Any:
         """The draft's own embeddings; None where it reads its verifier's."""
         return getattr(self, "embed_tokens", None)
 
-    def get_output_embeddings(self) -> nn.Module | None:
+    def get_output_embeddings(self) -> Any:
         """The draft's own head; None where it has its verifier's."""
         return getattr(self, "lm_head", None)
 
@@ -117,6 +117,21 @@ class SpeculatorModel(PreTrainedModel):
             return head(states[rows])
 
         return logits
+
+    def embed_as_verifier(
+        self, token_ids: Int[Tensor, "*tokens"]
+    ) -> Float[Tensor, "*tokens hidden"]:
+        """The verifier's own embeddings, for drafts that have none."""
+        table = self.verifier_head.embed_tokens.weight.detach()
+        embedded = nn.functional.embedding(token_ids.to(table.device), table)
+        return embedded.to(self.device, self.dtype)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "draft_vocab hidden"]:
+        """The head's weight: the draft's own, or its verifier's for drafts that have none."""
+        own = self.get_output_embeddings()
+        weight = self.verifier_head.lm_head.weight.detach() if own is None else own.weight
+        return weight.to(self.device, self.dtype)
 
     def resolve_verifier(
         self, verifier: str | PathLike | PreTrainedModel | None = None

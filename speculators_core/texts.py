@@ -236,3 +236,13 @@ def by_place(rows: list[list[Tensor]], num_places: int) -> tuple[Tensor, ...]:
         torch.cat([row[place] if place < len(row) else blank for row in rows])
         for place in range(num_places)
     )
+
+
+def until_end(tokens: list[int], stop_ids: int | list[int] | None) -> list[int]:
+    """The tokens up to the first stop token; padding follows it.
+
+    [5 6 2 0 0], stop 2 -> [5 6 2]
+    """
+    stops = {stop_ids} if isinstance(stop_ids, int) else set(stop_ids or ())
+    ends = (place + 1 for place, token in enumerate(tokens) if token in stops)
+    return tokens[: next(ends, len(tokens))]

@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -149,6 +150,20 @@ def read_verifier_config(
         ) from error
     config.name_or_path = str(name_or_path)
     return config
+
+
+def read_tokenizer(name_or_path: str | PathLike) -> Any:
+    """The verifier's tokenizer.
+
+    Raises:
+        SpeculatorError: there is none that Transformers reads.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise SpeculatorError(
+            f"{name_or_path}: no tokenizer that Transformers reads: {first_line(error)}"
+        ) from error
 
 
 def language_model_class(config: PretrainedConfig) -> Any:
@@ -413,7 +428,7 @@ class LayerTaps:
 
     def __enter__(self) -> "LayerTaps":
         layers = self.decoder.layers
-        for layer_id in set(self.layer_ids):
+        for layer_id in set(self.layer_ids) or {0}:  # of none, the first tells the shape
             reader = layers[layer_id] if layer_id < len(layers) else self.decoder.norm
             hook = self._catch_input(layer_id)
             handle = reader.register_forward_pre_hook(hook, with_kwargs=True)
@@ -437,5 +452,7 @@ class LayerTaps:
         return hook
 
     def states(self, layer_ids: Sequence[int]) -> Float[Tensor, "batch seq states_hidden"]:
-        """The last forward's states of these ids, side by side."""
+        """The last forward's states of these ids, side by side; of no ids a width of zero."""
+        if not layer_ids:
+            return next(iter(self._caught.values()))[..., :0]
         return torch.cat([self._caught[layer_id] for layer_id in layer_ids], dim=-1)

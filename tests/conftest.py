@@ -14,9 +14,9 @@ os.environ.update(
 
 from jaxtyping import install_import_hook  # noqa: E402  # after the OpenMP library
 
-CHECKED = (
-    "acceptance attention batch drafter layers losses masks row_cache training verifier vocabulary"
-)
+CHECKED = """
+acceptance attention batch chain drafter layers losses masks row_cache training verifier vocabulary
+"""
 install_import_hook([f"speculators_core.{m}" for m in CHECKED.split()], "beartype.beartype")
 
 import inspect  # noqa: E402

@@ -40,6 +40,7 @@ from speculators_core.feature_draft import (
     DraftRecipe,
     FeatureDraftConfig,
     FeatureDraftModel,
+    check_mask_token,
     draft_layer_config,
     recipe_layer_ids,
     speculators_config,
@@ -73,14 +74,11 @@ class DFlashSpeculatorConfig(FeatureDraftConfig):
         super().check()
         layer_config = self.transformer_layer_config
         family_of(layer_config, LAYER_TYPES)
-        for key in ("aux_hidden_state_layer_ids", "mask_token_id"):
-            if getattr(self, key) is None:
-                raise SpeculatorError(f"{key} is missing: a DFlash draft cannot do without.")
-        if (self.mask_token_id or 0) >= layer_config.vocab_size:
+        if self.aux_hidden_state_layer_ids is None:
             raise SpeculatorError(
-                f"mask_token_id {self.mask_token_id} is not in the vocabulary of "
-                f"{layer_config.vocab_size}."
+                "aux_hidden_state_layer_ids is missing: a DFlash draft cannot do without."
             )
+        check_mask_token(self.mask_token_id, layer_config.vocab_size, "a DFlash draft")
         windows = {sliding_window(layer_config, i) for i in range(layer_config.num_hidden_layers)}
         if any(window is not None and window < self.block_size for window in windows):
             raise SpeculatorError(
@@ -217,12 +215,6 @@ class DFlashDraftModel(FeatureDraftModel):
 
     # ---- the network ----
 
-    @property
-    def head_weight(self) -> Float[Tensor, "draft_vocab hidden"]:
-        if self.config.has_whole_vocabulary:
-            return self.verifier_head.lm_head.weight.detach().to(self.device, self.dtype)
-        return self.lm_head.weight
-
     def combine(
         self, hidden_states: Float[Tensor, "batch seq aux_hidden"]
     ) -> Float[Tensor, "batch seq hidden"]:
@@ -235,9 +227,7 @@ class DFlashDraftModel(FeatureDraftModel):
         """The anchor's embedding and the mask's behind it; the table is the verifier's."""
         tokens = anchor_tokens[..., None].repeat_interleave(num_slots, dim=-1)
         tokens[..., 1:] = self.config.mask_token_id or 0
-        table = self.verifier_head.embed_tokens.weight.detach()
-        embedded = nn.functional.embedding(tokens.to(table.device), table)
-        return embedded.to(self.device, self.dtype)
+        return self.embed_as_verifier(tokens)
 
     def backbone(
         self,
@@ -366,20 +356,20 @@ class DFlashDraftModel(FeatureDraftModel):
     def propose(
         self, state: DraftCache, confirmed: Confirmed, num_tokens: int, choose: Chooser
     ) -> Proposal:
-        cache, layer_config = state, self.config.transformer_layer_config
+        layer_config = self.config.transformer_layer_config
         context = self.combine(confirmed.hidden_states)
         rotary = self.rotary_emb(context, confirmed.positions)
-        cache.extend_positions(confirmed.positions)
+        state.extend_positions(confirmed.positions)
         for index, layer in enumerate(self.layers):
-            cache.append(index, *keys_and_values(layer.self_attn, context, rotary))
+            state.append(index, *keys_and_values(layer.self_attn, context, rotary))
         num_slots = num_tokens + self.config.first_slot
         slots = torch.arange(num_slots, device=context.device)
         positions = confirmed.positions[:, -1:] + 1 + slots
-        kept = cache.length
+        kept = state.length
 
         def attend(layer: int, queries: Queries, keys: Keys, values: Keys) -> Queries:
-            keys, values = cache.append(layer, keys, values)
-            mask = cache.visible(positions, sliding_window(layer_config, layer))
+            keys, values = state.append(layer, keys, values)
+            mask = state.visible(positions, sliding_window(layer_config, layer))
             if not self.config.is_causal(layer):
                 mask[..., kept:] = True
             return nn.functional.scaled_dot_product_attention(
@@ -387,9 +377,9 @@ class DFlashDraftModel(FeatureDraftModel):
             )
 
         hidden = self.embed_block(confirmed.token_ids[:, -1], num_slots)
-        cache.extend_positions(positions)
+        state.extend_positions(positions)
         output = self.backbone(hidden, positions, attend)[:, self.config.first_slot :]
-        cache.crop(kept)
+        state.crop(kept)
         return self.choose(nn.functional.linear(output, self.head_weight), choose)
 
 

@@ -13,24 +13,20 @@ Training unrolls the same steps for all rows at once, so the draft learns to liv
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from speculators_core.attention import DraftCache
+from speculators_core.attention import Attend, DraftCache
 from speculators_core.batch import PADDING, Batch
+from speculators_core.chain import propose_in_steps, unroll
 from speculators_core.config import SpeculatorModelConfig
-from speculators_core.drafter import Chooser, Confirmed, Proposal, join
+from speculators_core.drafter import Chooser, Confirmed, Proposal
 from speculators_core.eagle_stack import EagleStackConfig, EagleStackModel, EagleStackRecipe
-from speculators_core.feature_draft import (
-    draft_layer_config,
-    recipe_layer_ids,
-    speculators_config,
-)
 from speculators_core.layers import UnrolledAttention, cached_attend
 from speculators_core.losses import MASK_SUM_FLOOR, LossWeights, score_rows
 from speculators_core.settings import Settings
@@ -72,35 +68,16 @@ class Eagle3DraftModel(EagleStackModel):
     objective_class = Eagle3Objective
     config: Eagle3SpeculatorConfig
 
-    def __init__(
-        self, config: Eagle3SpeculatorConfig, verifier=None, verifier_attachment_mode=None
-    ):  # type: ignore[no-untyped-def]  # as in the base
-        super().__init__(config, verifier, verifier_attachment_mode)
-        self.make_stack()
-        self.post_init()
-        self.freeze_ends()
-
-    @classmethod
-    def fresh_config(
-        cls,
-        verifier_config: PretrainedConfig,
-        recipe: Eagle3Recipe,
-        draft_vocab_size: int | None,
-        name_or_path: str | None,
-    ) -> Eagle3SpeculatorConfig:
-        return Eagle3SpeculatorConfig(
-            transformer_layer_config=draft_layer_config(verifier_config, recipe),
-            draft_vocab_size=draft_vocab_size,
-            norm_before_residual=recipe.norm_before_residual,
-            norm_before_fc=recipe.norm_before_fc,
-            fc_norm=recipe.fc_norm,
-            norm_output=recipe.norm_output,
-            eagle_aux_hidden_state_layer_ids=recipe_layer_ids(verifier_config, recipe),
-            embed_requires_grad=recipe.embed_requires_grad,
-            speculators_config=speculators_config(
-                "eagle3", recipe.speculative_tokens, verifier_config, name_or_path
-            ),
-        )
+    def step(
+        self,
+        token_ids: Int[Tensor, "batch seq"],
+        hidden: Float[Tensor, "batch seq hidden"],
+        position_ids: Int[Tensor, "batch seq"],
+        attend: Attend,
+    ) -> tuple[Float[Tensor, "batch seq hidden"], Float[Tensor, "batch seq hidden"]]:
+        """The states that the head reads, and those that are fed back."""
+        output, raw = self.backbone(token_ids, hidden, position_ids, attend)
+        return output, output if self.config.norm_output else raw
 
     # ---- training ----
 
@@ -109,15 +86,9 @@ class Eagle3DraftModel(EagleStackModel):
 
         Row i of step k predicts token i + 2 + k. Tokens are the true ones throughout.
         """
-        hidden = self.combine(batch.hidden_states[:, :-1])
         attend = UnrolledAttention(self.config.transformer_layer_config, batch.document_ids[0, :-1])
-        for step in range(min(num_steps, batch.input_ids.shape[1] - 1)):
-            tokens = batch.input_ids[:, 1 + step :]
-            num_rows = tokens.shape[1]
-            positions = batch.position_ids[:, :num_rows] + step
-            output, raw = self.backbone(tokens, hidden[:, :num_rows], positions, attend)
-            hidden = output if self.config.norm_output else raw
-            yield output
+        hidden = self.combine(batch.hidden_states[:, :-1])
+        return unroll(batch, hidden, num_steps, partial(self.step, attend=attend))
 
     def forward(
         self, batch: Batch, objective: Eagle3Objective | None = None
@@ -171,16 +142,12 @@ class Eagle3DraftModel(EagleStackModel):
     def propose(
         self, state: DraftCache, confirmed: Confirmed, num_tokens: int, choose: Chooser
     ) -> Proposal:
-        hidden = self.combine(confirmed.hidden_states)
-        tokens, positions = confirmed.token_ids[:, 1:], confirmed.positions
-        num_confirmed = state.length + positions.shape[1]
-        proposals: list[Proposal] = []
-        while True:
+        def step(tokens: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
             attend = cached_attend(self.config.transformer_layer_config, state, positions)
-            output, raw = self.backbone(tokens, hidden, positions, attend)
-            proposals.append(self.choose(self.lm_head(output[:, -1:]), choose))
-            if len(proposals) == num_tokens:
-                state.crop(num_confirmed)
-                return join(proposals)
-            hidden = (output if self.config.norm_output else raw)[:, -1:]
-            tokens, positions = proposals[-1].token_ids, positions[:, -1:] + 1
+            return self.step(tokens, hidden, positions, attend)
+
+        def say(output: Tensor) -> Proposal:
+            return self.choose(self.lm_head(output), choose)
+
+        hidden = self.combine(confirmed.hidden_states)
+        return propose_in_steps(state, confirmed, hidden, num_tokens, step, say)

@@ -23,8 +23,9 @@ from transformers import PretrainedConfig
 
 from speculators_core.attention import Attend, DraftCache
 from speculators_core.batch import PADDING, Batch
+from speculators_core.chain import propose_in_steps, unroll
 from speculators_core.config import SpeculatorModelConfig
-from speculators_core.drafter import Chooser, Confirmed, Proposal, join
+from speculators_core.drafter import Chooser, Confirmed, Proposal
 from speculators_core.errors import SpeculatorError
 from speculators_core.feature_draft import speculators_config
 from speculators_core.layers import (
@@ -188,15 +189,9 @@ class MTPDraftModel(SpeculatorModel):
         attend: Attend,
     ) -> Float[Tensor, "batch seq hidden"]:
         """One step: the state that the head reads, which is also the one that is fed back."""
-        table = self.verifier_head.embed_tokens.weight.detach()
-        embedded = nn.functional.embedding(token_ids.to(table.device), table)
-        embedding = embedded.to(self.device, self.dtype)
+        embedding = self.embed_as_verifier(token_ids)
         rotary = self.rotary_emb(embedding, position_ids)
         return self.mtp_layers[0](embedding, hidden, rotary, attend)
-
-    @property
-    def head_weight(self) -> Float[Tensor, "vocab hidden"]:
-        return self.verifier_head.lm_head.weight.detach().to(self.device, self.dtype)
 
     # ---- training ----
 
@@ -207,17 +202,17 @@ class MTPDraftModel(SpeculatorModel):
 
         Row t of step k predicts token t + 2 + k. Tokens are the true ones throughout.
         """
-        hidden = self.read_verifier(batch.last_hidden_states[:, :-1])
         documents = batch.document_ids[0, :-1]
-        attend = UnrolledAttention(self.layer_config, documents)
-        for step in range(min(num_steps, batch.input_ids.shape[1] - 1)):
-            tokens = batch.input_ids[:, 1 + step :]
-            num_rows = tokens.shape[1]
-            positions = batch.position_ids[:, :num_rows] + step
-            if attention == "independent":
-                attend = UnrolledAttention(self.layer_config, documents)
-            hidden = self.backbone(tokens, hidden[:, :num_rows], positions, attend)
-            yield hidden
+        served = UnrolledAttention(self.layer_config, documents)
+
+        def step(tokens: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+            is_served = attention == "served"
+            attend = served if is_served else UnrolledAttention(self.layer_config, documents)
+            output = self.backbone(tokens, hidden, positions, attend)
+            return output, output
+
+        hidden = self.read_verifier(batch.last_hidden_states[:, :-1])
+        return unroll(batch, hidden, num_steps, step)
 
     def forward(
         self, batch: Batch, objective: MTPObjective | None = None
@@ -237,13 +232,14 @@ class MTPDraftModel(SpeculatorModel):
         total = batch.last_hidden_states.new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
         unrolled = self.unroll(batch, steps, objective.attention)
+        head_weight, targets = self.head_weight, self._targets(batch, objective)
         for step, (weight, output) in enumerate(zip(objective.weights, unrolled, strict=False)):
             said = rows + 2 + step
             trained = rows[batch.loss_mask[0, said]]
             scored = score_rows(
                 output[0, trained],
-                self.head_weight,
-                self._targets(batch, objective),
+                head_weight,
+                targets,
                 trained + 1 + step,
                 {"ce": 1.0} if objective.targets == "text" else objective.loss,
             )
@@ -271,18 +267,18 @@ class MTPDraftModel(SpeculatorModel):
     def propose(
         self, state: DraftCache, confirmed: Confirmed, num_tokens: int, choose: Chooser
     ) -> Proposal:
-        hidden = self.read_verifier(confirmed.hidden_states)
-        tokens, positions = confirmed.token_ids[:, 1:], confirmed.positions
-        num_confirmed = state.length + positions.shape[1]
-        proposals: list[Proposal] = []
-        while True:
+        head_weight = self.head_weight
+
+        def step(tokens: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
             attend = cached_attend(self.layer_config, state, positions)
-            hidden = self.backbone(tokens, hidden, positions, attend)[:, -1:]
-            proposals.append(choose(nn.functional.linear(hidden, self.head_weight)))
-            if len(proposals) == num_tokens:
-                state.crop(num_confirmed)
-                return join(proposals)
-            tokens, positions = proposals[-1].token_ids, positions[:, -1:] + 1
+            output = self.backbone(tokens, hidden, positions, attend)
+            return output, output
+
+        def say(output: Tensor) -> Proposal:
+            return choose(nn.functional.linear(output, head_weight))
+
+        hidden = self.read_verifier(confirmed.hidden_states)
+        return propose_in_steps(state, confirmed, hidden, num_tokens, step, say)
 
 
 def full_attention(config: PretrainedConfig) -> PretrainedConfig:

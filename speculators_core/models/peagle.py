@@ -32,12 +32,7 @@ from speculators_core.batch import PADDING, Batch
 from speculators_core.config import SpeculatorModelConfig
 from speculators_core.drafter import Chooser, Confirmed, Proposal
 from speculators_core.eagle_stack import EagleStackConfig, EagleStackModel, EagleStackRecipe
-from speculators_core.errors import SpeculatorError
-from speculators_core.feature_draft import (
-    draft_layer_config,
-    recipe_layer_ids,
-    speculators_config,
-)
+from speculators_core.feature_draft import check_mask_token
 from speculators_core.layers import cached_attend, sliding_window
 from speculators_core.losses import MASK_SUM_FLOOR, LossWeights, score_rows
 from speculators_core.masks import document_starts, spans_before
@@ -54,12 +49,7 @@ class PEagleSpeculatorConfig(EagleStackConfig):
     def check(self) -> None:
         super().check()
         vocab_size = self.transformer_layer_config.vocab_size
-        if self.mask_token_id is None:
-            raise SpeculatorError("mask_token_id is missing: a P-EAGLE draft reads it ahead.")
-        if self.mask_token_id >= vocab_size:
-            raise SpeculatorError(
-                f"mask_token_id {self.mask_token_id} is not in the vocabulary of {vocab_size}."
-            )
+        check_mask_token(self.mask_token_id, vocab_size, "a P-EAGLE draft")
         if self.fc_norm:
             # vLLM takes this key from here alone.
             self.transformer_layer_config.fc_norm = True
@@ -114,36 +104,9 @@ class PEagleDraftModel(EagleStackModel):
     objective_class = PEagleObjective
     config: PEagleSpeculatorConfig
 
-    def __init__(
-        self, config: PEagleSpeculatorConfig, verifier=None, verifier_attachment_mode=None
-    ):  # type: ignore[no-untyped-def]  # as in the base
-        super().__init__(config, verifier, verifier_attachment_mode)
-        self.make_stack()
+    def make_stack(self) -> None:
+        super().make_stack()
         self.mask_hidden = nn.Parameter(torch.randn(1, 1, self.fc.in_features))
-        self.post_init()
-        self.freeze_ends()
-
-    @classmethod
-    def fresh_config(
-        cls,
-        verifier_config: PretrainedConfig,
-        recipe: PEagleRecipe,
-        draft_vocab_size: int,
-        name_or_path: str | None,
-    ) -> PEagleSpeculatorConfig:
-        return PEagleSpeculatorConfig(
-            transformer_layer_config=draft_layer_config(verifier_config, recipe),
-            draft_vocab_size=draft_vocab_size,
-            norm_before_residual=recipe.norm_before_residual,
-            norm_before_fc=recipe.norm_before_fc,
-            fc_norm=recipe.fc_norm,
-            eagle_aux_hidden_state_layer_ids=recipe_layer_ids(verifier_config, recipe),
-            mask_token_id=recipe.mask_token_id,
-            embed_requires_grad=recipe.embed_requires_grad,
-            speculators_config=speculators_config(
-                "peagle", recipe.speculative_tokens, verifier_config, name_or_path
-            ),
-        )
 
     # ---- training ----
 

@@ -52,7 +52,7 @@ def run_verifier(
     with torch.no_grad(), LayerTaps(verifier, [*aux_layer_ids, last]) as taps:
         verifier.get_decoder()(input_ids=input_ids.to(device), use_cache=False, **packed)
     last_states = taps.states([last])
-    states = taps.states(aux_layer_ids) if aux_layer_ids else last_states[..., :0]
+    states = taps.states(aux_layer_ids)
     if rows is not None:
         is_filling = torch.zeros_like(rows, dtype=torch.bool)
         is_filling[:, 1:] = rows[:, 1:] == rows[:, :-1]
