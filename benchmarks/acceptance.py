@@ -4,7 +4,6 @@
 speculation and with each draft in one run, on vLLM or on the reference decoder.
 """
 
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import Field
 
 from speculators_core.errors import SpeculatorError
 from speculators_core.settings import Settings
+from speculators_vllm import offline
 
 SHIPPED = {
     "vllm": ("eagle3", "peagle", "dflash"),
@@ -91,25 +91,28 @@ def measure(settings: AcceptanceSettings) -> Any:
         SpeculatorError: speculator, verifier or prompts are at fault; nothing was loaded yet.
     """
     if settings.engine == "vllm":
-        _prepare_vllm()
+        offline.prepare()
     elif settings.engine_args:
         raise SpeculatorError(
             f"--engine-args are vLLM's; found {', '.join(settings.engine_args)} with "
             "--engine transformers."
         )
     from benchmarks.engines import Decoding, Draft, warm_up
-    from benchmarks.prompts import hash_prompts
     from benchmarks.report import DraftReport, Report, environment, hash_weights, report_k
     from benchmarks.statistics import tokens_per_second
     from speculators_core.console import progress
+    from speculators_core.prompts import hash_prompts
 
     checked = _check_inputs(settings)
     prompts = checked.prompts
-    dtype = settings.dtype or ("auto" if _has_gpu() else "float32")
+    dtype = settings.dtype or ("auto" if offline.has_gpu() else "float32")
     engine_args: dict[str, Any] = {}
     if settings.engine == "vllm":
-        engine_args = {} if _has_gpu() else {"enforce_eager": True}
-        engine_args |= {"seed": settings.seed, **settings.engine_args}
+        engine_args = {
+            **offline.default_arguments(),
+            "seed": settings.seed,
+            **settings.engine_args,
+        }
     engine = _engine(settings, checked, dtype, engine_args)
     decoding = Decoding(
         settings.max_tokens, settings.temperature, settings.seed, settings.ignore_eos
@@ -177,11 +180,12 @@ class _Checked:
 
 def _check_inputs(settings: AcceptanceSettings) -> _Checked:
     from benchmarks import playground
-    from benchmarks.prompts import read_prompts, tokenize
+    from speculators_core.prompts import read_prompts, tokenize
     from speculators_core.verifier import read_tokenizer, read_verifier_config
 
     shipped = [str(playground.SPECULATORS[name]) for name in SHIPPED[settings.engine]]
-    prompts = read_prompts(settings.prompts, settings.limit_per_category)
+    source = playground.PROMPTS if settings.prompts == "playground" else settings.prompts
+    prompts = read_prompts(source, settings.limit_per_category)
     drafts = [_find_draft(name, settings) for name in settings.model or shipped]
     if settings.engine == "vllm":  # 0.32 cannot start again in a process that ran its n-gram
         drafts.sort(key=lambda draft: draft.kind == "prompt-lookup")
@@ -256,30 +260,6 @@ def _engine(
     if settings.engine == "transformers":
         return TransformersEngine(checked.verifier, dtype, settings.concurrency)
     return VLLMEngine(checked.verifier, dtype, settings.concurrency, engine_args)
-
-
-def _prepare_vllm() -> None:
-    """vLLM in this process and quiet, and on a CPU Intel's OpenMP under it."""
-    from importlib.util import find_spec
-
-    if find_spec("vllm") is None:
-        raise SpeculatorError(
-            "vLLM is not installed. Install speculators-vllm[cpu] or speculators-vllm[cuda], or "
-            "measure with --engine transformers."
-        )
-    from speculators_vllm import openmp
-
-    openmp.preload()
-    if not _has_gpu():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What runs the prompts: vLLM, or the reference decoder on Transformers."""
 
-import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from benchmarks.prompts import TokenizedPrompt
 from benchmarks.statistics import RequestRecord
+from speculators_core.prompts import TokenizedPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class VLLMEngine:
 
     @contextmanager
     def loaded(self, draft: Draft | None) -> Iterator[Runner]:
-        from vllm import LLM
+        from speculators_vllm import offline
 
         arguments: dict[str, Any] = {
             "model": self.verifier,
@@ -76,18 +75,12 @@ class VLLMEngine:
             **self.engine_args,
         }
         if draft is not None:
-            arguments["per_request_spec_decode_metrics"] = "detailed"
             arguments["speculative_config"] = {
                 **_VLLM_METHODS[draft.kind](draft.name),
                 "num_speculative_tokens": draft.speculative_tokens,
             }
-        llm = LLM(**arguments)
-        try:
+        with offline.loaded(**arguments) as llm:
             yield _VLLMRunner(llm, self.concurrency)
-        finally:
-            llm.llm_engine.engine_core.shutdown()
-            del llm
-            gc.collect()
 
 
 _VLLM_METHODS: dict[str, Callable[[str], dict[str, Any]]] = {
@@ -112,6 +105,8 @@ class _VLLMRunner:
     ) -> list[RequestRecord]:
         from vllm import SamplingParams
 
+        from speculators_vllm.offline import continue_all
+
         parameters = SamplingParams(
             temperature=decoding.temperature,
             max_tokens=decoding.max_tokens,
@@ -122,22 +117,16 @@ class _VLLMRunner:
         for first in range(0, len(prompts), self.concurrency):
             group = prompts[first : first + self.concurrency]
             start = time.perf_counter()
-            outputs = self.llm.generate(
-                [{"prompt_token_ids": prompt.token_ids} for prompt in group],
-                parameters,
-                use_tqdm=False,
-            )
+            outputs = continue_all(self.llm, [prompt.token_ids for prompt in group], parameters)
             # Requests of a group share its time: their rates add up to the group's.
             seconds = (time.perf_counter() - start) / len(group)
             for prompt, output in zip(group, outputs, strict=True):
-                (completion,) = output.outputs
-                metrics = completion.spec_decode_metrics
                 records.append(
                     RequestRecord(
                         category=prompt.category,
                         num_prompt_tokens=len(prompt.token_ids),
-                        output_ids=list(completion.token_ids),
-                        accepted=list(metrics.per_step_accepted) if metrics else [],
+                        output_ids=output.token_ids,
+                        accepted=output.accepted,
                         seconds=seconds,
                     )
                 )

@@ -7,8 +7,8 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from benchmarks import playground
 from benchmarks.playground import corpus
 from benchmarks.playground.verifier import grow, verifier_config
-from benchmarks.prompts import read_prompts, tokenize
 from speculators_core.model import SpeculatorModel
+from speculators_core.prompts import read_prompts, tokenize
 from speculators_core.training.batches import pack
 from speculators_core.training.trainer import run_verifier
 
@@ -79,7 +79,7 @@ def test_training_forward_foresees_what_decoding_keeps(name):
         playground.SPECULATORS[name], verifier_attachment_mode="full", dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(playground.VERIFIER)
-    (prompt, *_) = tokenize(read_prompts("playground", 1), tokenizer, 512)
+    (prompt, *_) = tokenize(read_prompts(playground.PROMPTS, 1), tokenizer, 512)
     start, k = len(prompt.token_ids), model.config.proposal.speculative_tokens
     output = model.generate(
         torch.tensor([prompt.token_ids]),

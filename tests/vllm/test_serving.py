@@ -16,9 +16,9 @@ from transformers import Qwen3ForCausalLM
 from benchmarks import playground
 from benchmarks.acceptance import AcceptanceSettings, measure
 from benchmarks.engines import Decoding, Draft, TransformersEngine, VLLMEngine
-from benchmarks.prompts import TokenizedPrompt
 from speculators_core.batch import Batch
 from speculators_core.models.eagle3 import Eagle3DraftModel
+from speculators_core.prompts import TokenizedPrompt
 from speculators_core.training.batches import pack
 from speculators_core.training.trainer import run_verifier
 from speculators_core.vocabulary import choose_draft_vocabulary
@@ -208,10 +208,10 @@ for ids in prompts:
 def test_stock_vllm_serves_our_checkpoint_with_the_same_counts():
     from transformers import AutoTokenizer
 
-    from benchmarks.prompts import read_prompts, tokenize
+    from speculators_core.prompts import read_prompts, tokenize
 
     tokenizer = AutoTokenizer.from_pretrained(playground.VERIFIER)
-    prompts = tokenize(read_prompts("playground", limit_per_category=1), tokenizer, 512)
+    prompts = tokenize(read_prompts(playground.PROMPTS, limit_per_category=1), tokenizer, 512)
     arguments = (str(playground.VERIFIER), str(playground.EAGLE3))
     done = subprocess.run(
         [

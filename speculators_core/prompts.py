@@ -1,4 +1,4 @@
-"""Prompts to measure with: the playground's, a JSONL file's, or a hub data set's."""
+"""Prompts to measure with: of a JSONL file, or of a hub data set."""
 
 import hashlib
 import json
@@ -9,7 +9,6 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks import playground
 from speculators_core.errors import SpeculatorError, first_fault, first_line
 
 
@@ -34,18 +33,15 @@ class TokenizedPrompt(BaseModel):
     token_ids: list[int]
 
 
-def read_prompts(source: str, limit_per_category: int | None = None) -> list[Prompt]:
-    """The prompts of ``playground``, of a JSONL file, or of a hub data set's test or train split.
+def read_prompts(source: str | Path, limit_per_category: int | None = None) -> list[Prompt]:
+    """The prompts of a JSONL file, or of a hub data set's test or train split.
 
     Raises:
         SpeculatorError: the source is not there, is empty, or a row is no prompt.
     """
-    if source == "playground":
-        prompts = _read_jsonl(playground.PROMPTS)
-    elif Path(source).exists() or source.endswith((".jsonl", ".json")):
-        prompts = _read_jsonl(Path(source))
-    else:
-        prompts = _read_hub(source)
+    path = Path(source)
+    is_file = path.exists() or path.suffix in (".jsonl", ".json")
+    prompts = _read_jsonl(path) if is_file else _read_hub(str(source))
     if not prompts:
         raise SpeculatorError(f"{source} holds no prompts; expected one JSON object a line.")
     seen: dict[str, int] = {}
