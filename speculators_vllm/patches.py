@@ -14,20 +14,25 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 MARK = "_speculators_vllm"
+REGISTRY = "vllm.model_executor.models.registry"
 TESTED = ((0, 32), (0, 33))
 """First and last minor version of vLLM that this was made for."""
 
 
 def apply() -> None:
-    """Wraps vLLM's functions, once a process.
+    """Registers networks and wraps vLLM's functions, once a process.
 
-    Only a process that has imported `vllm.engine.arg_utils` builds an engine's config. Engine cores
-    and workers have not, and need none of this.
+    A process that builds networks has imported vLLM's model registry before it loads plug-ins; one
+    that builds an engine's config has imported `vllm.engine.arg_utils`, and looks networks up. In
+    any other there is nothing to do, and nothing is imported for it.
     """
     arg_utils = sys.modules.get("vllm.engine.arg_utils")
+    if arg_utils is not None or REGISTRY in sys.modules:
+        _register_networks()
     if arg_utils is None:
         return
     warn_of_untested_version()
+    _read_drafts_by_our_config()
     # vLLM 0.32, 0.33: builds the speculative settings from the user's --speculative-config.
     _wrap(
         arg_utils.EngineArgs,
@@ -51,6 +56,36 @@ def apply() -> None:
         ],
         _locating_verifier,
     )
+
+
+@functools.cache
+def _register_networks() -> None:
+    """Tells vLLM's model registry, by name alone, of the networks that proposers bring."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    from speculators_vllm.proposers import PROPOSERS
+
+    for name in PROPOSERS.names():
+        try:
+            networks = PROPOSERS.load(name).networks
+        except Exception:  # another package's fault must not stop ours
+            logger.warning("speculators-vllm left out the proposer %s", name, exc_info=True)
+            continue
+        for architecture, path in networks.items():
+            ModelRegistry.register_model(architecture, path)
+
+
+def _read_drafts_by_our_config() -> None:
+    """vLLM 0.32, 0.33: the table of config classes by model type; its own cannot read MTP."""
+    from vllm.transformers_utils import config
+
+    from speculators_vllm.draft_config import DraftConfig
+
+    registry = getattr(config, "_CONFIG_REGISTRY", None)
+    if not isinstance(registry, dict) or "speculators" not in registry:
+        logger.warning("speculators-vllm found no vLLM config class for speculators to replace")
+        return
+    registry["speculators"] = DraftConfig
 
 
 def _wrap(
@@ -122,9 +157,9 @@ def _locating_verifier(original: Callable) -> Callable:
             return verifier, tokenizer, speculative_config
         from speculators_vllm.speculative_config import locate
 
-        located, by_default = locate(model, verifier, kwargs.get("revision"))
+        located, settings = locate(model, verifier, kwargs.get("revision"))
         user = kwargs.get("vllm_speculative_config") or {}
-        speculative_config |= {k: v for k, v in by_default.items() if k not in user}
-        return located, located if tokenizer == verifier else tokenizer, speculative_config
+        method = {"method": settings["method"]}  # not the user's to choose
+        return located, kwargs.get("tokenizer") or located, {**settings, **user, **method}
 
     return maybe_override_with_speculators

@@ -11,13 +11,17 @@ from transformers import PretrainedConfig
 
 from speculators_core import checkpoint
 from speculators_core.config import SpeculatorModelConfig
-from speculators_core.errors import SpeculatorError
+from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.model import SpeculatorModel
 from speculators_core.registry import MODELS
 from speculators_core.verifier import check_verifier, locate_verifier
+from speculators_vllm.proposers import PROPOSERS
 
 logger = logging.getLogger(__name__)
 
+UNSNIFFED_METHODS = ("eagle", "eagle3", "dflash", "dspark")
+SNIFFED_WORDS = ("eagle-", "eagle3", "dflash", "dspark")
+"""For any other method vLLM 0.32 looks for these in the draft's path, and believes the path."""
 WITHOUT_CHECKPOINT = ("ngram", "ngram_gpu", "suffix", "custom_class")
 """Methods whose ``model`` is no checkpoint."""
 
@@ -101,25 +105,34 @@ def _from_checkpoint(
 
 
 def check_served(name: str, config_dict: Mapping[str, Any]) -> None:
-    """Raises SpeculatorError unless vLLM has a method for such a speculator."""
+    """Raises SpeculatorError unless vLLM can serve such a speculator, from where it lies."""
     from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES
 
+    from speculators_vllm.draft_config import DraftConfig, proposer_of
+
     kind = config_dict.get("speculators_model_type")
-    served = sorted(SUPPORTED_SPECULATORS_TYPES)
-    if kind in MODELS.names() and kind not in served:
-        raise SpeculatorError(
-            f"{name}: vLLM serves no {kind} speculator from its own folder; it serves "
-            f"{', '.join(served)}. The reference decoder runs it."
-        )
+    served = sorted({*SUPPORTED_SPECULATORS_TYPES, *PROPOSERS.names()})
     if kind not in served:
-        known = sorted({*MODELS.names(), *served})
+        what = "vLLM has no proposer for" if kind in MODELS.names() else "unknown"
         raise SpeculatorError(
-            f"{name}: unknown speculators_model_type {kind!r}; known: {', '.join(known)}."
+            f"{name}: {what} speculators_model_type {kind!r}; known: {', '.join(served)}."
         )
-    if kind in ("dflash", "dflash2") and config_dict.get("sample_from_anchor"):
+    proposer = proposer_of(config_dict)
+    if proposer is None:
+        return
+    try:
+        DraftConfig.extract_transformers_pre_trained_config(dict(config_dict))
+    except SpeculatorError as error:
+        raise SpeculatorError(f"{name}: {error}") from error
+    except (KeyError, ValueError, TypeError) as error:
         raise SpeculatorError(
-            f"{name}: sample_from_anchor is true, which vLLM 0.32 does not serve for {kind}. "
-            "The reference decoder runs it."
+            f"{name}: vLLM cannot read its config ({type(error).__name__}: {first_line(error)})."
+        ) from error
+    taken = next((word for word in SNIFFED_WORDS if word in str(name).lower()), None)
+    if proposer.method not in UNSNIFFED_METHODS and taken is not None:
+        raise SpeculatorError(
+            f"{name}: the path holds {taken!r}, from which vLLM would take another method than "
+            f"{proposer.method}. Rename the folder, or link to it under another name."
         )
 
 
@@ -146,18 +159,24 @@ def locate(
     """Where the verifier of a speculator lies that is served by its own name, and its settings.
 
     Raises:
-        SpeculatorError: the speculator names no verifier.
+        SpeculatorError: the speculator names no verifier; or a revision is asked for, which vLLM
+            would look for in the verifier's repository.
     """
     if not verifier:
         raise SpeculatorError(
             f"{speculator} names no verifier. Serve it with vllm serve <verifier> "
             f'--speculative-config \'{{"model": "{speculator}"}}\'.'
         )
-    folder = checkpoint.fetch(speculator, files=[checkpoint.CONFIG], revision=revision or "main")
+    located = locate_verifier(verifier, beside=speculator)
+    if revision is not None:
+        raise SpeculatorError(
+            f"--revision {revision}: vLLM would look for it in the verifier {verifier}. Serve with "
+            f"vllm serve {located} --speculative-config "
+            f'\'{{"model": "{speculator}", "revision": "{revision}"}}\'.'
+        )
+    folder = checkpoint.fetch(speculator, files=[checkpoint.CONFIG])
     settings = vllm_settings(checkpoint.read_config(folder))
-    return locate_verifier(verifier, beside=speculator), {
-        "num_speculative_tokens": settings["num_speculative_tokens"]
-    }
+    return located, {**settings, "model": speculator}
 
 
 def vllm_settings(config_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,12 +184,12 @@ def vllm_settings(config_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     vLLM itself reads the first method whatever the default is.
     """
-    from vllm.transformers_utils.configs.speculators.base import SpeculatorsConfig
+    from speculators_vllm.draft_config import DraftConfig
 
     inner = dict(config_dict["speculators_config"])
     default = inner.get("default_proposal_method")
     methods = inner.get("proposal_methods") or []
     inner["proposal_methods"] = sorted(methods, key=lambda m: m.get("proposal_type") != default)
-    return SpeculatorsConfig.extract_vllm_speculative_config(
+    return DraftConfig.extract_vllm_speculative_config(
         config_dict={**config_dict, "speculators_config": inner}
     )

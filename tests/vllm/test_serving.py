@@ -15,48 +15,19 @@ from transformers import Qwen3ForCausalLM
 
 from benchmarks import playground
 from benchmarks.acceptance import AcceptanceSettings, measure
-from benchmarks.engines import Decoding, Draft, TransformersEngine, VLLMEngine
-from speculators_core.batch import Batch
+from benchmarks.engines import Decoding, TransformersEngine, VLLMEngine
 from speculators_core.models.eagle3 import Eagle3DraftModel
-from speculators_core.prompts import TokenizedPrompt
-from speculators_core.training.batches import pack
-from speculators_core.training.trainer import run_verifier
 from speculators_core.vocabulary import choose_draft_vocabulary
 from tests.conftest import make_verifier
-from tests.data import INTEROP, interop_acceptance
+from tests.vllm.serving import EAGER, SMALL, as_prompts, fit, run
 
 pytestmark = pytest.mark.vllm
 
 EAGLE3 = str(playground.EAGLE3)
-EAGER = {"enforce_eager": True, "max_model_len": 512}
-
-
-def run(engine, speculator, speculative_tokens, prompts, decoding):
-    with engine.loaded(Draft("speculator", str(speculator), speculative_tokens)) as runner:
-        return runner.run(prompts, decoding, lambda: None)
-
-
-def as_prompts(ids):
-    return [TokenizedPrompt(category="all", token_ids=list(tokens)) for tokens in ids]
-
-
-@pytest.mark.parametrize("name", ["eagle3", "peagle", "dflash"])
-def test_interop_counts_in_vllm_are_the_recorded_ones(name):
-    recorded = interop_acceptance()
-    expected = recorded["speculators"][name]
-    k = expected["speculative_tokens"]
-    engine = VLLMEngine(str(INTEROP / "verifier"), "float32", 1, dict(EAGER))
-    decoding = Decoding(recorded["max_tokens"], 0.0, 0, ignore_eos=True)
-    records = run(engine, INTEROP / name, k, as_prompts(recorded["prompts"]), decoding)
-    assert [r.output_ids for r in records] == recorded["verifier_only"]
-    for record, request in zip(records, expected["requests"], strict=True):
-        assert len(record.accepted) == request["drafts"]
-        per_position = [sum(a >= i for a in record.accepted) for i in range(1, k + 1)]
-        assert per_position == request["accepted_per_position"]
 
 
 def test_playground_is_lossless_and_vllm_agrees_with_the_reference():
-    names = tuple(str(playground.SPECULATORS[name]) for name in ("eagle3", "peagle"))
+    names = tuple(map(str, playground.SPECULATORS.values()))
     common = {"limit_per_category": 2, "max_tokens": 48, "model": names}
     served = measure(AcceptanceSettings(engine="vllm", **common))
     reference = measure(AcceptanceSettings(engine="transformers", **common))
@@ -129,37 +100,10 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def small_verifier(tmp_path_factory) -> Path:
     """Shaped so that vLLM's CPU attention takes it."""
-    verifier = make_verifier(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-    )
+    verifier = make_verifier(**SMALL)
     folder = tmp_path_factory.mktemp("small") / "verifier"
     verifier.save_pretrained(folder)
     return folder
-
-
-def fit(model: Eagle3DraftModel, verifier: Qwen3ForCausalLM) -> None:
-    """A few hundred steps on the verifier's own text, so that some proposals are kept."""
-    starts = torch.arange(3, 35)[:, None]
-    texts = verifier.generate(
-        starts, attention_mask=torch.ones_like(starts), max_new_tokens=48, do_sample=False
-    )
-    rows = [{"input_ids": t.tolist(), "loss_mask": [1] * len(t)} for t in texts]
-    batches: list[Batch] = [
-        run_verifier(verifier, pack(rows[first : first + 8], 8 * 49), model.config.aux_layer_ids)
-        for first in range(0, 32, 8)
-    ]
-    optimizer = torch.optim.Adam([w for w in model.parameters() if w.requires_grad], lr=3e-3)
-    for step in range(200):
-        optimizer.zero_grad()
-        model(batches[step % len(batches)])[1].backward()
-        optimizer.step()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -5,6 +5,7 @@ import pytest
 from transformers import AutoConfig
 
 from speculators_core.errors import SpeculatorError
+from speculators_core.registry import MODELS
 from speculators_vllm.speculative_config import Source, complete
 from tests.conftest import make_verifier
 from tests.data import INTEROP
@@ -133,9 +134,10 @@ def test_missing_folder_is_refused():
         completed({"model": "/nowhere/eagle3"})
 
 
-def test_what_vllm_has_no_method_for_is_refused_by_name(tmp_path):
-    with pytest.raises(SpeculatorError, match="vLLM serves no mtp speculator from its own folder"):
-        completed({"model": str(INTEROP / "mtp")})
+def test_what_vllm_has_no_method_for_is_refused_by_name(copy, monkeypatch, tmp_path):
+    monkeypatch.setitem(MODELS._table, "novel", MODELS._table["mtp"])
+    with pytest.raises(SpeculatorError, match="vLLM has no proposer for .*'novel'; known: dflash"):
+        completed({"model": copy(lambda c: c.update(speculators_model_type="novel"))})
     folder = shutil.copytree(INTEROP / "dflash", tmp_path / "draft")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"sample_from_anchor": True}))

@@ -1,0 +1,1 @@
+"""Networks for vLLM's model registry; imported by the processes that run them."""

@@ -1,0 +1,31 @@
+"""DFlash in vLLM, with the norm of context keys that each layer has of its own."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM, DFlashQwen3Model
+
+
+class DFlashNetwork(DFlashQwen3Model):
+    def _normalize_context_k(
+        self, all_k: Float[Tensor, "layers context kv_heads head_dim"]
+    ) -> Float[Tensor, "layers context kv_heads head_dim"]:
+        """Each layer's keys under its own weights.
+
+        vLLM hands one kernel the weights of all layers at once. Its CPU kernel (0.32) reads the
+        first layer's alone.
+        """
+        if all_k.device.type != "cpu":
+            return super()._normalize_context_k(all_k)
+        normed = torch.empty_like(all_k)
+        norm_eps: Any = self._rms_norm_eps
+        for layer, weight in enumerate(self._k_norm_weights):
+            ops.rms_norm(normed[layer], all_k[layer], weight, norm_eps)
+        return normed
+
+
+class DFlashForCausalLM(DFlashQwen3ForCausalLM):
+    model_cls = DFlashNetwork
