@@ -1,17 +1,19 @@
 """How much of what speculators propose is kept, and what that gains.
 
 ``python -m benchmarks.acceptance`` and ``speculators acceptance``. Runs the same prompts without
-speculation and with each draft in one run, on vLLM or on the reference decoder.
+speculation and with each draft in one run, on vLLM, on the reference decoder, or on servers that
+run already.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import Field
 
+from benchmarks.wire import ServerSettings
 from speculators_core.errors import SpeculatorError
 from speculators_core.settings import Settings
 from speculators_vllm import offline
@@ -30,9 +32,10 @@ class AcceptanceSettings(Settings):
 
     model: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = ()
     """Drafts to compare: speculators or language models (folders or hub ids), prompt-lookup, and
-    assisted (Transformers' own prompt lookup); the playground's speculators where none is given."""
+    assisted (Transformers' own prompt lookup); the playground's speculators where none is given.
+    With --base-url, the name of what that server runs."""
     verifier: str | None = None
-    """Verifier; the one that the speculator names where none is given."""
+    """Verifier; the one that the speculator or the server names where none is given."""
     engine: Literal["vllm", "transformers"] = "vllm"
     """vLLM, or the reference decoder."""
     prompts: str = "playground"
@@ -59,6 +62,8 @@ class AcceptanceSettings(Settings):
     """Of both models; float32 on a CPU and auto on a GPU where none is given."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """More arguments of vLLM's `LLM`, as JSON."""
+    server: Annotated[ServerSettings, Parameter(name="*")] = ServerSettings()
+    """Measured instead of an engine in this process."""
     output: Path | None = None
     """Folder for report.json and acceptance.png."""
 
@@ -88,71 +93,111 @@ def measure(settings: AcceptanceSettings) -> Any:
     """The report of a run.
 
     Raises:
-        SpeculatorError: speculator, verifier or prompts are at fault; nothing was loaded yet.
+        SpeculatorError: options, speculator, verifier, prompts or a server are at fault; nothing
+            was loaded yet. Or a server failed on the way.
     """
-    if settings.engine == "vllm":
+    _check_options(settings)
+    if settings.engine == "vllm" and not settings.server.base_url:
         offline.prepare()
-    elif settings.engine_args:
+    from benchmarks.engines import Draft
+    from benchmarks.report import DraftReport, Report, environment, hash_weights, report_k
+    from benchmarks.statistics import latency, tokens_per_second
+    from speculators_core.prompts import hash_prompts
+
+    checked = _check_inputs(settings)
+    engine, chosen = _engine(settings, checked)
+    has_baseline = not checked.servers or "baseline" in checked.servers
+    baseline = _run_all(engine, None, checked, settings) if has_baseline else _Measured([], None)
+    remarks = baseline.remarks("without speculation")
+    drafts = []
+    for found in checked.drafts:
+        by_k = []
+        for count in settings.k or (found.default_k,):
+            draft = Draft(found.kind, found.name, count)
+            measured = _run_all(engine, draft, checked, settings)
+            greedy = settings.temperature == 0
+            by_k.append(report_k(count, measured.runs, baseline.runs, greedy, measured.counters))
+            remarks += measured.remarks("with speculation")
+        weights = None if found.folder is None else hash_weights(found.folder)
+        drafts.append(DraftReport(name=found.name, kind=found.kind, sha256=weights, by_k=by_k))
+    return Report(
+        settings={**settings.model_dump(mode="json"), **chosen},
+        verifier=checked.verifier,
+        verifier_sha256=hash_weights(checked.verifier),
+        environment=environment("client device" if checked.servers else "device"),
+        servers={what: asdict(server) for what, server in checked.servers.items()},
+        prompts_sha256=hash_prompts(checked.prompts),
+        baseline_tokens_per_s=[tokens_per_second(records) for records in baseline.runs],
+        baseline_requests=baseline.runs[0] if baseline.runs else [],
+        baseline_latency=latency([record for run in baseline.runs for record in run]),
+        drafts=drafts,
+        remarks=remarks,
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """All runs of one draft, or of the verifier alone."""
+
+    runs: list[list[Any]]
+    counters: Any
+    """What a server counted meanwhile."""
+
+    def remarks(self, what: str) -> list[str]:
+        from benchmarks import live
+
+        return [] if self.counters is None else live.remarks(what, self.runs, self.counters)
+
+
+def _run_all(
+    engine: Any, draft: Any, checked: "_Checked", settings: AcceptanceSettings
+) -> _Measured:
+    from benchmarks.engines import Decoding, warm_up
+    from speculators_core.console import progress
+
+    prompts = checked.prompts
+    decoding = Decoding(
+        settings.max_tokens, settings.temperature, settings.seed, settings.ignore_eos
+    )
+    what = "alone" if draft is None else f"{Path(draft.name).name}, K = {draft.speculative_tokens}"
+    with engine.loaded(draft) as runner, progress(what, settings.runs * len(prompts)) as done:
+        warm_up(runner, prompts, decoding)
+        before = runner.counters()
+        runs = [
+            runner.run(prompts, replace(decoding, seed=settings.seed + run), done)
+            for run in range(settings.runs)
+        ]
+        return _Measured(runs, None if before is None else runner.counters() - before)
+
+
+def _check_options(settings: AcceptanceSettings) -> None:
+    """Raises SpeculatorError for options that do not go together."""
+    server = settings.server
+    if settings.engine_args and settings.engine == "transformers":
         raise SpeculatorError(
             f"--engine-args are vLLM's; found {', '.join(settings.engine_args)} with "
             "--engine transformers."
         )
-    from benchmarks.engines import Decoding, Draft, warm_up
-    from benchmarks.report import DraftReport, Report, environment, hash_weights, report_k
-    from benchmarks.statistics import tokens_per_second
-    from speculators_core.console import progress
-    from speculators_core.prompts import hash_prompts
-
-    checked = _check_inputs(settings)
-    prompts = checked.prompts
-    dtype = settings.dtype or ("auto" if offline.has_gpu() else "float32")
-    engine_args: dict[str, Any] = {}
-    if settings.engine == "vllm":
-        engine_args = {
-            **offline.default_arguments(),
-            "seed": settings.seed,
-            **settings.engine_args,
-        }
-    engine = _engine(settings, checked, dtype, engine_args)
-    decoding = Decoding(
-        settings.max_tokens, settings.temperature, settings.seed, settings.ignore_eos
-    )
-
-    def run_all(draft: Draft | None) -> list[Any]:
-        what = (
-            "alone" if draft is None else f"{Path(draft.name).name}, K = {draft.speculative_tokens}"
+    if server.base_url is None:
+        given = {"--baseline-url": server.baseline_url, "--api-key": server.api_key}
+        for option, value in given.items():
+            if value:
+                raise SpeculatorError(f"{option} is of a server: it needs --base-url.")
+        return
+    decided: dict[str, Any] = {
+        "--k": settings.k,
+        "--dtype": settings.dtype,
+        "--engine-args": settings.engine_args,
+        "--engine transformers": settings.engine == "transformers",
+    }
+    if found := [option for option, value in decided.items() if value]:
+        raise SpeculatorError(
+            f"{', '.join(found)}: the server of --base-url decides this itself, when it is started."
         )
-        with engine.loaded(draft) as runner, progress(what, settings.runs * len(prompts)) as done:
-            warm_up(runner, prompts, decoding)
-            return [
-                runner.run(prompts, replace(decoding, seed=settings.seed + run), done)
-                for run in range(settings.runs)
-            ]
-
-    baseline = run_all(None)
-    drafts = []
-    for found in checked.drafts:
-        by_k = [
-            report_k(
-                count,
-                run_all(Draft(found.kind, found.name, count)),
-                baseline,
-                greedy=settings.temperature == 0,
-            )
-            for count in settings.k or (found.default_k,)
-        ]
-        weights = None if found.folder is None else hash_weights(found.folder)
-        drafts.append(DraftReport(name=found.name, kind=found.kind, sha256=weights, by_k=by_k))
-    return Report(
-        settings={**settings.model_dump(mode="json"), "dtype": dtype, "engine_args": engine_args},
-        verifier=checked.verifier,
-        verifier_sha256=hash_weights(checked.verifier),
-        environment=environment(),
-        prompts_sha256=hash_prompts(prompts),
-        baseline_tokens_per_s=[tokens_per_second(records) for records in baseline],
-        baseline_requests=baseline[0],
-        drafts=drafts,
-    )
+    if len(settings.model) > 1:
+        raise SpeculatorError(
+            f"--base-url serves one draft, found {len(settings.model)} names in --model."
+        )
 
 
 @dataclass(frozen=True)
@@ -176,6 +221,7 @@ class _Checked:
     verifier: str
     drafts: list[_FoundDraft]
     prompts: list[Any]
+    servers: dict[str, Any] = field(default_factory=dict)
 
 
 def _check_inputs(settings: AcceptanceSettings) -> _Checked:
@@ -183,9 +229,26 @@ def _check_inputs(settings: AcceptanceSettings) -> _Checked:
     from speculators_core.prompts import read_prompts, tokenize
     from speculators_core.verifier import read_tokenizer, read_verifier_config
 
-    shipped = [str(playground.SPECULATORS[name]) for name in SHIPPED[settings.engine]]
     source = playground.PROMPTS if settings.prompts == "playground" else settings.prompts
     prompts = read_prompts(source, settings.limit_per_category)
+    find = _find_served if settings.server.base_url else _find_drafts
+    named, drafts, servers = find(settings)
+    verifier_config = read_verifier_config(named)
+    for draft in drafts:
+        _check_draft(draft, named, verifier_config)
+    longest = getattr(verifier_config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    stated = settings.engine_args.get("max_model_len", longest)
+    if not isinstance(stated, int):
+        raise SpeculatorError(f"--engine-args max_model_len: expected a number, found {stated!r}.")
+    longest = min(longest, stated, *(server.max_model_len for server in servers.values()))
+    return _Checked(named, drafts, tokenize(prompts, read_tokenizer(named), longest), servers)
+
+
+def _find_drafts(settings: AcceptanceSettings) -> tuple[str, list[_FoundDraft], dict[str, Any]]:
+    """The verifier, and the drafts that an engine here is to load."""
+    from benchmarks import playground
+
+    shipped = [str(playground.SPECULATORS[name]) for name in SHIPPED[settings.engine]]
     drafts = [_find_draft(name, settings) for name in settings.model or shipped]
     if settings.engine == "vllm":  # 0.32 cannot start again in a process that ran its n-gram
         drafts.sort(key=lambda draft: draft.kind == "prompt-lookup")
@@ -194,15 +257,22 @@ def _check_inputs(settings: AcceptanceSettings) -> _Checked:
         raise SpeculatorError(
             f"{', '.join(settings.model)}: no verifier is named. Pass --verifier."
         )
-    verifier_config = read_verifier_config(named)
-    for draft in drafts:
-        _check_draft(draft, named, verifier_config)
-    longest = getattr(verifier_config.get_text_config(), "max_position_embeddings", sys.maxsize)
-    stated = settings.engine_args.get("max_model_len", longest)
-    if not isinstance(stated, int):
-        raise SpeculatorError(f"--engine-args max_model_len: expected a number, found {stated!r}.")
-    longest = min(longest, stated)
-    return _Checked(named, drafts, tokenize(prompts, read_tokenizer(named), longest))
+    return named, drafts, {}
+
+
+def _find_served(settings: AcceptanceSettings) -> tuple[str, list[_FoundDraft], dict[str, Any]]:
+    """The verifier, the draft, and the servers that run them."""
+    from benchmarks import live
+
+    verifier, servers = live.find(settings.server, settings.verifier)
+    server = servers["speculating"]
+    name = settings.model[0] if settings.model else server.url.partition("//")[2]
+    folder = Path(name) if Path(name).is_dir() else None
+    return (
+        verifier,
+        [_FoundDraft("served", name, server.speculative_tokens, folder=folder)],
+        servers,
+    )
 
 
 def _find_draft(name: str, settings: AcceptanceSettings) -> _FoundDraft:
@@ -252,14 +322,20 @@ def _check_draft(draft: _FoundDraft, verifier: str, verifier_config: Any) -> Non
         check_shared_vocabulary(draft.config, draft.name, verifier_config, verifier)
 
 
-def _engine(
-    settings: AcceptanceSettings, checked: _Checked, dtype: str, engine_args: dict[str, Any]
-) -> Any:
-    from benchmarks.engines import TransformersEngine, VLLMEngine
+def _engine(settings: AcceptanceSettings, checked: _Checked) -> tuple[Any, dict[str, Any]]:
+    """The engine, and the settings that it runs with where none were given."""
+    from benchmarks.engines import LiveEngine, TransformersEngine, VLLMEngine
 
+    concurrency = settings.concurrency
+    if checked.servers:
+        server, baseline = checked.servers["speculating"], checked.servers.get("baseline")
+        return LiveEngine(server, baseline, concurrency, settings.server), {"engine": "server"}
+    dtype = settings.dtype or ("auto" if offline.has_gpu() else "float32")
     if settings.engine == "transformers":
-        return TransformersEngine(checked.verifier, dtype, settings.concurrency)
-    return VLLMEngine(checked.verifier, dtype, settings.concurrency, engine_args)
+        return TransformersEngine(checked.verifier, dtype, concurrency), {"dtype": dtype}
+    engine_args = {**offline.default_arguments(), "seed": settings.seed, **settings.engine_args}
+    engine = VLLMEngine(checked.verifier, dtype, concurrency, engine_args)
+    return engine, {"dtype": dtype, "engine_args": engine_args}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What runs the prompts: vLLM, or the reference decoder on Transformers."""
+"""What runs the prompts: vLLM here, vLLM as a server, or the reference decoder on Transformers."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from benchmarks.statistics import RequestRecord
+from benchmarks import live, wire
+from benchmarks.statistics import Counters, RequestRecord
 from speculators_core.prompts import TokenizedPrompt
 
 logger = logging.getLogger(__name__)
@@ -35,8 +37,12 @@ class Runner(Protocol):
         self, prompts: Sequence[TokenizedPrompt], decoding: Decoding, done: Done
     ) -> list[RequestRecord]: ...
 
+    def counters(self) -> Counters | None:
+        """What a server has counted so far; None where each request says all there is."""
+        return None
 
-Kind = Literal["speculator", "language-model", "prompt-lookup", "assisted"]
+
+Kind = Literal["speculator", "language-model", "prompt-lookup", "assisted", "served"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Draft:
 
     kind: Kind
     name: str
-    """Folder or hub id of a speculator or a language model; else the kind itself."""
+    """Folder or hub id of a speculator or a language model, or a server; else the kind itself."""
     speculative_tokens: int
 
 
@@ -96,7 +102,7 @@ _VLLM_METHODS: dict[str, Callable[[str], dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class _VLLMRunner:
+class _VLLMRunner(Runner):
     llm: Any
     concurrency: int
 
@@ -135,6 +141,47 @@ class _VLLMRunner:
 
 
 @dataclass(frozen=True)
+class LiveEngine:
+    """A server that speculates, and one that does not; neither is started or stopped here."""
+
+    server: live.Server
+    baseline: live.Server | None
+    concurrency: int
+    settings: wire.ServerSettings
+
+    @contextmanager
+    def loaded(self, draft: Draft | None) -> Iterator[Runner]:
+        server = self.baseline if draft is None else self.server
+        assert server is not None
+        runner = _LiveRunner(server, self.concurrency, self.settings)
+        runner.counters()  # from here on it knows what to wait for
+        yield runner
+
+
+@dataclass
+class _LiveRunner(Runner):
+    server: live.Server
+    concurrency: int
+    settings: wire.ServerSettings
+    awaited_tokens: int = 0
+    """The server's count of tokens, once it has counted those that arrived here."""
+
+    def run(
+        self, prompts: Sequence[TokenizedPrompt], decoding: Decoding, done: Done
+    ) -> list[RequestRecord]:
+        records = asyncio.run(
+            live.complete_all(self.server, self.settings, prompts, decoding, self.concurrency, done)
+        )
+        self.awaited_tokens += sum(len(record.output_ids) for record in records)
+        return records
+
+    def counters(self) -> Counters:
+        found = asyncio.run(live.fetch_counters(self.server, self.settings, self.awaited_tokens))
+        self.awaited_tokens = found.generation_tokens
+        return found
+
+
+@dataclass(frozen=True)
 class TransformersEngine:
     """The reference decoder; without a draft the verifier's own `generate`."""
 
@@ -166,7 +213,7 @@ class TransformersEngine:
 
 
 @dataclass(frozen=True)
-class _TransformersRunner:
+class _TransformersRunner(Runner):
     verifier: Any
     draft: Draft | None
     drafter: Any

@@ -6,20 +6,25 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from rich.table import Table
 
 from benchmarks.statistics import (
     FEW_LOOPS,
+    Counters,
+    Latency,
     RequestRecord,
     Summary,
     bootstrap_interval,
     by_category,
+    latency,
     macro_acceptance_length,
     repeated_share,
     summarize,
+    summarize_counts,
     tokens_per_second,
     without_loops,
 )
@@ -32,22 +37,32 @@ class KReport(BaseModel):
     """Everything about one number of speculative tokens."""
 
     speculative_tokens: int
+    counted: Literal["by request", "by server"]
+    """A server that does not say what each request kept has one count of them all; then there are
+    no figures of categories, and no interval."""
     pooled: Summary
-    interval_95: tuple[float, float]
-    macro_acceptance_length: float
+    interval_95: tuple[float, float] | None
+    macro_acceptance_length: float | None
     categories: dict[str, Summary]
     tokens_per_s: list[float]
     """Of each run."""
-    speed_up: float
-    """Median tokens/s over the median without speculation."""
+    speed_up: float | None
+    """Median tokens/s over the median without speculation; None where that was not measured."""
     num_identical: int | None
-    """Outputs equal to those without speculation; None where they are sampled."""
+    """Outputs equal to those without speculation; None where there are none or they are sampled."""
     first_differences: dict[int, int]
     """Request to the first output position that differs."""
     repeated_8_grams: float
     without_loops: Summary
     """Of the requests with under a tenth of repeated 8-grams: loops flatter a draft."""
+    latency: Latency | None
     requests: list[RequestRecord]
+    counters: Counters | None
+    """What the server counted meanwhile, of everybody's requests."""
+
+    @property
+    def first_run(self) -> list[RequestRecord]:
+        return self.requests[: len(self.requests) // len(self.tokens_per_s)]
 
 
 class DraftReport(BaseModel):
@@ -76,8 +91,14 @@ class Report(BaseModel):
         "beyond max_tokens included"
     )
     baseline_tokens_per_s: list[float]
+    """Of each run without speculation; empty where there was none."""
     baseline_requests: list[RequestRecord]
+    baseline_latency: Latency | None = None
     drafts: list[DraftReport]
+    servers: dict[str, dict[str, Any]] = {}
+    """What the servers said of themselves."""
+    remarks: list[str] = []
+    """What to know before believing the figures."""
 
 
 def report_k(
@@ -85,38 +106,47 @@ def report_k(
     runs: list[list[RequestRecord]],
     baseline: list[list[RequestRecord]],
     greedy: bool,
+    counters: Counters | None = None,
 ) -> KReport:
-    """Counts of all runs together, speed as the median of runs, outputs of the first run."""
+    """Counts of all runs together, speed as the median of runs, outputs of the first run.
+
+    ``baseline`` is empty where nothing ran without speculation.
+    """
     records = [record for run in runs for record in run]
     rates = [tokens_per_second(run) for run in runs]
-    differences = {
-        index: _first_difference(ours.output_ids, alone.output_ids)
-        for index, (ours, alone) in enumerate(zip(runs[0], baseline[0], strict=True))
-        if ours.output_ids != alone.output_ids
-    }
+    alone_rates = [tokens_per_second(run) for run in baseline]
+    comparable = greedy and bool(baseline)
+    differences = (
+        {
+            index: _first_difference(ours.output_ids, alone.output_ids)
+            for index, (ours, alone) in enumerate(zip(runs[0], baseline[0], strict=True))
+            if ours.output_ids != alone.output_ids
+        }
+        if comparable
+        else {}
+    )
+    pooled = summarize(records, speculative_tokens)
+    by_request = not counters or pooled.num_drafts > 0
+    if counters and not by_request:
+        pooled = summarize_counts(len(records), counters.num_drafts, counters.accepted_per_position)
+    groups = by_category(records) if by_request else {}
     return KReport(
         speculative_tokens=speculative_tokens,
-        pooled=summarize(records, speculative_tokens),
-        interval_95=bootstrap_interval(runs),
-        macro_acceptance_length=macro_acceptance_length(records),
-        categories={
-            name: summarize(group, speculative_tokens)
-            for name, group in by_category(records).items()
-        },
+        counted="by request" if by_request else "by server",
+        pooled=pooled,
+        interval_95=bootstrap_interval(runs) if by_request else None,
+        macro_acceptance_length=macro_acceptance_length(records) if by_request else None,
+        categories={name: summarize(group, speculative_tokens) for name, group in groups.items()},
         tokens_per_s=rates,
-        speed_up=median(rates) / median([tokens_per_second(run) for run in baseline]),
-        num_identical=len(runs[0]) - len(differences) if greedy else None,
-        first_differences=differences if greedy else {},
+        speed_up=median(rates) / median(alone_rates) if baseline else None,
+        num_identical=len(runs[0]) - len(differences) if comparable else None,
+        first_differences=differences,
         repeated_8_grams=repeated_share(runs[0]),
         without_loops=summarize(without_loops(records), speculative_tokens),
+        latency=latency(records),
         requests=records,
+        counters=counters,
     )
-
-
-def median(values: list[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else sum(ordered[middle - 1 : middle + 1]) / 2
 
 
 def _first_difference(ours: list[int], alone: list[int]) -> int:
@@ -124,8 +154,8 @@ def _first_difference(ours: list[int], alone: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(alone)))
 
 
-def environment() -> dict[str, str]:
-    """Versions and hardware."""
+def environment(device_is: str = "device") -> dict[str, str]:
+    """Versions and hardware of this machine; ``device_is`` names its part in the measurement."""
     import torch
 
     found = {}
@@ -135,7 +165,7 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    return {**found, "python": platform.python_version(), "device": device}
+    return {**found, "python": platform.python_version(), device_is: device}
 
 
 def _cpu_name() -> str:
@@ -163,15 +193,17 @@ def hash_weights(folder: str | Path) -> str | None:
 
 def print_report(report: Report) -> None:
     """The tables: by draft and number of speculative tokens, by position, and by category."""
-    num_prompts = len(report.baseline_requests)
+    first = report.drafts[0].by_k[0]
+    outputs = report.baseline_requests or first.first_run
     columns = ("draft", "K", "tau", "95 %", "macro", "loop-free", "tok/s", "speed-up", "identical")
     summary = _table("acceptance", *columns)
     positions = _table("by position", "draft", "K", "position", "kept", "joint", "conditional")
     categories = _table(
         "by category", "draft", "K", "category", "requests", "drafts", "tau", "kept"
     )
-    alone = f"{median(report.baseline_tokens_per_s):.1f}"
-    summary.add_row("none", *["-"] * 5, alone, "1.00x", "-")
+    if report.baseline_tokens_per_s:
+        alone = f"{median(report.baseline_tokens_per_s):.1f}"
+        summary.add_row("none", *["-"] * 5, alone, "1.00x", "-")
     for name, entry in _entries(report):
         k, pooled = str(entry.speculative_tokens), entry.pooled
         same = entry.num_identical
@@ -179,8 +211,8 @@ def print_report(report: Report) -> None:
         if pooled.num_drafts:
             figures = [
                 f"{pooled.acceptance_length:.3f}",
-                "{:.2f}-{:.2f}".format(*entry.interval_95),
-                f"{entry.macro_acceptance_length:.3f}",
+                "{:.2f}-{:.2f}".format(*entry.interval_95) if entry.interval_95 else "-",
+                _figure(entry.macro_acceptance_length, ".3f"),
                 f"{entry.without_loops.acceptance_length:.3f}"
                 if entry.without_loops.num_drafts
                 else "-",
@@ -190,8 +222,8 @@ def print_report(report: Report) -> None:
             k,
             *figures,
             f"{median(entry.tokens_per_s):.1f}",
-            f"{entry.speed_up:.2f}x",
-            "-" if same is None else f"{same} of {num_prompts}",
+            _figure(entry.speed_up, ".2f", "x"),
+            "-" if same is None else f"{same} of {len(outputs)}",
         )
         if not pooled.num_drafts:
             continue
@@ -199,21 +231,55 @@ def print_report(report: Report) -> None:
             pooled.accepted_per_position, pooled.joint_rates, pooled.conditional_rates, strict=True
         )
         for position, (kept, joint, conditional) in enumerate(rates, 1):
-            shown = "-" if conditional is None else f"{conditional:.3f}"
-            positions.add_row(name, k, str(position), str(kept), f"{joint:.3f}", shown)
+            rate = _figure(conditional, ".3f")
+            positions.add_row(name, k, str(position), str(kept), f"{joint:.3f}", rate)
         for category, group in entry.categories.items():
             kept_of_group = " ".join(map(str, group.accepted_per_position))
             tau = f"{group.acceptance_length:.3f}"
             numbers = (str(group.num_requests), str(group.num_drafts), tau)
             categories.add_row(name, k, category, *numbers, kept_of_group)
-    for table in (summary, positions, categories):
-        console.print(table)
-    repeated = repeated_share(report.baseline_requests)
-    num_free = len(without_loops(report.baseline_requests))
+    for table in (summary, _latency_table(report), positions, categories):
+        if table.row_count:
+            console.print(table)
+    repeated = repeated_share(outputs)
+    num_free = len(without_loops(outputs))
+    for remark in report.remarks:
+        console.print(remark)
     console.print(
         f"tau counts the bonus token. {repeated:.1%} of the verifier's 8-grams repeat; loop-free "
         f"is tau of outputs with under {FEW_LOOPS:.0%} of them ({num_free} of the verifier's)"
     )
+
+
+def _figure(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def _latency_table(report: Report) -> Table:
+    """When tokens came, of a server; no rows where none was asked."""
+    table = _table(
+        f"latency, {report.settings['concurrency']} requests at a time",
+        "draft",
+        "K",
+        "TTFT ms p50",
+        "p90",
+        "p99",
+        "TPOT ms p50",
+        "p90",
+        "p99",
+        "tok/s/user",
+    )
+    rows = [("none", "-", report.baseline_latency)]
+    rows += [
+        (name, str(entry.speculative_tokens), entry.latency) for name, entry in _entries(report)
+    ]
+    for name, k, timed in rows:
+        if timed is None:
+            continue
+        waits = [f"{1000 * s:.1f}" for s in timed.first_token_s.values()]
+        steps = [f"{1000 * s:.2f}" for s in timed.per_token_s.values()] or ["-"] * len(waits)
+        table.add_row(name, k, *waits, *steps, f"{timed.tokens_per_s_per_user:.1f}")
+    return table
 
 
 def _entries(report: Report) -> list[tuple[str, KReport]]:
@@ -266,7 +332,7 @@ def _plot(report: Report, path: Path) -> None:
             range(entry.speculative_tokens + 1),
             entry.pooled.histogram,
             drawstyle="steps-mid",
-            label=f"{name}, {entry.speed_up:.2f}x",
+            label=name if entry.speed_up is None else f"{name}, {entry.speed_up:.2f}x",
         )
     rates.set(xlabel="position", ylabel="rate", ylim=(0, 1), title="joint (-) and conditional (..)")
     rates.xaxis.set_major_locator(MaxNLocator(integer=True))

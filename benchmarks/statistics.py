@@ -3,6 +3,8 @@
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
@@ -12,8 +14,19 @@ if TYPE_CHECKING:
 
 BOOTSTRAP_SAMPLES = 1000
 LOOP_SPAN = 8
+PERCENTILES = (50, 90, 99)
 FEW_LOOPS = 0.1
 """Share of repeated 8-grams below which an output counts as free of loops."""
+
+
+class Timing(BaseModel):
+    """When a server answered a request that it ran beside others."""
+
+    model_config = ConfigDict(frozen=True)
+    start_s: float
+    """Since the run's first request."""
+    first_token_s: float
+    """Since the request was sent."""
 
 
 class RequestRecord(BaseModel):
@@ -24,8 +37,46 @@ class RequestRecord(BaseModel):
     num_prompt_tokens: int
     output_ids: list[int]
     accepted: list[int]
-    """Tokens kept of each draft, in order; empty without speculation."""
+    """Tokens kept of each draft, in order; empty without speculation, or where nobody says."""
     seconds: float
+    """From request to last token; requests that were handed over together share that time."""
+    timing: Timing | None = None
+    """Of a server, whose requests overlap."""
+
+
+class Counters(BaseModel):
+    """What a server counts over all its requests, whoever sent them."""
+
+    model_config = ConfigDict(frozen=True)
+    num_drafts: int
+    accepted_per_position: tuple[int, ...]
+    """One entry for each speculative token; none without speculation."""
+    generation_tokens: int
+    prompt_tokens: int
+    """Those that the prefix cache was asked for."""
+    cached_prompt_tokens: int
+
+    def __sub__(self, before: "Counters") -> "Counters":
+        kept = zip(self.accepted_per_position, before.accepted_per_position, strict=True)
+        return Counters(
+            num_drafts=self.num_drafts - before.num_drafts,
+            accepted_per_position=tuple(after - earlier for after, earlier in kept),
+            generation_tokens=self.generation_tokens - before.generation_tokens,
+            prompt_tokens=self.prompt_tokens - before.prompt_tokens,
+            cached_prompt_tokens=self.cached_prompt_tokens - before.cached_prompt_tokens,
+        )
+
+
+class Latency(BaseModel):
+    """Percentiles over requests, in seconds."""
+
+    model_config = ConfigDict(frozen=True)
+    first_token_s: dict[str, float]
+    """TTFT: from request to first token."""
+    per_token_s: dict[str, float]
+    """TPOT: from first to last token, over the tokens after the first."""
+    tokens_per_s_per_user: float
+    """Median of a request's tokens over its seconds, prefill included."""
 
 
 class Summary(BaseModel):
@@ -47,21 +98,25 @@ class Summary(BaseModel):
 
 def summarize(records: Sequence[RequestRecord], speculative_tokens: int) -> Summary:
     counts = _pool(records, speculative_tokens)
-    drafts, per_position = counts.num_drafts, counts.accepted_per_position
-    reached = [drafts, *per_position[:-1]]
+    return summarize_counts(len(records), counts.num_drafts, counts.accepted_per_position)
+
+
+def summarize_counts(
+    num_requests: int, num_drafts: int, accepted_per_position: Sequence[int]
+) -> Summary:
+    """Figures of drafts that were counted together, position by position."""
+    kept_to = [num_drafts, *accepted_per_position, 0]
     return Summary(
-        num_requests=len(records),
-        num_drafts=drafts,
-        accepted_per_position=per_position,
-        acceptance_length=counts.acceptance_length,
-        joint_rates=[kept / max(1, drafts) for kept in per_position],
+        num_requests=num_requests,
+        num_drafts=num_drafts,
+        accepted_per_position=list(accepted_per_position),
+        acceptance_length=1 + sum(accepted_per_position) / max(1, num_drafts),
+        joint_rates=[kept / max(1, num_drafts) for kept in accepted_per_position],
         conditional_rates=[
             kept / before if before else None
-            for kept, before in zip(per_position, reached, strict=True)
+            for kept, before in zip(accepted_per_position, kept_to, strict=False)
         ],
-        histogram=[
-            counts.accepted.count(k) / max(1, drafts) for k in range(speculative_tokens + 1)
-        ],
+        histogram=[(kept - further) / max(1, num_drafts) for kept, further in pairwise(kept_to)],
     )
 
 
@@ -101,7 +156,35 @@ def _pool(records: Sequence[RequestRecord], speculative_tokens: int = 0) -> "Acc
 
 def tokens_per_second(records: Sequence[RequestRecord]) -> float:
     """Output tokens over the seconds from request to last token, prefill included."""
-    return sum(len(r.output_ids) for r in records) / sum(r.seconds for r in records)
+    seconds = sum(r.seconds for r in records if r.timing is None)
+    timed = [(r.timing.start_s, r.timing.start_s + r.seconds) for r in records if r.timing]
+    if timed:  # requests overlap: what counts is from the first sent to the last done
+        seconds += max(end for _, end in timed) - min(start for start, _ in timed)
+    return sum(len(r.output_ids) for r in records) / seconds
+
+
+def latency(records: Sequence[RequestRecord]) -> Latency | None:
+    """None where no server timed the requests one by one."""
+    timed = [(record, record.timing.first_token_s) for record in records if record.timing]
+    if not timed:
+        return None
+    after_first = [
+        (record.seconds - first) / (len(record.output_ids) - 1)
+        for record, first in timed
+        if len(record.output_ids) > 1
+    ]
+    return Latency(
+        first_token_s=_percentiles([first for _, first in timed]),
+        per_token_s=_percentiles(after_first),
+        tokens_per_s_per_user=median(len(r.output_ids) / r.seconds for r, _ in timed),
+    )
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    """The smallest value that so many percent do not exceed; nothing of nothing."""
+    ordered = sorted(values)
+    ranks = {f"p{percent}": -(-percent * len(ordered) // 100) for percent in PERCENTILES}
+    return {name: ordered[rank - 1] for name, rank in ranks.items()} if ordered else {}
 
 
 def without_loops(records: Sequence[RequestRecord]) -> list[RequestRecord]:

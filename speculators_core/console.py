@@ -1,6 +1,8 @@
 """Log lines and progress: a bar on a terminal, a line every half minute where there is none."""
 
 import logging
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,20 @@ def set_up() -> None:
         logger.setLevel(logging.INFO)
         logger.handlers = [handler]
         logger.propagate = False
+
+
+@contextmanager
+def result_alone_on_stdout() -> Iterator[None]:
+    """What anything writes to stdout meanwhile, child processes too, goes to stderr."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 class Advance(Protocol):

@@ -131,16 +131,19 @@ def test_differing_outputs_are_found():
         ({"model": ("assisted",), "concurrency": 2}, "one request at a time"),
         ({"engine": "vllm", "model": ("assisted",)}, "one request at a time"),
         ({"engine": "vllm", "model": ("prompt-lookup",), "k": (1, 2)}, "pass one number to --k"),
-        (
-            {"engine": "vllm", "model": (str(playground.SPECULATORS["mtp"]),)},
-            "vLLM serves no mtp speculator from its own folder; it serves dflash",
-        ),
         ({"engine": "vllm", "engine_args": {"max_model_len": "x"}}, "expected a number, found 'x'"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_loads(settings, message):
     with pytest.raises(SpeculatorError, match=message):
         measure(AcceptanceSettings(**QUICK | settings))
+
+
+def test_a_path_that_vllm_would_misread_is_refused_before_anything_loads(tmp_path):
+    link = tmp_path / "eagle3_or_mtp"
+    link.symlink_to(playground.SPECULATORS["mtp"])
+    with pytest.raises(SpeculatorError, match="the path holds 'eagle3'"):
+        measure(AcceptanceSettings(**QUICK | {"engine": "vllm", "model": (str(link),)}))
 
 
 def test_drafts_of_one_folder_name_are_told_apart(report):

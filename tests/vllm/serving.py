@@ -1,7 +1,13 @@
 """What the tests of served speculators share."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.engines import Draft
 from speculators_core.batch import Batch
@@ -33,8 +39,15 @@ def as_prompts(ids):
     return [TokenizedPrompt(category="all", token_ids=list(tokens)) for tokens in ids]
 
 
-def fit(model: SpeculatorModel, verifier: PreTrainedModel) -> None:
-    """A few hundred steps on the verifier's own text, so that some proposals are kept."""
+def fit(
+    model: SpeculatorModel,
+    verifier: PreTrainedModel,
+    change: Callable[[Batch], Batch] = lambda batch: batch,
+) -> None:
+    """A few hundred steps on the verifier's own text, so that some proposals are kept.
+
+    ``change`` is done to every batch: what the draft is trained on differs from what it is served.
+    """
     starts = torch.arange(3, 35)[:, None]
     texts = verifier.generate(
         starts,
@@ -44,12 +57,20 @@ def fit(model: SpeculatorModel, verifier: PreTrainedModel) -> None:
         pad_token_id=0,
     )
     rows = [{"input_ids": t.tolist(), "loss_mask": [1] * len(t)} for t in texts]
-    batches: list[Batch] = [
-        run_verifier(verifier, pack(rows[first : first + 8], 8 * 49), model.config.aux_layer_ids)
-        for first in range(0, 32, 8)
-    ]
+    packed = [pack(rows[first : first + 8], 8 * 49) for first in range(0, 32, 8)]
+    batches = [change(run_verifier(verifier, p, model.config.aux_layer_ids)) for p in packed]
     optimizer = torch.optim.Adam([w for w in model.parameters() if w.requires_grad], lr=3e-3)
     for step in range(200):
         optimizer.zero_grad()
         model(batches[step % len(batches)])[1].backward()
         optimizer.step()
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A tokenizer whose words are the numbers of the tokens, with a chat template."""
+    ids = {"<unk>": 0, "</s>": 1} | {str(i): i for i in range(2, vocab_size)}
+    words = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}4 {{ m.content }} 5 {% endfor %}"
+    tokenizer.save_pretrained(folder)
