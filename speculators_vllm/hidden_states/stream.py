@@ -1,0 +1,222 @@
+"""Hidden states over ZeroMQ: one message a request, and no more of them than there is room for.
+
+    engine: PUSH, connects  -->  [header, token ids, states]  -->  PULL, bound: the receiver
+
+The header is JSON (`Header`), the rest raw little-endian bytes. A sender holds one message until
+the network has taken it, a receiver a few; then the sender waits, and its outbox fills.
+"""
+
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+import zmq
+from jaxtyping import Shaped
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from speculators_core.errors import SpeculatorError, first_fault, first_line
+from speculators_core.settings import Settings
+from speculators_vllm.hidden_states.files import FORMAT, HiddenStates
+
+WAIT_S = 0.1
+"""How long the sender is deaf to a shutdown."""
+MAX_HEADER_BYTES = 2**16
+
+
+class Header(Settings):
+    """First frame. ``error`` stands alone: then no frame follows."""
+
+    format: Literal["speculators-hidden-states-1"]
+    request_id: str
+    name: str
+    error: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    layer_ids: tuple[int, ...] = ()
+    num_prompt_tokens: int = Field(0, ge=0)
+    num_tokens: int = Field(0, ge=0)
+    hidden_size: int = Field(0, ge=0)
+
+
+def frames_of(states: HiddenStates) -> list[Any]:
+    """The message; its last two frames are the tensors' own memory."""
+    header = Header(
+        format=FORMAT,
+        request_id=states.request_id,
+        name=states.name,
+        dtype=str(states.hidden_states.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        layer_ids=states.layer_ids,
+        num_prompt_tokens=states.num_prompt_tokens,
+        num_tokens=len(states.token_ids),
+        hidden_size=states.hidden_states.shape[-1],
+    )
+    return [
+        header.model_dump_json().encode(),
+        _bytes_of(states.token_ids),
+        _bytes_of(states.hidden_states),
+    ]
+
+
+def states_of(frames: list[Any]) -> HiddenStates:
+    """The record of a message.
+
+    Raises:
+        SpeculatorError: it is not one of ours, does not hold together, or tells of a failure.
+    """
+    if len(frames[0]) > MAX_HEADER_BYTES:
+        raise SpeculatorError(f"the header has {len(frames[0])} bytes, over {MAX_HEADER_BYTES}")
+    try:
+        header = Header.model_validate_json(bytes(frames[0]))
+    except ValidationError as error:
+        raise SpeculatorError(f"not a header of hidden states: {first_fault(error)}") from error
+    if header.error is not None:
+        raise SpeculatorError(f"request {header.request_id} ({header.name}): {header.error}")
+    dtype: torch.dtype = getattr(torch, header.dtype)
+    shape = (header.num_tokens, len(header.layer_ids), header.hidden_size)
+    expected = [8 * header.num_tokens, shape[0] * shape[1] * shape[2] * dtype.itemsize]
+    found = [len(frame) for frame in frames[1:]]
+    if found != expected or 0 in expected:
+        raise SpeculatorError(f"frames of {found} bytes, but the header tells of {expected}")
+    states = HiddenStates(
+        request_id=header.request_id,
+        name=header.name,
+        layer_ids=header.layer_ids,
+        num_prompt_tokens=header.num_prompt_tokens,
+        token_ids=_tensor_of(frames[1]).view(torch.int64),
+        hidden_states=_tensor_of(frames[2]).view(dtype).view(shape),
+    )
+    if faults := states.faults():
+        raise SpeculatorError(faults)
+    return states
+
+
+def _bytes_of(tensor: Shaped[Tensor, "..."]) -> Any:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _tensor_of(frame: Any) -> Tensor:
+    """A copy: the frame's memory may be read-only, and not aligned."""
+    tensor = torch.empty(len(frame), dtype=torch.uint8)
+    tensor.numpy()[:] = np.frombuffer(frame, np.uint8)
+    return tensor
+
+
+class StreamWriter:
+    """Sends to one endpoint; whether anybody is bound there shows only when it is."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self._stopped = threading.Event()
+        self._context: zmq.Context | None = None
+        self._socket: zmq.Socket | None = None
+
+    def write(self, states: HiddenStates) -> None:
+        """Returns when the network has taken the message.
+
+        Raises:
+            SpeculatorError: stopped before it had.
+        """
+        self._send(frames_of(states))
+
+    def report(self, request_id: str, name: str, reason: str) -> None:
+        header = Header(format=FORMAT, request_id=request_id, name=name, error=reason)
+        self._send([header.model_dump_json().encode()])
+
+    def _send(self, frames: list[Any]) -> None:
+        socket = self._connected()
+        while not socket.poll(int(WAIT_S * 1000), zmq.POLLOUT):
+            self._check_stopped()
+        tracker = socket.send_multipart(frames, copy=False, track=True)
+        assert tracker is not None
+        while not tracker.done:
+            try:
+                tracker.wait(WAIT_S)
+            except zmq.NotDone:
+                self._check_stopped()
+
+    def _check_stopped(self) -> None:
+        if self._stopped.is_set():
+            raise SpeculatorError(f"the engine shut down before {self.endpoint} took the states")
+
+    def _connected(self) -> zmq.Socket:
+        """Made in the thread that sends, as ZeroMQ wants it."""
+        if self._socket is None:
+            self._context = zmq.Context()
+            self._socket = self._context.socket(zmq.PUSH)
+            self._socket.sndhwm = 1
+            self._socket.copy_threshold = 0  # what is copied counts as sent while it waits
+            self._socket.connect(self.endpoint)
+        return self._socket
+
+    def stop(self) -> None:
+        """Lets a message go that nobody takes; from any thread."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        if self._context is not None:
+            self._context.destroy(linger=0)
+
+
+class HiddenStateReceiver:
+    """What engines send to an endpoint, one record a request, in the order of arrival.
+
+        with HiddenStateReceiver("ipc:///tmp/states", timeout_s=60) as receiver:
+            for states in receiver: ...
+
+    It holds ``max_waiting`` messages beside those that the network holds; engines wait beyond.
+    """
+
+    def __init__(self, endpoint: str, timeout_s: float = 60.0, max_waiting: int = 2) -> None:
+        """Raises:
+        SpeculatorError: the endpoint cannot be bound.
+        """
+        self.timeout_s = timeout_s
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PULL)
+        self._socket.rcvhwm = max_waiting
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise SpeculatorError(f"{endpoint} cannot be bound: {first_line(error)}") from error
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        """As it was bound: the port is known where ``tcp://address:*`` was asked for."""
+
+    def receive(self, timeout_s: float | None = None) -> HiddenStates:
+        """The next record. After an error the one after it can be received.
+
+        Raises:
+            SpeculatorError: none came in time, or what came is not whole, or not ours, or tells
+                that a request's states could not be sent.
+        """
+        wait_s = self.timeout_s if timeout_s is None else timeout_s
+        if not self._socket.poll(int(wait_s * 1000)):
+            raise SpeculatorError(f"No hidden states came to {self.endpoint} within {wait_s} s.")
+        frames = [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
+        try:
+            return states_of(frames)
+        except SpeculatorError as error:
+            raise SpeculatorError(f"A message to {self.endpoint} was refused: {error}") from error
+
+    def __iter__(self) -> Iterator[HiddenStates]:
+        return self
+
+    def __next__(self) -> HiddenStates:
+        return self.receive()
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
