@@ -29,6 +29,7 @@ def apply() -> None:
     arg_utils = sys.modules.get("vllm.engine.arg_utils")
     if arg_utils is not None or REGISTRY in sys.modules:
         _register_networks()
+        _mend_sampling_on_cpus()
     if arg_utils is None:
         return
     warn_of_untested_version()
@@ -75,6 +76,53 @@ def _register_networks() -> None:
             ModelRegistry.register_model(architecture, path)
 
 
+def _mend_sampling_on_cpus() -> None:
+    """vLLM 0.32: a worker calls this method of its platform right after it has loaded plug-ins."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        _wrap(type(current_platform), "register_triton_kernel_overrides", [], _mending_sampling)
+
+
+def _mending_sampling(original: Callable) -> Callable:
+    def register_triton_kernel_overrides() -> None:
+        from vllm.utils import cpu_triton_utils
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        from speculators_vllm import cpu_sampling
+
+        # vLLM 0.32: spreads the settings of a request over its drafted tokens.
+        _wrap(
+            cpu_triton_utils,
+            "_expand_kernel_impl",
+            cpu_sampling.EXPAND_PARAMETERS,
+            cpu_sampling.expanding,
+        )
+        # vLLM 0.32: samples, and throws samples away; of every runner, the CPU's too.
+        _wrap(
+            GPUModelRunner,
+            "_sample",
+            ["self", "logits", "spec_decode_metadata"],
+            cpu_sampling.putting_generators_back,
+        )
+        _wrap(
+            GPUModelRunner,
+            "_bookkeeping_sync",
+            [
+                "self",
+                "scheduler_output",
+                "sampler_output",
+                "logits",
+                "hidden_states",
+                "num_scheduled_tokens",
+            ],
+            cpu_sampling.hiding_generators,
+        )
+        original()
+
+    return register_triton_kernel_overrides
+
+
 def _read_drafts_by_our_config() -> None:
     """vLLM 0.32, 0.33: the table of config classes by model type; its own cannot read MTP."""
     from vllm.transformers_utils import config
@@ -91,11 +139,14 @@ def _read_drafts_by_our_config() -> None:
 def _wrap(
     owner: Any, name: str, parameters: list[str], wrapper: Callable[[Callable], Callable]
 ) -> None:
+    """Puts ``wrapper(original)`` in place; ``...`` as the last parameter stands for any others."""
     original = getattr(owner, name, None)
     if getattr(original, MARK, False):
         return
     found = list(inspect.signature(original).parameters) if original is not None else None
-    if original is None or found != parameters:
+    relied_on = parameters[:-1] if parameters[-1:] == ["..."] else parameters
+    compared = (found or [])[: len(relied_on)] if relied_on is not parameters else found
+    if original is None or compared != relied_on:
         logger.warning(
             "speculators-vllm left vLLM's %s.%s alone: its parameters are %s, expected %s",
             owner.__name__,
@@ -106,13 +157,15 @@ def _wrap(
         return
     wrapped = functools.wraps(original)(wrapper(original))
     setattr(wrapped, MARK, True)
-    setattr(owner, name, wrapped)
+    is_method = inspect.ismethod(original)  # of the class itself: it is bound already
+    setattr(owner, name, staticmethod(wrapped) if is_method else wrapped)
 
 
 def _completing_speculative_config(original: Callable) -> Callable:
     def create_speculative_config(
         self: Any, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
+        _refuse_malformed_requests(self.kv_transfer_config)
         if self.speculative_config is not None or self.spec_model is not None:
             from speculators_vllm.speculative_config import Source, complete
 
@@ -135,6 +188,41 @@ def _completing_speculative_config(original: Callable) -> Callable:
         return original(self, target_model_config, target_parallel_config)
 
     return create_speculative_config
+
+
+def _refuse_malformed_requests(kv_transfer: Any) -> None:
+    """Where hidden states are handed out, a server answers to malformed options with HTTP 400."""
+    from speculators_vllm.hidden_states import CONNECTOR_MODULE
+
+    if getattr(kv_transfer, "kv_connector_module_path", None) != CONNECTOR_MODULE:
+        return
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    # vLLM 0.32, 0.33: takes a server's requests; `LLM` has another, and answers in the output.
+    _wrap(AsyncLLM, "add_request", ["self", "request_id", "prompt", "params", "..."], _checking)
+
+
+def _checking(original: Callable) -> Callable:
+    async def add_request(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        from vllm import SamplingParams
+        from vllm.exceptions import VLLMValidationError
+
+        from speculators_core.errors import SpeculatorError
+        from speculators_vllm.hidden_states import CONNECTOR_MODULE
+        from speculators_vllm.hidden_states.settings import read_request, read_sink
+
+        kv_transfer = self.vllm_config.kv_transfer_config
+        is_ours = getattr(kv_transfer, "kv_connector_module_path", None) == CONNECTOR_MODULE
+        if is_ours and isinstance(params, SamplingParams):
+            try:
+                read_request(params, read_sink(kv_transfer.kv_connector_extra_config))
+            except SpeculatorError as error:
+                raise VLLMValidationError(str(error), parameter="kv_transfer_params") from error
+        return await original(self, request_id, prompt, params, *args, **kwargs)
+
+    return add_request
 
 
 @functools.cache

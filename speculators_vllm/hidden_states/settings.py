@@ -18,12 +18,13 @@ from transformers import PretrainedConfig
 from speculators_core.errors import SpeculatorError, first_fault
 from speculators_core.settings import Settings
 from speculators_core.verifier import read_verifier_config
+from speculators_vllm.hidden_states import CONNECTOR_MODULE
 
 METHOD = "extract_hidden_states"
 """vLLM's speculative method that keeps hidden states beside its KV cache."""
 CONNECTOR = {
     "kv_connector": "HiddenStatesConnector",
-    "kv_connector_module_path": "speculators_vllm.hidden_states.connector",
+    "kv_connector_module_path": CONNECTOR_MODULE,
     "kv_role": "kv_producer",
 }
 SEGMENT = "[A-Za-z0-9_][A-Za-z0-9._-]*"

@@ -5,7 +5,6 @@ from typing import Any
 
 from speculators_vllm.proposers import Proposer
 
-
 DEFAULT_NUM_AUX = 3
 
 

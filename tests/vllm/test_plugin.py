@@ -1,13 +1,16 @@
+import asyncio
 import importlib
 import logging
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import playground
 from speculators_vllm import openmp, patches, plugin
+from speculators_vllm.hidden_states import CONNECTOR_MODULE
 
 
 @pytest.fixture
@@ -156,3 +159,63 @@ def test_openmp_library_is_under_torch_and_named_for_children(monkeypatch):
     assert os.environ["LD_PRELOAD"] == f"{openmp.library()}:other.so"
     openmp.preload_in_children()
     assert os.environ["LD_PRELOAD"].count(openmp.LIBRARY) == 1
+
+
+def test_signature_may_go_on_behind_the_dots(warnings):
+    class Theirs:
+        def method(self, known, more=1):
+            return known
+
+    patches._wrap(Theirs, "method", ["self", "known", "..."], lambda original: lambda *_: "ours")
+    assert Theirs().method(1) == "ours"
+    patches._wrap(Theirs, "__repr__", ["self", "known", "..."], lambda original: None)
+    assert "expected ['self', 'known', '...']" in warnings.text
+
+
+def test_classmethods_are_wrapped_bound():
+    class Theirs:
+        @classmethod
+        def method(cls):
+            return cls.__name__
+
+    patches._wrap(Theirs, "method", [], lambda original: lambda: f"our {original()}")
+    patches._wrap(Theirs, "method", [], lambda original: lambda: "twice")
+    assert Theirs.method() == "our Theirs"
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "refused"),
+    [
+        (CONNECTOR_MODULE, {"hidden_states": "all"}, False),
+        (CONNECTOR_MODULE, {"hidden_state": "all"}, True),
+        (CONNECTOR_MODULE, {"name": "../out"}, True),
+        ("another.connector", {"hidden_state": "all"}, False),
+    ],
+)
+def test_server_refuses_a_malformed_request_alone(tmp_path, module, options, refused):
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    class Server:
+        """What the wrapper needs of vLLM's AsyncLLM."""
+
+        vllm_config = SimpleNamespace(
+            kv_transfer_config=SimpleNamespace(
+                kv_connector_module_path=module,
+                kv_connector_extra_config={"kind": "files", "folder": str(tmp_path)},
+            )
+        )
+
+        async def add_request(self, request_id, prompt, params, priority=0):
+            return request_id, priority
+
+    patches._wrap(
+        Server, "add_request", ["self", "request_id", "prompt", "params", "..."], patches._checking
+    )
+    parameters = SamplingParams(extra_args={"kv_transfer_params": options})
+    asked = Server().add_request("one", "text", parameters, priority=2)
+    if refused:
+        with pytest.raises(VLLMValidationError, match="kv_transfer_params: "):
+            asyncio.run(asked)
+    else:
+        assert asyncio.run(asked) == ("one", 2)
