@@ -1,4 +1,4 @@
-"""Sampling with speculation on a CPU, mended: two faults of vLLM 0.32 in its CPU paths.
+"""Sampling with speculation on a CPU, mended: three faults of vLLM 0.32 in its CPU paths.
 
 One: the kernel that gives every drafted token its request's settings writes into a copy wherever
 the values are no int64, as temperature, top-k and top-p are not; logits are then divided by memory
@@ -6,6 +6,9 @@ that nobody wrote (https://github.com/vllm-project/vllm/issues/55005).
 
 Two: where a sample is thrown away, because a prompt is not read to its end, the request's generator
 is put back by its offset. CPU generators have none, and the engine dies of any seeded request.
+
+Three: in a step where no request of the batch has a draft, top-k is looked for among no logits, and
+the engine dies.
 """
 
 from collections.abc import Callable
@@ -45,6 +48,19 @@ def expand(
 def expanding(original: Callable[..., None]) -> Callable[..., None]:
     """The kernel to have in place of vLLM's."""
     return expand
+
+
+def constraining(constrain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Top-k and the like for the logits of drafted tokens, where there are any."""
+
+    def apply_sampling_constraints(
+        logits: Tensor, cu_num_draft_tokens: Tensor, sampling_metadata: Any
+    ) -> Tensor:
+        if not len(logits):
+            return logits
+        return constrain(logits, cu_num_draft_tokens, sampling_metadata)
+
+    return apply_sampling_constraints
 
 
 def putting_generators_back(sample: Callable[..., Any]) -> Callable[..., Any]:

@@ -87,6 +87,7 @@ def _mend_sampling_on_cpus() -> None:
 def _mending_sampling(original: Callable) -> Callable:
     def register_triton_kernel_overrides() -> None:
         from vllm.utils import cpu_triton_utils
+        from vllm.v1.sample import rejection_sampler
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
         from speculators_vllm import cpu_sampling
@@ -97,6 +98,13 @@ def _mending_sampling(original: Callable) -> Callable:
             "_expand_kernel_impl",
             cpu_sampling.EXPAND_PARAMETERS,
             cpu_sampling.expanding,
+        )
+        # vLLM 0.32: temperature, top-k and top-p of drafted tokens.
+        _wrap(
+            rejection_sampler,
+            "apply_sampling_constraints",
+            ["logits", "cu_num_draft_tokens", "sampling_metadata"],
+            cpu_sampling.constraining,
         )
         # vLLM 0.32: samples, and throws samples away; of every runner, the CPU's too.
         _wrap(
