@@ -384,7 +384,7 @@ def check_verifier(
     """Compares what must agree between the two, and settles what the config leaves open.
 
     Raises:
-        SpeculatorError: another hidden size, vocabulary or number of layers.
+        SpeculatorError: another hidden size, vocabulary, number of layers or architecture.
     """
     text = verifier.get_text_config()
     layer = speculator.transformer_layer_config
@@ -404,6 +404,12 @@ def check_verifier(
                 f"{name}: {what} {found}; the speculator was made for {expected}. "
                 f"Pass the verifier it was trained with ({speculator.verifier.name_or_path})."
             )
+    found, expected = verifier.architectures or [], speculator.verifier.architectures
+    if text is verifier and found and expected and not set(found) & set(expected):
+        raise SpeculatorError(
+            f"{name} is a {', '.join(found)}; the speculator was made for {', '.join(expected)}. "
+            f"Pass the verifier it was trained with ({speculator.verifier.name_or_path})."
+        )
     speculator.settle(text)
     layer_ids = getattr(speculator, "aux_layer_ids", None) or []
     if layer_ids and layer_ids[-1] > text.num_hidden_layers:

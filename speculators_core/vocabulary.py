@@ -6,13 +6,18 @@ draft ids        0   1 2        d2t   [1 2 2]         verifier id minus draft id
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from speculators_core import checkpoint
 from speculators_core.errors import SpeculatorError
+
+TOKENIZER = "tokenizer.json"
 
 
 def choose_draft_vocabulary(
@@ -67,3 +72,45 @@ def check_vocabulary(t2d: Bool[Tensor, "vocab"], d2t: Int[Tensor, "draft_vocab"]
             "d2t and t2d contradict each other: draft id + d2t must list, ascending, the tokens "
             "that t2d marks. One of them was made for another draft."
         )
+
+
+def read_tokenizer_vocabulary(folder: str | PathLike) -> dict[str, int] | None:
+    """Every token of a local folder's tokenizer with its id; None where there is none to read."""
+    path = Path(folder) / TOKENIZER
+    if not path.is_file():
+        return None
+    content = checkpoint.read_json(path)
+    try:
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, list):  # a unigram model's, with scores
+            vocabulary = {token: place for place, (token, _) in enumerate(vocabulary)}
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        return {**vocabulary, **added}
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def check_tokenizer(
+    speculator: str | PathLike, trained_with: str | None, served_with: str | PathLike
+) -> None:
+    """Compares the served tokenizer with the one beside the speculator, or else its verifier's.
+
+    Only folders within reach are compared; ``trained_with`` is the verifier that the speculator
+    names.
+
+    Raises:
+        SpeculatorError: a token has another id, or none.
+    """
+    for source in filter(None, (str(speculator), trained_with)):
+        if (trained := read_tokenizer_vocabulary(source)) is None:
+            continue
+        served = read_tokenizer_vocabulary(served_with)
+        if served is None or trained == served:
+            return
+        for token, token_id in trained.items():
+            if served.get(token) != token_id:
+                raise SpeculatorError(
+                    f"{served_with}: token {token!r} has id {served.get(token)}; the speculator "
+                    f"was trained with {source}, where it is {token_id}. Pass that tokenizer."
+                )
+        return

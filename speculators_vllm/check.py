@@ -219,11 +219,15 @@ def _check_served(
 ) -> None:
     """Whether the plug-in would let vLLM have it, with this verifier."""
     from speculators_core import checkpoint
-    from speculators_core.verifier import check_verifier
+    from speculators_core.verifier import check_verifier, locate_verifier
+    from speculators_core.vocabulary import check_tokenizer
     from speculators_vllm.speculative_config import check_served
 
     try:
         check_verifier(config, verifier)
+        named = config.verifier.name_or_path
+        trained_with = None if named is None else locate_verifier(named, beside=folder)
+        check_tokenizer(folder, trained_with, str(report.verifier))
         check_served(speculator, checkpoint.read_config(folder))
     except SpeculatorError as error:
         report.add("fault", "checkpoint", str(error), _cause_of(str(error)))

@@ -190,6 +190,7 @@ def _completing_speculative_config(original: Callable) -> Callable:
                 Source(
                     token=self.hf_token,
                     cache_dir=self.download_dir,
+                    tokenizer=target_model_config.tokenizer,
                     has_weights=self.load_format != "dummy",
                 ),
             )

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
@@ -143,3 +144,29 @@ def test_what_vllm_has_no_method_for_is_refused_by_name(copy, monkeypatch, tmp_p
     (folder / "config.json").write_text(json.dumps(config | {"sample_from_anchor": True}))
     with pytest.raises(SpeculatorError, match="sample_from_anchor is true, which vLLM 0.32"):
         completed({"model": str(folder)})
+
+
+def test_another_architecture_is_refused(copy):
+    def made_for_llama(config):
+        config["speculators_config"]["verifier"]["architectures"] = ["LlamaForCausalLM"]
+
+    with pytest.raises(SpeculatorError, match="is a Qwen3.*was made for LlamaForCausalLM"):
+        completed({"model": copy(made_for_llama)})
+
+
+def test_another_tokenizer_is_refused(copy, tmp_path):
+    name = copy(lambda c: c["speculators_config"]["verifier"].update(name_or_path=VERIFIER))
+    other = shutil.copytree(VERIFIER, tmp_path / "other")
+    tokens = json.loads((other / "tokenizer.json").read_text())
+    first, second, *_ = tokens["model"]["vocab"]
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokens))
+    verifier = AutoConfig.from_pretrained(VERIFIER)
+    with pytest.raises(SpeculatorError, match="the speculator was trained with .*Pass that tok"):
+        complete({"model": name}, {}, verifier, VERIFIER, Source(tokenizer=str(other)))
+    (Path(name) / "tokenizer.json").write_text(json.dumps(tokens))  # beside the speculator
+    settings = complete({"model": name}, {}, verifier, VERIFIER, Source(tokenizer=str(other)))
+    assert settings["num_speculative_tokens"] == 3
+    with pytest.raises(SpeculatorError, match="the speculator was trained with .*eagle3"):
+        completed({"model": name})
