@@ -18,11 +18,6 @@ from speculators_core.errors import SpeculatorError
 from speculators_core.settings import Settings
 from speculators_vllm import offline
 
-SHIPPED = {
-    "vllm": ("eagle3", "peagle", "dflash"),
-    "transformers": ("eagle3", "peagle", "dflash", "mtp"),
-}
-"""The playground's speculators that each engine runs where none is named."""
 YARDSTICK_K = 3
 """Tokens that a draft proposes in one step where neither it nor the caller says how many."""
 
@@ -248,7 +243,7 @@ def _find_drafts(settings: AcceptanceSettings) -> tuple[str, list[_FoundDraft], 
     """The verifier, and the drafts that an engine here is to load."""
     from benchmarks import playground
 
-    shipped = [str(playground.SPECULATORS[name]) for name in SHIPPED[settings.engine]]
+    shipped = map(str, playground.SPECULATORS.values())
     drafts = [_find_draft(name, settings) for name in settings.model or shipped]
     if settings.engine == "vllm":  # 0.32 cannot start again in a process that ran its n-gram
         drafts.sort(key=lambda draft: draft.kind == "prompt-lookup")
