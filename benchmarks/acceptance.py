@@ -5,6 +5,7 @@ speculation and with each draft in one run, on vLLM, on the reference decoder, o
 run already.
 """
 
+import os
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -95,9 +96,10 @@ def measure(settings: AcceptanceSettings) -> Any:
     if settings.engine == "vllm" and not settings.server.base_url:
         offline.prepare()
     from benchmarks.engines import Draft
-    from benchmarks.report import DraftReport, Report, environment, hash_weights, report_k
+    from benchmarks.report import DraftReport, Report, report_k
     from benchmarks.statistics import latency, tokens_per_second
     from speculators_core.prompts import hash_prompts
+    from speculators_core.provenance import environment, hash_weights
 
     checked = _check_inputs(settings)
     engine, chosen = _engine(settings, checked)
@@ -296,7 +298,7 @@ def _find_draft(name: str, settings: AcceptanceSettings) -> _FoundDraft:
     if settings.engine == "vllm":
         from speculators_vllm.speculative_config import check_served
 
-        check_served(name, raw)
+        check_served(name, raw, with_plugin=offline.has_plugin())
     verifier = config.verifier.name_or_path
     if verifier is not None:
         verifier = locate_verifier(verifier, beside=folder)
@@ -330,7 +332,11 @@ def _engine(settings: AcceptanceSettings, checked: _Checked) -> tuple[Any, dict[
         return TransformersEngine(checked.verifier, dtype, concurrency), {"dtype": dtype}
     engine_args = {**offline.default_arguments(), "seed": settings.seed, **settings.engine_args}
     engine = VLLMEngine(checked.verifier, dtype, concurrency, engine_args)
-    return engine, {"dtype": dtype, "engine_args": engine_args}
+    return engine, {
+        "dtype": dtype,
+        "engine_args": engine_args,
+        "vllm_plugins": os.environ.get("VLLM_PLUGINS"),
+    }
 
 
 if __name__ == "__main__":

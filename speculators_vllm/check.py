@@ -22,8 +22,6 @@ from speculators_core.settings import Settings
 from speculators_vllm import offline
 
 NOT_FIT_EXIT = 1
-COUNT_TOLERANCE = 0.01
-"""Share of drafts by which the two sides may differ at a position."""
 TRACED_TOKENS = 64
 """Tokens of the prompt on which tensors are compared, at most."""
 
@@ -136,9 +134,10 @@ def check(speculator: str, settings: CheckSettings) -> CheckReport:
     """
     offline.prepare()
     from speculators_core import checkpoint
+    from speculators_core.provenance import versions
     from speculators_core.verifier import locate_verifier, read_tokenizer, read_verifier_config
 
-    report = CheckReport(speculator=speculator, versions=_versions())
+    report = CheckReport(speculator=speculator, versions=versions())
     folder = checkpoint.fetch(speculator)
     raw = checkpoint.read_config(folder)
     config = _check_checkpoint(report, speculator, folder, raw)
@@ -337,6 +336,7 @@ def _compare_sides(
     from speculators_core.diagnosis import DEAD_BELOW, diagnose
     from speculators_core.model import SpeculatorModel, load_verifier
     from speculators_core.replay import see
+    from speculators_vllm.reference import decode, pool
     from speculators_vllm.traces import compare, trace_reference, trace_served
 
     assert report.verifier is not None and report.speculative_tokens is not None
@@ -350,14 +350,14 @@ def _compare_sides(
     prompts = _prompts(settings, tokenizer, _longest(settings, verifier))
     num_tokens = report.speculative_tokens
 
-    decoded = [_decode(model, prompt, settings.max_tokens, num_tokens) for prompt in prompts]
-    report.reference = _counts(decoded, num_tokens)
+    decoded = [decode(model, prompt, settings.max_tokens, num_tokens) for prompt in prompts]
+    report.reference = _counts(pool([one.accepted for one in decoded], num_tokens))
     texts = [
         see(verifier, prompt, done.token_ids) for prompt, done in zip(prompts, decoded, strict=True)
     ]
     diagnosis = diagnose(model, verifier, texts, num_tokens)
     traced = prompts[0][:TRACED_TOKENS]
-    seen = see(verifier, traced, _decode(model, traced, 1, num_tokens).token_ids)
+    seen = see(verifier, traced, decode(model, traced, 1, num_tokens).token_ids)
     reference_trace = {k: v.cpu() for k, v in trace_reference(model, seen, num_tokens).items()}
     del verifier, model, texts, seen
     gc.collect()
@@ -378,7 +378,7 @@ def _compare_sides(
         stages = compare(reference_trace, trace_served(llm, traced), dtype)
         parameters = SamplingParams(temperature=0, max_tokens=settings.max_tokens, ignore_eos=True)
         served = offline.continue_all(llm, prompts, parameters)
-    report.served = _counts(served, num_tokens)
+    report.served = _counts(pool([one.accepted for one in served], num_tokens))
     report.stages = [(stage.name, stage.difference) for stage in stages]
 
     different = next((stage for stage in stages if not stage.is_equal), None)
@@ -430,29 +430,7 @@ def _prompts(settings: CheckSettings, tokenizer: Any, longest: int) -> list[list
     return [prompt.token_ids for prompt in tokenize(prompts, tokenizer, longest)]
 
 
-def _decode(
-    model: Any, prompt: Sequence[int], max_tokens: int, num_tokens: int
-) -> offline.Continuation:
-    import torch
-
-    output = model.generate(
-        torch.tensor([prompt], device=model.device),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
-        max_new_tokens=max_tokens,
-        num_assistant_tokens=num_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-    )
-    (counts,) = output.acceptance
-    return offline.Continuation(output.sequences[0, len(prompt) :].tolist(), counts.accepted)
-
-
-def _counts(done: Sequence[offline.Continuation], num_tokens: int) -> Counts:
-    from speculators_core.texts import AcceptanceCounts
-
-    counts = AcceptanceCounts(num_tokens, [kept for one in done for kept in one.accepted])
+def _counts(counts: Any) -> Counts:
     return Counts(
         num_drafts=counts.num_drafts,
         accepted_per_position=counts.accepted_per_position,
@@ -467,8 +445,10 @@ def _compare_counts(
     is_exact: bool,
 ) -> None:
     """Texts and counts of both sides; below float32 of the requests whose texts agree."""
+    from speculators_vllm.reference import first_difference, pool
+
     pairs = list(zip(decoded, served, strict=True))
-    same = [(ours, theirs) for ours, theirs in pairs if ours.token_ids == theirs.token_ids]
+    same = [pair for pair in pairs if pair[0].token_ids == pair[1].token_ids]
     if len(same) < len(pairs):
         text = f"{len(pairs) - len(same)} of {len(pairs)} texts differ between the two sides"
         if is_exact:
@@ -476,20 +456,18 @@ def _compare_counts(
         else:
             report.add("note", "acceptance", f"{text}: below float32 near ties may fall otherwise.")
     assert report.speculative_tokens is not None
-    ours = _counts([pair[0] for pair in same], report.speculative_tokens)
-    theirs = _counts([pair[1] for pair in same], report.speculative_tokens)
-    for place, (expected, found) in enumerate(
-        zip(ours.accepted_per_position, theirs.accepted_per_position, strict=True), start=1
-    ):
-        if abs(expected - found) > COUNT_TOLERANCE * max(1, ours.num_drafts):
-            report.add(
-                "fault" if is_exact else "warning",
-                "acceptance",
-                f"position {place}: vLLM keeps {found} tokens of {theirs.num_drafts} drafts, the "
-                f"reference decoder {expected} of {ours.num_drafts}.",
-                "served otherwise" if is_exact else None,
-            )
-            return
+    ours = pool([one.accepted for one, _ in same], report.speculative_tokens)
+    theirs = pool([one.accepted for _, one in same], report.speculative_tokens)
+    place = first_difference(ours, theirs)
+    if place is not None:
+        found, expected = (c.accepted_per_position[place - 1] for c in (theirs, ours))
+        report.add(
+            "fault" if is_exact else "warning",
+            "acceptance",
+            f"position {place}: vLLM keeps {found} tokens of {theirs.num_drafts} drafts, the "
+            f"reference decoder {expected} of {ours.num_drafts}.",
+            "served otherwise" if is_exact else None,
+        )
 
 
 # ---- what is printed ----
@@ -521,15 +499,3 @@ def print_report(report: CheckReport) -> None:
         console.print(finding.text, markup=False, highlight=False)
     color = "green" if report.is_fit else "red"
     console.print(f"[{color}]{report.verdict}[/]")
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in ("speculators-vllm", "vllm", "torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

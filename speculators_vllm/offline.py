@@ -12,6 +12,8 @@ from speculators_core.errors import SpeculatorError
 from speculators_vllm import openmp
 
 CPU_KV_CACHE_GIB = "1"
+PLUGIN = "speculators"
+"""The name of our entry point among vLLM's."""
 
 
 def prepare() -> None:
@@ -40,6 +42,12 @@ def has_gpu() -> bool:
 def default_arguments() -> dict[str, Any]:
     """On a CPU eager: compiling takes a minute."""
     return {} if has_gpu() else {"enforce_eager": True}
+
+
+def has_plugin() -> bool:
+    """Whether vLLM will load our plug-in: ``VLLM_PLUGINS`` may leave it out."""
+    chosen = os.environ.get("VLLM_PLUGINS")
+    return chosen is None or PLUGIN in chosen.split(",")
 
 
 @contextmanager

