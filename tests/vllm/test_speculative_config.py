@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
+from benchmarks.engines import _speculator_settings
 from speculators_core.errors import SpeculatorError
 from speculators_core.registry import MODELS
-from speculators_vllm.speculative_config import Source, complete
+from speculators_vllm.speculative_config import Source, check_served, complete
 from tests.conftest import make_verifier
 from tests.data import INTEROP
 
@@ -170,3 +171,23 @@ def test_another_tokenizer_is_refused(copy, tmp_path):
     assert settings["num_speculative_tokens"] == 3
     with pytest.raises(SpeculatorError, match="the speculator was trained with .*eagle3"):
         completed({"model": name})
+
+
+@pytest.mark.parametrize(
+    ("chosen", "is_on"),
+    [(None, True), ("speculators", True), ("other,speculators", True), ("", False), ("x", False)],
+)
+def test_vllm_is_told_what_the_plugin_would_tell_it(monkeypatch, chosen, is_on):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", chosen)
+    name = str(INTEROP / "peagle")
+    explicit = {"method": "eagle3", "parallel_drafting": True, "num_speculative_tokens": 4}
+    assert _speculator_settings(name) == ({"model": name} | ({} if is_on else explicit))
+
+
+def test_what_vllm_serves_with_the_plugin_alone_is_refused_without_it():
+    config = json.loads((INTEROP / "mtp/config.json").read_text())
+    check_served("mtp", config)
+    with pytest.raises(SpeculatorError, match="vLLM alone serves no mtp speculator; .*PLUGINS"):
+        check_served("mtp", config, with_plugin=False)
