@@ -48,6 +48,7 @@ LAYER_KEYS = {
 COMMON_KEYS = {"name_or_path", "torch_dtype", "attn_implementation", "_commit_hash"}
 """Keys of any Transformers config that are not fields of its class."""
 
+MAP_DTYPES = {"d2t": torch.int64, "t2d": torch.bool}
 
 ALL_FILES = (CONFIG, "generation_config.json", "model*.safetensors", INDEX)
 HEAD_FILES = (CONFIG, INDEX)
@@ -117,12 +118,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():
+        raise SpeculatorError(f"{path} is no file.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SpeculatorError(f"{path.parent} holds no {path.name}; not a checkpoint.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SpeculatorError(f"{path} is not valid JSON: {error}.") from error
+    except OSError as error:
+        raise SpeculatorError(f"{path} cannot be read: {error.strerror}.") from error
+    except RecursionError as error:
+        raise SpeculatorError(f"{path} is nested too deeply for a checkpoint's.") from error
+    except ValueError as error:  # no JSON, no text, or a number of thousands of digits
+        raise SpeculatorError(f"{path} is not valid JSON: {first_line(error)}.") from error
     if not isinstance(content, dict):
         raise SpeculatorError(f"{path} holds a {type(content).__name__}; expected an object.")
     return content
@@ -162,23 +169,25 @@ def read_weight_map(folder: Path) -> dict[str, str]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    if Path(name).name != name:
+    if Path(name).name != name or not name.isprintable() or len(name) > 255:
         raise SpeculatorError(f"{folder / INDEX}: shard {name!r} must lie in the folder itself.")
     return folder / name
 
 
 def _stored_in(file: Path) -> dict[str, StoredTensor]:
-    if not file.exists():
-        raise SpeculatorError(f"{file} is missing. Copy the checkpoint again, with all its files.")
+    if not file.is_file():
+        raise SpeculatorError(
+            f"{file} is missing or no file. Copy the checkpoint again, with all its files."
+        )
     try:
         with safe_open(file, "pt") as tensors:
             return {
                 name: StoredTensor(file, name, tuple(tensors.get_slice(name).get_shape()))
                 for name in tensors.keys()
             }
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise SpeculatorError(
-            f"{file} is truncated or not a safetensors file ({error}). Copy it again."
+            f"{file} is truncated or not a safetensors file ({first_line(error)}). Copy it again."
         ) from error
 
 
@@ -213,7 +222,7 @@ def read_tensors(
     """The named tensors, file by file.
 
     Raises:
-        SpeculatorError: a tensor holds a NaN or an infinity.
+        SpeculatorError: a tensor holds a NaN or an infinity, or weights of another kind.
     """
     for file in sorted({stored[name].file for name in names}):
         with safe_open(file, "pt") as tensors:
@@ -221,9 +230,20 @@ def read_tensors(
                 if stored[name].file != file:
                     continue
                 tensor = tensors.get_tensor(stored[name].name)
-                if tensor.is_floating_point() and not tensor.isfinite().all():
+                is_real = tensor.is_floating_point()
+                if tensor.dtype != MAP_DTYPES.get(name, tensor.dtype) or (
+                    name.endswith((".weight", ".bias")) and not is_real
+                ):
+                    raise SpeculatorError(f"{file}: {name} must not hold {tensor.dtype}.")
+                if is_real and not _is_finite(tensor):
                     raise SpeculatorError(f"{file}: {name} holds a NaN or an infinity.")
                 yield name, tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.element_size() == 1:  # torch looks for no infinities in eight bits
+        tensor = tensor.float()
+    return bool(tensor.isfinite().all())
 
 
 def write_config(folder: str | PathLike, config: Mapping[str, Any]) -> None:

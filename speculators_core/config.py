@@ -6,6 +6,7 @@ pydantic, from the annotations of the class. Names that only the disk knows stan
 """
 
 import inspect
+import math
 from dataclasses import MISSING, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
@@ -21,16 +22,31 @@ from pydantic import (
     SerializeAsAny,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, Qwen3Config
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from speculators_core import checkpoint
-from speculators_core.errors import SpeculatorError, first_fault
+from speculators_core.errors import SpeculatorError, first_fault, first_line
 from speculators_core.proposals import GreedyTokenProposalConfig, TokenProposalConfig
 from speculators_core.registry import MODELS, PROPOSALS, did_you_mean
 
 UNSET = "UNSET"
+
+LARGEST = {
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "num_attention_heads": 2**20,
+    "num_key_value_heads": 2**20,
+    "head_dim": 2**20,
+    "vocab_size": 2**24,
+    "num_hidden_layers": 2**10,
+    "max_position_embeddings": 2**27,
+}
+"""Sizes of a layer that can be meant; with larger ones building the network never ends."""
 
 
 def reload_schemas() -> None:
@@ -55,6 +71,14 @@ class VerifierConfig(BaseModel):
     """Hub id, or a folder; a relative folder is meant from the speculator's own."""
     architectures: list[str] = Field(default_factory=list)
     """``architectures`` of the verifier's config."""
+
+    @field_validator("name_or_path")
+    @classmethod
+    def _can_be_a_path(cls, name: str | None) -> str | None:
+        longest = max(map(len, (name or "").split("/")))
+        if longest > 255:
+            raise ValueError(f"a name of {longest} characters is neither a hub id nor a folder")
+        return name
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, name_or_path: str | None = UNSET) -> Self:
@@ -111,7 +135,7 @@ def _read_layer_config(value: Any) -> PretrainedConfig:
     if not isinstance(value, dict):
         raise ValueError("expected an object")
     kind = value.get("model_type", "qwen3")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"model_type {kind!r} is not in Transformers")
     config_class = CONFIG_MAPPING[kind]
     known = {f.name for f in fields(config_class)} | checkpoint.LAYER_KEYS
@@ -122,16 +146,61 @@ def _read_layer_config(value: Any) -> PretrainedConfig:
         config = config_class(**{key: item for key, item in value.items() if key != "model_type"})
     except StrictDataclassError as error:
         raise ValueError(" ".join(str(error).split())) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{kind}: {type(error).__name__}: {first_line(error)}") from error
     # Qwen's classes drop the window without use_sliding_window; readers go by layer_types.
     if "sliding_attention" in (value.get("layer_types") or ()):
         config.sliding_window = value.get("sliding_window")
+    _check_buildable(config)
     return config
+
+
+def _check_buildable(config: PretrainedConfig) -> None:
+    """Raises ValueError for values of the right type with which no layer can be built."""
+    for key, largest in LARGEST.items():
+        size = getattr(config, key, None)
+        if size is not None and not 1 <= size <= largest:
+            raise ValueError(f"{key} must be 1 to {largest}, found {size!r}")
+    if (activation := getattr(config, "hidden_act", "silu")) not in ACT2FN:
+        raise ValueError(f"hidden_act {activation!r} is not in Transformers")
+    norm_eps = getattr(config, "rms_norm_eps", 0.0)
+    if not 0.0 <= norm_eps < math.inf:
+        raise ValueError(f"rms_norm_eps must be a number from 0, found {norm_eps!r}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" not in rope:
+        return
+    kind, theta = rope.get("rope_type", "default"), rope["rope_theta"]
+    if not isinstance(kind, str) or kind not in {"default", *ROPE_INIT_FUNCTIONS}:
+        raise ValueError(f"rope_parameters: rope_type {kind!r} is not in Transformers")
+    if not isinstance(theta, int | float) or not 0 < theta < 2**63:
+        raise ValueError(f"rope_parameters: rope_theta must be above 0, found {theta!r}")
+    try:
+        if kind != "default":
+            ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"rope_parameters: {kind} cannot be computed "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def _write_layer_config(config: PretrainedConfig) -> dict[str, Any]:
     """Every key a reader without class defaults needs, and nothing of this session."""
     session = ("transformers_version", "_attn_implementation", "dtype")
     return {key: value for key, value in config.to_diff_dict().items() if key not in session}
+
+
+def complete_layer_config(value: Any) -> dict[str, Any]:
+    """A decoder's config with every key, for readers that have no class defaults.
+
+    Raises:
+        SpeculatorError: a key or a value is at fault.
+    """
+    try:
+        complete = _write_layer_config(_read_layer_config(value))
+        return {**value, **complete}
+    except (TypeError, ValueError) as error:
+        raise SpeculatorError(f"transformer_layer_config: {first_line(error)}") from error
 
 
 LayerConfig = Annotated[
@@ -326,7 +395,12 @@ def _make_schema(config_class: type[SpeculatorModelConfig]) -> type[BaseModel]:
         name: (hints[name], ... if defaults[name] is MISSING else defaults[name])
         for name in own_fields(config_class)
     }
-    settings = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+    settings = ConfigDict(
+        extra="forbid",
+        strict=True,  # readers take the file as it is, and "false" for true
+        arbitrary_types_allowed=True,
+        protected_namespaces=(),
+    )
     return create_model(config_class.__name__, __config__=settings, **members)
 
 

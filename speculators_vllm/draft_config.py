@@ -36,7 +36,9 @@ class DraftConfig(SpeculatorsConfig):
         proposer = proposer_of(config_dict)
         if proposer is None:
             return super().extract_transformers_pre_trained_config(config_dict)
-        draft = dict(config_dict.get("transformer_layer_config", {}))
+        from speculators_core.config import complete_layer_config  # heavy: not at start-up
+
+        draft = complete_layer_config(config_dict.get("transformer_layer_config", {}))
         proposer.configure(config_dict, draft)
         return {**draft, "speculative_method": proposer.method}
 

@@ -15,6 +15,7 @@ from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.model import SpeculatorModel
 from speculators_core.registry import MODELS
 from speculators_core.verifier import check_verifier, locate_verifier
+from speculators_core.vocabulary import check_tokenizer
 from speculators_vllm.proposers import PROPOSERS
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,10 @@ SNIFFED_WORDS = ("eagle-", "eagle3", "dflash", "dspark")
 """For any other method vLLM 0.32 looks for these in the draft's path, and believes the path."""
 WITHOUT_CHECKPOINT = ("ngram", "ngram_gpu", "suffix", "custom_class")
 """Methods whose ``model`` is no checkpoint."""
+MOST_TOKENS = 128
+"""vLLM's own bound, which it looks at when the first draft is verified."""
+LONGEST_MESSAGE = 800
+"""Characters; a checkpoint may hold anything, and messages quote it."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Source:
 
     token: str | bool | None = None
     cache_dir: str | None = None
+    tokenizer: str | None = None
+    """The verifier's own where None."""
     has_weights: bool = True
     """False with ``--load-format dummy``."""
 
@@ -57,14 +64,22 @@ def complete(
         from_checkpoint = _from_checkpoint(
             {**settings, **by_flag}, verifier, verifier_name, source or Source()
         )
-    except SpeculatorError:
-        raise
+    except SpeculatorError as error:
+        raise SpeculatorError(_one_line(str({**settings, **by_flag}["model"]), error)) from error
     except Exception:  # a fault of ours must not stop a run that vLLM can do alone
         logger.warning("speculators-vllm could not read the speculator", exc_info=True)
         return settings
     if from_checkpoint:
         logger.info("speculator: %s", {**from_checkpoint, **settings, **by_flag})
     return {**{k: v for k, v in from_checkpoint.items() if k not in by_flag}, **settings}
+
+
+def _one_line(name: str, error: SpeculatorError) -> str:
+    """What is wrong with the draft of that name, without what a terminal would obey."""
+    message = str(error) if name in str(error) else f"{name}: {error}"
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    half = LONGEST_MESSAGE // 2
+    return shown if len(shown) <= LONGEST_MESSAGE else f"{shown[:half]} ... {shown[-half:]}"
 
 
 def _from_checkpoint(
@@ -89,6 +104,11 @@ def _from_checkpoint(
         logger.info("left the draft to vLLM: %s", error)
         return {}
     if config_dict.get("speculators_config") is None:
+        if "speculators_model_type" in config_dict:
+            raise SpeculatorError(
+                f"{name}: {checkpoint.CONFIG} has no speculators_config, without which vLLM does "
+                "not know a speculator."
+            )
         return {}
     tokens = user.get("num_speculative_tokens")
     if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
@@ -99,19 +119,42 @@ def _from_checkpoint(
         folder = checkpoint.fetch(name, files=files, **where)
         config = SpeculatorModelConfig.from_pretrained(folder)
         check_verifier(config, verifier, verifier_name)
+        named = config.verifier.name_or_path
+        trained_with = None if named is None else locate_verifier(named, beside=folder)
+        check_tokenizer(folder, trained_with, source.tokenizer or verifier_name)
+        assert config.speculators_config is not None
+        config_dict["speculators_config"] = config.speculators_config.model_dump()
         if source.has_weights:
             SpeculatorModel.check_checkpoint(folder, config)
-    return vllm_settings(config_dict)
+    try:
+        settings = vllm_settings(config_dict)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SpeculatorError(
+            f"{name}: vLLM cannot read its speculators_config "
+            f"({type(error).__name__}: {first_line(error)})."
+        ) from error
+    tokens = user.get("num_speculative_tokens", settings["num_speculative_tokens"])
+    if isinstance(tokens, int) and tokens > MOST_TOKENS:
+        raise SpeculatorError(
+            f"{name}: vLLM verifies at most {MOST_TOKENS} speculative_tokens, found {tokens}."
+        )
+    return settings
 
 
-def check_served(name: str, config_dict: Mapping[str, Any]) -> None:
+def check_served(name: str, config_dict: Mapping[str, Any], with_plugin: bool = True) -> None:
     """Raises SpeculatorError unless vLLM can serve such a speculator, from where it lies."""
     from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES
 
     from speculators_vllm.draft_config import DraftConfig, proposer_of
 
     kind = config_dict.get("speculators_model_type")
-    served = sorted({*SUPPORTED_SPECULATORS_TYPES, *PROPOSERS.names()})
+    ours = PROPOSERS.names() if with_plugin else ()
+    served = sorted({*SUPPORTED_SPECULATORS_TYPES, *ours})
+    if kind in PROPOSERS.names() and kind not in served:
+        raise SpeculatorError(
+            f"{name}: vLLM alone serves no {kind} speculator; it serves {', '.join(served)}. "
+            "Leave the plug-in on: VLLM_PLUGINS has to name it, or be unset."
+        )
     if kind not in served:
         what = "vLLM has no proposer for" if kind in MODELS.names() else "unknown"
         raise SpeculatorError(
@@ -144,13 +187,12 @@ def _may_be_a_speculator(name: str, method: str | None) -> bool:
 
 
 def _is_broken_local(name: str) -> bool:
-    """A path that is not there, or a folder without any file by which vLLM knows a model."""
+    """A path where nothing is, or nothing by which vLLM knows a model."""
     folder = Path(name)
     if not folder.exists():
         return name.startswith((".", "/", "~"))
-    return folder.is_dir() and not any(
-        path.name == "params.json" or path.suffix == ".gguf" for path in folder.iterdir()
-    )
+    files = folder.iterdir() if folder.is_dir() else [folder]
+    return not any(path.name == "params.json" or path.suffix == ".gguf" for path in files)
 
 
 def locate(
