@@ -86,49 +86,56 @@ def _mend_sampling_on_cpus() -> None:
 
 def _mending_sampling(original: Callable) -> Callable:
     def register_triton_kernel_overrides() -> None:
-        from vllm.utils import cpu_triton_utils
-        from vllm.v1.sample import rejection_sampler
-        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-        from speculators_vllm import cpu_sampling
-
-        # vLLM 0.32: spreads the settings of a request over its drafted tokens.
-        _wrap(
-            cpu_triton_utils,
-            "_expand_kernel_impl",
-            cpu_sampling.EXPAND_PARAMETERS,
-            cpu_sampling.expanding,
-        )
-        # vLLM 0.32: temperature, top-k and top-p of drafted tokens.
-        _wrap(
-            rejection_sampler,
-            "apply_sampling_constraints",
-            ["logits", "cu_num_draft_tokens", "sampling_metadata"],
-            cpu_sampling.constraining,
-        )
-        # vLLM 0.32: samples, and throws samples away; of every runner, the CPU's too.
-        _wrap(
-            GPUModelRunner,
-            "_sample",
-            ["self", "logits", "spec_decode_metadata"],
-            cpu_sampling.putting_generators_back,
-        )
-        _wrap(
-            GPUModelRunner,
-            "_bookkeeping_sync",
-            [
-                "self",
-                "scheduler_output",
-                "sampler_output",
-                "logits",
-                "hidden_states",
-                "num_scheduled_tokens",
-            ],
-            cpu_sampling.hiding_generators,
-        )
+        try:
+            _mend_samplers()
+        except ImportError as error:
+            logger.warning("speculators-vllm left vLLM's sampling on CPUs alone: %s", error)
         original()
 
     return register_triton_kernel_overrides
+
+
+def _mend_samplers() -> None:
+    from vllm.utils import cpu_triton_utils
+    from vllm.v1.sample import rejection_sampler
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from speculators_vllm import cpu_sampling
+
+    # vLLM 0.32: spreads the settings of a request over its drafted tokens.
+    _wrap(
+        cpu_triton_utils,
+        "_expand_kernel_impl",
+        cpu_sampling.EXPAND_PARAMETERS,
+        cpu_sampling.expanding,
+    )
+    # vLLM 0.32: temperature, top-k and top-p of drafted tokens.
+    _wrap(
+        rejection_sampler,
+        "apply_sampling_constraints",
+        ["logits", "cu_num_draft_tokens", "sampling_metadata"],
+        cpu_sampling.constraining,
+    )
+    # vLLM 0.32: samples, and throws samples away; of every runner, the CPU's too.
+    _wrap(
+        GPUModelRunner,
+        "_sample",
+        ["self", "logits", "spec_decode_metadata"],
+        cpu_sampling.putting_generators_back,
+    )
+    _wrap(
+        GPUModelRunner,
+        "_bookkeeping_sync",
+        [
+            "self",
+            "scheduler_output",
+            "sampler_output",
+            "logits",
+            "hidden_states",
+            "num_scheduled_tokens",
+        ],
+        cpu_sampling.hiding_generators,
+    )
 
 
 def _read_drafts_by_our_config() -> None:

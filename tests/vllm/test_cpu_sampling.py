@@ -1,10 +1,13 @@
 """Sampled and seeded requests under speculation on a CPU, which vLLM 0.32 gets wrong alone."""
 
+import logging
+import sys
+
 import pytest
 import torch
 
 from benchmarks import playground
-from speculators_vllm import cpu_sampling, offline
+from speculators_vllm import cpu_sampling, offline, patches
 
 pytestmark = pytest.mark.vllm
 
@@ -68,3 +71,14 @@ def test_settings_are_spread_over_drafted_tokens(dtype):
     assert output.tolist() == [3, 3, 7, 7, 7]
     cpu_sampling.expand(output[:3], values[:2], torch.tensor([1, 3]), 0, 1)
     assert output[:3].tolist() == [3, 1, 1]
+
+
+def test_samplers_that_have_moved_are_left_alone(monkeypatch, caplog):
+    called = []
+    monkeypatch.setitem(sys.modules, "vllm.utils.cpu_triton_utils", None)
+    monkeypatch.delattr("vllm.utils.cpu_triton_utils", raising=False)
+    monkeypatch.setattr(logging.getLogger("speculators_vllm"), "propagate", True)
+    with caplog.at_level("WARNING", logger="speculators_vllm"):
+        patches._mending_sampling(lambda: called.append("vLLM's own"))()
+    assert called == ["vLLM's own"]
+    assert "left vLLM's sampling on CPUs alone" in caplog.text
