@@ -1,13 +1,8 @@
 """Servers over HTTP: a small stand-in for what goes wrong on the wire, and one real server."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +18,7 @@ from benchmarks.wire import ServerSettings
 from speculators_core.cli import main
 from speculators_core.console import console
 from speculators_core.errors import SpeculatorError
+from tests.vllm.serving import server
 
 VERIFIER = str(playground.VERIFIER)
 K = 3
@@ -491,26 +487,12 @@ def test_rates_and_waits_of_a_hand_counted_case():
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_a_real_server_gives_what_the_engine_in_this_process_gives(tmp_path):
+    """Started as ``vllm serve <speculator>``; its verifier lies beside it."""
     common = {"limit_per_category": 1, "max_tokens": 32}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", VERIFIER]
-    command += ["--speculative-config", json.dumps({"model": str(playground.EAGLE3)})]
-    command += ["--per-request-spec-decode-metrics", "detailed"]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    log = tmp_path / "log"
-    with log.open("w") as stream:
-        server = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
-    try:
-        _wait_until_up(server, port, log)
-        report = measure(settings(f"http://127.0.0.1:{port}", **common))
-    finally:
-        server.terminate()
-        server.wait(60)
+    arguments = [str(playground.EAGLE3), "--max-model-len", "512"]
+    arguments += ["--per-request-spec-decode-metrics", "detailed"]
+    with server(tmp_path / "log", *arguments) as url:
+        report = measure(settings(url, **common))
     here = measure(
         AcceptanceSettings(
             model=(str(playground.EAGLE3),), engine_args={"max_model_len": 512}, **common
@@ -527,15 +509,3 @@ def test_a_real_server_gives_what_the_engine_in_this_process_gives(tmp_path):
     assert list(counted.accepted_per_position) == over_http.pooled.accepted_per_position
     assert counted.generation_tokens == sum(len(r.output_ids) for r in over_http.requests)
     assert over_http.latency.first_token_s["p50"] > 0
-
-
-def _wait_until_up(server, port, log, timeout_s=240):
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()[-3000:]
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-            return
-        except OSError:
-            time.sleep(1)
-    raise AssertionError(log.read_text()[-3000:])

@@ -1,6 +1,13 @@
 """What the tests of served speculators share."""
 
-from collections.abc import Callable
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -74,3 +81,37 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
     tokenizer.chat_template = "{% for m in messages %}4 {{ m.content }} 5 {% endfor %}"
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def server(log: Path, *arguments: str) -> Iterator[str]:
+    """The address of ``vllm serve`` with these arguments in float32, once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    command = [
+        *(str(Path(sys.executable).with_name("vllm")), "serve", *arguments),
+        *("--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)),
+    ]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_up(process, url, log)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _wait_until_up(process: subprocess.Popen, url: str, log: Path, timeout_s: float = 240) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()[-3000:]
+        with suppress(OSError):
+            urllib.request.urlopen(f"{url}/health")
+            return
+        time.sleep(0.5)
+    raise AssertionError(log.read_text()[-3000:])

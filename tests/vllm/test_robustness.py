@@ -5,18 +5,11 @@ engine without speculation said. All in float32: in a narrower type near ties ma
 """
 
 import asyncio
-import contextlib
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +18,7 @@ from transformers import AutoTokenizer
 from benchmarks import playground
 from speculators_core.prompts import read_prompts, tokenize
 from speculators_vllm import offline
+from tests.vllm.serving import server
 
 pytestmark = pytest.mark.vllm
 
@@ -467,7 +461,12 @@ def test_thirty_two_requests_at_once_are_answered_as_each_alone(tmp_path):
     expected = reference().answers
     requests = plain_requests() | special_requests(expected)
     chosen = {name: requests[name] for name in OVER_HTTP}
-    with serving(tmp_path / "log", "mtp") as url:
+    arguments = [
+        *(COMMON["model"], "--max-model-len", str(MAX_MODEL_LEN)),
+        *("--speculative-config", json.dumps({"model": str(playground.SPECULATORS["mtp"])})),
+        *("--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", "400"),
+    ]
+    with server(tmp_path / "log", *arguments) as url:
         answers, schema, pair, refused, metrics = asyncio.run(_ask_over_http(url, chosen))
     for name, answer in answers.items():
         theirs = expected[name][0]
@@ -518,40 +517,3 @@ async def _ask_over_http(url: str, requests: dict[str, Request]):
     named = dict(zip(requests, answers, strict=False))
     schema, pair, *refused = answers[len(requests) :]
     return named, schema, pair, refused, metrics
-
-
-@contextlib.contextmanager
-def serving(log: Path, speculator: str) -> Iterator[str]:
-    """The address of a server of the verifier with this speculator, once it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-    command = [
-        *(str(Path(sys.executable).with_name("vllm")), "serve", COMMON["model"]),
-        *("--speculative-config", json.dumps({"model": str(playground.SPECULATORS[speculator])})),
-        *("--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN)),
-        *("--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", "400"),
-        *("--host", "127.0.0.1", "--port", str(port)),
-    ]
-    with log.open("w") as output:
-        server = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_up(server, url, log)
-        yield url
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def _wait_until_up(server: subprocess.Popen, url: str, log: Path, timeout_s: float = 240) -> None:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()[-3000:]
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"{url}/health")
-            return
-        time.sleep(0.5)
-    raise AssertionError(log.read_text()[-3000:])

@@ -2,11 +2,8 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -191,72 +188,6 @@ def test_wrong_verifier_is_one_line_before_any_weights(small_verifier):
             speculative_config={"model": str(playground.EAGLE3)},
             **EAGER,
         )
-
-
-@pytest.mark.slow
-def test_server_needs_nothing_but_the_speculators_folder(tmp_path):
-    """`vllm serve <verifier> --speculative-config '{"model": ...}'`, asked over HTTP."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        "serve",
-        str(playground.VERIFIER),
-        "--speculative-config",
-        json.dumps({"model": str(playground.EAGLE3)}),
-        *("--dtype", "float32", "--enforce-eager", "--max-model-len", "512"),
-        *("--host", "127.0.0.1", "--port", str(port)),
-    ]
-    prompt = "def read(path):\n    "
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        _wait_until_up(server, port, tmp_path / "log")
-        body = {"model": str(playground.VERIFIER), "prompt": prompt, "max_tokens": 40}
-        text = _post(port, "/v1/completions", {**body, "temperature": 0})["choices"][0]["text"]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
-            metrics = reply.read().decode()
-    finally:
-        server.terminate()
-        server.wait(60)
-    drafts = [x for x in metrics.splitlines() if x.startswith("vllm:spec_decode_num_drafts_total")]
-    assert float(drafts[0].split()[-1]) > 0
-    assert text == _greedy_text(prompt, 40)
-
-
-def _wait_until_up(server, port, log, timeout_s=240):
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()[-3000:]
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-            return
-        except OSError:
-            time.sleep(1)
-    raise AssertionError(log.read_text()[-3000:])
-
-
-def _post(port, path, body):
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}{path}",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request) as reply:
-        return json.loads(reply.read())
-
-
-def _greedy_text(prompt, max_tokens):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(playground.VERIFIER)
-    model = AutoModelForCausalLM.from_pretrained(playground.VERIFIER, dtype=torch.float32)
-    ids = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(**ids, max_new_tokens=max_tokens, do_sample=False)
-    return tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 @pytest.mark.slow
