@@ -51,6 +51,7 @@ COMMON_KEYS = {"name_or_path", "torch_dtype", "attn_implementation", "_commit_ha
 MAP_DTYPES = {"d2t": torch.int64, "t2d": torch.bool}
 
 ALL_FILES = (CONFIG, "generation_config.json", "model*.safetensors", INDEX)
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.py")
 HEAD_FILES = (CONFIG, INDEX)
 """Enough to know what a checkpoint is, and which of its files holds which tensor."""
 

@@ -1,6 +1,7 @@
 """The command line: one function a command, each found through the group `speculators.commands`."""
 
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from speculators_core.errors import SpeculatorError, first_fault
 from speculators_core.registry import COMMANDS
 
 ERROR_EXIT = 2
+FAULT_EXIT = 3
+"""A fault of ours, with its traceback."""
 
 
 def app() -> cyclopts.App:
@@ -61,3 +64,6 @@ def _run(commands: cyclopts.App, arguments: list[str] | None) -> None:
         sys.exit(ERROR_EXIT)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:  # Python's own code for it is 1, which is a verdict of some commands
+        traceback.print_exc()
+        sys.exit(FAULT_EXIT)

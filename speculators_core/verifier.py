@@ -212,6 +212,20 @@ def read_verifier_head(
     return head
 
 
+def read_final_norm(
+    name_or_path: str | PathLike, config: PretrainedConfig, **where: Any
+) -> Float[Tensor, "hidden"]:
+    """The weights of the last norm alone; ``where`` are `checkpoint.fetch`'s.
+
+    Raises:
+        SpeculatorError: they are missing, or not finite.
+    """
+    model = _without_weights(config, trust_remote_code=False)
+    stored = _stored_weights(name_or_path, model, [decoder_of(model).norm.weight], **where)
+    (tensor,) = stored.values()
+    return dict(checkpoint.read_tensors({tensor.name: tensor}, [tensor.name]))[tensor.name]
+
+
 def _without_weights(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     auto_class = language_model_class(config)
     try:
@@ -226,19 +240,24 @@ def _without_weights(config: PretrainedConfig, trust_remote_code: bool) -> PreTr
 
 
 def _stored_weights(
-    name_or_path: str | PathLike, model: PreTrainedModel, weights: Iterable[nn.Parameter]
+    name_or_path: str | PathLike,
+    model: PreTrainedModel,
+    weights: Iterable[nn.Parameter],
+    **where: Any,
 ) -> dict[nn.Parameter, checkpoint.StoredTensor]:
     """Where these weights lie; of a sharded verifier on the hub their shards alone are fetched."""
     wanted = list(weights)
-    folder = checkpoint.fetch(name_or_path, files=checkpoint.HEAD_FILES)
+    folder = checkpoint.fetch(name_or_path, files=checkpoint.HEAD_FILES, **where)
     if (folder / checkpoint.INDEX).exists():
         weight_map = checkpoint.read_weight_map(folder)
         names = _stored_names(model, wanted, weight_map, folder)
         shards = {weight_map[name] for name in names.values()}
-        folder = checkpoint.fetch(name_or_path, files=(*checkpoint.HEAD_FILES, *sorted(shards)))
+        files = (*checkpoint.HEAD_FILES, *sorted(shards))
+        folder = checkpoint.fetch(name_or_path, files=files, **where)
         stored = checkpoint.stored_tensors(folder, shards)
     else:
-        folder = checkpoint.fetch(name_or_path, files=(checkpoint.CONFIG, checkpoint.WEIGHTS))
+        files = (checkpoint.CONFIG, checkpoint.WEIGHTS)
+        folder = checkpoint.fetch(name_or_path, files=files, **where)
         stored = checkpoint.stored_tensors(folder)
         names = _stored_names(model, wanted, stored, folder)
     return {weight: stored[name] for weight, name in names.items()}

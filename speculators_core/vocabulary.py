@@ -107,10 +107,12 @@ def check_tokenizer(
         served = read_tokenizer_vocabulary(served_with)
         if served is None or trained == served:
             return
+        by_id = {token_id: token for token, token_id in served.items()}
         for token, token_id in trained.items():
-            if served.get(token) != token_id:
+            # A token that one side alone has is harmless: a mask, say, that no text holds.
+            if served.get(token, token_id) != token_id or by_id.get(token_id, token) != token:
                 raise SpeculatorError(
-                    f"{served_with}: token {token!r} has id {served.get(token)}; the speculator "
-                    f"was trained with {source}, where it is {token_id}. Pass that tokenizer."
+                    f"{served_with}: token {token_id} is {by_id.get(token_id)!r}; the speculator "
+                    f"was trained with {source}, where it is {token!r}. Pass that tokenizer."
                 )
         return

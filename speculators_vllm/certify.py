@@ -14,7 +14,6 @@ Runs the real engine in this process, with speculation and without, and asks fou
 
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +23,13 @@ from cyclopts import Parameter
 from pydantic import Field
 
 from speculators_core.console import console, progress, result_alone_on_stdout
-from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.errors import SpeculatorError
 from speculators_core.settings import Settings
 from speculators_vllm import offline
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 NEAR_TIES = {"bfloat16": 0.25, "float16": 0.03}
 """Two steps between numbers of 16 to 32, where the best logits of a language model mostly lie."""
-NOT_FLAGS = ("model", "speculative_config", "dtype", "seed", "max_logprobs", "logprobs_mode")
-"""vLLM's arguments that the certificate decides, or that have an option of their own."""
 FIXED = ("model", "method")
 """Speculative settings that the speculator decides."""
 CONCURRENCY = "concurrency"
@@ -241,7 +238,7 @@ def _check(speculator: str, settings: CertifySettings) -> _Plan:
     SpeculatorModel.check_checkpoint(folder, config)
     check_served(speculator, raw)
 
-    speculative = _check_names("--speculative-config", settings.speculative_config, FIXED)
+    speculative = offline.check_names("--speculative-config", settings.speculative_config, FIXED)
     speculative = {**vllm_settings(raw), **speculative, "model": speculator}
     speculative_tokens = speculative["num_speculative_tokens"]
     if not isinstance(speculative_tokens, int) or speculative_tokens < 1:
@@ -254,17 +251,18 @@ def _check(speculator: str, settings: CertifySettings) -> _Plan:
         from speculators_core.default_prompts import default_prompts
 
         given = default_prompts(tokenizer)
-    text = verifier_config.get_text_config()
-    longest = min(_longest(text, settings, flags) for flags in flag_sets)
+    longest = offline.longest_text(
+        verifier_config, settings.engine_args, *(flags.engine_args for flags in flag_sets)
+    )
     num_new = max(settings.max_tokens, speculative_tokens + 2)
     plan = _Plan(
         settings=settings,
         verifier=verifier,
         speculative_config=speculative,
-        prompts=tokenize(given, tokenizer, longest - num_new + 1),
+        prompts=tokenize(given, tokenizer, longest - num_new),
         flag_sets=flag_sets,
         dtypes=[],
-        vocab_size=text.vocab_size,
+        vocab_size=verifier_config.get_text_config().vocab_size,
     )
     return _settle(plan)
 
@@ -289,7 +287,7 @@ def _read_flags(settings: CertifySettings, speculative_tokens: int) -> list[Any]
     """
     from speculators_vllm.certificate import FlagSet
 
-    _check_names("--engine-args", settings.engine_args, NOT_FLAGS)
+    offline.check_names("--engine-args", settings.engine_args, offline.DECIDED)
     default: tuple[dict[str, Any], ...] = (
         {},
         {"enable_prefix_caching": False, CONCURRENCY: 4},
@@ -303,42 +301,13 @@ def _read_flags(settings: CertifySettings, speculative_tokens: int) -> list[Any]
     )
     found = []
     for given in settings.flags or default:
-        flags = {key.replace("-", "_"): value for key, value in given.items()}
-        concurrency = flags.pop(CONCURRENCY, 1)
+        concurrency = given.get(CONCURRENCY, 1)
         if not isinstance(concurrency, int) or concurrency < 1:
             raise SpeculatorError(f"--flags {CONCURRENCY}: at least 1, found {concurrency!r}.")
-        _check_names("--flags", flags, NOT_FLAGS)
+        flags = {key: value for key, value in given.items() if key != CONCURRENCY}
+        flags = offline.check_names("--flags", flags, offline.DECIDED)
         found.append(FlagSet(engine_args=flags, concurrency=concurrency))
     return found
-
-
-def _check_names(option: str, given: dict[str, Any], taken: Sequence[str]) -> dict[str, Any]:
-    """Raises SpeculatorError for a key that vLLM does not know, or that is not to be set there."""
-    from dataclasses import fields
-
-    from vllm.config import SpeculativeConfig
-    from vllm.engine.arg_utils import EngineArgs
-
-    from speculators_core.registry import did_you_mean
-
-    owner = SpeculativeConfig if option == "--speculative-config" else EngineArgs
-    known = {field.name for field in fields(owner)}
-    for key in given:
-        if key in taken:
-            raise SpeculatorError(f"{option} {key}: the certificate decides this itself.")
-        if key not in known:
-            raise SpeculatorError(
-                f"{option} {key}: vLLM has no such argument.{did_you_mean(key, known)}"
-            )
-    return given
-
-
-def _longest(text: Any, settings: CertifySettings, flags: Any) -> int:
-    own = getattr(text, "max_position_embeddings", sys.maxsize)
-    stated = {**settings.engine_args, **flags.engine_args}.get("max_model_len", own)
-    if not isinstance(stated, int):
-        raise SpeculatorError(f"max_model_len: expected a number, found {stated!r}.")
-    return min(own, stated)
 
 
 def _settle(plan: _Plan) -> _Plan:
@@ -362,7 +331,7 @@ def _settle(plan: _Plan) -> _Plan:
         except (ValueError, TypeError, NotImplementedError) as error:
             raise SpeculatorError(
                 f"vLLM refuses the flags {flags.name} with dtype {dtype} and "
-                f"{plan.speculative_config}: {_of_pydantic(error)}"
+                f"{plan.speculative_config}: {offline.told(error)}"
             ) from error
         dtypes[str(config.model_config.dtype).removeprefix("torch.")] = None
     return replace(plan, dtypes=list(dtypes))
@@ -386,14 +355,6 @@ def _decode_reference(plan: _Plan) -> list[list[int]]:
         decode(model, prompt.token_ids, plan.settings.max_tokens, num_tokens, stop_ids).accepted
         for prompt in plan.prompts
     ]
-
-
-def _of_pydantic(error: Exception) -> str:
-    from pydantic import ValidationError
-
-    from speculators_core.errors import first_fault
-
-    return first_fault(error) if isinstance(error, ValidationError) else first_line(error)
 
 
 def _test_group(

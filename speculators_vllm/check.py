@@ -9,6 +9,7 @@ import gc
 import json
 import sys
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,7 +47,7 @@ class CheckSettings(Settings):
     """Of both models; float32 on a CPU and auto on a GPU where none is given."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """More arguments of vLLM's `LLM`, as JSON."""
-    json_: Annotated[bool, Parameter(name="--json", negative=())] = False
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False
     """Print the report as JSON."""
 
 
@@ -76,8 +77,9 @@ class CheckReport(BaseModel):
     speculative_tokens: int | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     findings: list[Finding] = Field(default_factory=list)
-    stages: list[tuple[str, float]] = Field(default_factory=list)
-    """Tensors that were compared, with their largest difference over their largest value."""
+    stages: list[tuple[str, float | None]] = Field(default_factory=list)
+    """Tensors that were compared, with their largest difference over their largest value; None
+    where one side has numbers and the other has not."""
     reference: Counts | None = None
     served: Counts | None = None
 
@@ -115,7 +117,7 @@ def run(
         Folder or hub id.
     """
     settings = settings or CheckSettings()
-    if settings.json_:
+    if settings.as_json:
         with result_alone_on_stdout():
             report = check(speculator, settings)
         print(json.dumps({"verdict": report.verdict, **report.model_dump()}, indent=2))
@@ -133,17 +135,18 @@ def check(speculator: str, settings: CheckSettings) -> CheckReport:
         SpeculatorError: there is no such speculator, or verifier or prompts are at fault.
     """
     offline.prepare()
+    engine_args = offline.check_names("--engine-args", settings.engine_args, offline.DECIDED)
+    settings = settings.model_copy(update={"engine_args": engine_args})
     from speculators_core import checkpoint
     from speculators_core.provenance import versions
     from speculators_core.verifier import locate_verifier, read_tokenizer, read_verifier_config
 
     report = CheckReport(speculator=speculator, versions=versions())
-    folder = checkpoint.fetch(speculator)
+    folder = checkpoint.fetch(speculator, files=checkpoint.ALL_FILES + checkpoint.TEXT_FILES)
     raw = checkpoint.read_config(folder)
     config = _check_checkpoint(report, speculator, folder, raw)
     if config is None:
         return report
-    _ask_stock_vllm(report, speculator, raw)
     name = settings.verifier or config.verifier.name_or_path
     if name is None:
         raise SpeculatorError(f"{speculator} names no verifier. Pass --verifier.")
@@ -151,10 +154,13 @@ def check(speculator: str, settings: CheckSettings) -> CheckReport:
     _check_served(report, speculator, folder, config, read_verifier_config(report.verifier))
     if not report.is_fit:
         return report
+    _ask_stock_vllm(report, raw)
     tokenizer = read_tokenizer(report.verifier)
     _compare_templates(report, folder, tokenizer)
     report.speculative_tokens = settings.k or config.proposal.speculative_tokens
-    _compare_sides(report, settings, folder, tokenizer)
+    longest = offline.longest_text(read_verifier_config(report.verifier), settings.engine_args)
+    prompts = _prompts(settings, tokenizer, longest - settings.max_tokens)
+    _compare_sides(report, settings, folder, prompts)
     return report
 
 
@@ -234,13 +240,18 @@ def _check_served(
 
 def _compare_templates(report: CheckReport, folder: Path, tokenizer: Any) -> None:
     """A chat template beside the draft is the one that it was trained with."""
+    from jinja2 import TemplateError
+
     from speculators_core.verifier import read_tokenizer
 
     has_own = (folder / "chat_template.jinja").exists()
     if not has_own and not (folder / "tokenizer_config.json").exists():
         return
     own = read_tokenizer(folder).chat_template if not has_own else None
-    template = (folder / "chat_template.jinja").read_text() if has_own else own
+    try:
+        template = (folder / "chat_template.jinja").read_text("utf-8") if has_own else own
+    except UnicodeDecodeError as error:
+        raise SpeculatorError(f"{folder}: chat_template.jinja is no text ({error}).") from error
     if template is None:
         return
     messages = [
@@ -252,9 +263,12 @@ def _compare_templates(report: CheckReport, folder: Path, tokenizer: Any) -> Non
     def render(chosen: str | None) -> str | None:
         if chosen is None:
             return None
-        return tokenizer.apply_chat_template(
-            messages, chat_template=chosen, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            return tokenizer.apply_chat_template(
+                messages, chat_template=chosen, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise SpeculatorError(f"a chat template cannot be rendered: {error}.") from error
 
     trained, served = render(template), render(tokenizer.chat_template)
     if trained != served:
@@ -282,7 +296,7 @@ def _excerpt(text: str | None, other: str | None, span: int = 40) -> str:
 # ---- stock vLLM ----
 
 
-def _ask_stock_vllm(report: CheckReport, speculator: str, raw: dict[str, Any]) -> None:
+def _ask_stock_vllm(report: CheckReport, raw: dict[str, Any]) -> None:
     """What vLLM without the plug-in would do with such a checkpoint."""
     import copy
 
@@ -327,7 +341,7 @@ def _ask_stock_vllm(report: CheckReport, speculator: str, raw: dict[str, Any]) -
 
 
 def _compare_sides(
-    report: CheckReport, settings: CheckSettings, folder: Path, tokenizer: Any
+    report: CheckReport, settings: CheckSettings, folder: Path, prompts: Sequence[list[int]]
 ) -> None:
     """Runs the prompts through the reference decoder and through vLLM."""
     import torch
@@ -347,7 +361,6 @@ def _compare_sides(
     ).to(device)
     dtype: torch.dtype = verifier.dtype
     model: Any = SpeculatorModel.from_pretrained(folder, verifier=verifier, dtype=dtype).to(device)
-    prompts = _prompts(settings, tokenizer, _longest(settings, verifier))
     num_tokens = report.speculative_tokens
 
     decoded = [decode(model, prompt, settings.max_tokens, num_tokens) for prompt in prompts]
@@ -372,14 +385,16 @@ def _compare_sides(
         "max_num_seqs": 1,
         "enforce_eager": True,  # compiled passes cannot be listened to
         "speculative_config": {"model": report.speculator, "num_speculative_tokens": num_tokens},
-        **settings.engine_args,
+        **settings.engine_args,  # none of those above, but for enforce_eager and max_num_seqs
     }
     with offline.loaded(**arguments) as llm:
         stages = compare(reference_trace, trace_served(llm, traced), dtype)
         parameters = SamplingParams(temperature=0, max_tokens=settings.max_tokens, ignore_eos=True)
         served = offline.continue_all(llm, prompts, parameters)
     report.served = _counts(pool([one.accepted for one in served], num_tokens))
-    report.stages = [(stage.name, stage.difference) for stage in stages]
+    report.stages = [
+        (stage.name, stage.difference if isfinite(stage.difference) else None) for stage in stages
+    ]
 
     different = next((stage for stage in stages if not stage.is_equal), None)
     if different is not None:
@@ -411,12 +426,6 @@ def _compare_sides(
             "verifier, or not at all.",
             "dead draft",
         )
-
-
-def _longest(settings: CheckSettings, verifier: Any) -> int:
-    longest = getattr(verifier.config.get_text_config(), "max_position_embeddings", sys.maxsize)
-    stated = settings.engine_args.get("max_model_len", longest)
-    return min(longest, stated) - settings.max_tokens
 
 
 def _prompts(settings: CheckSettings, tokenizer: Any, longest: int) -> list[list[int]]:
@@ -487,8 +496,9 @@ def print_report(report: CheckReport) -> None:
             kept = map(str, side.accepted_per_position)
             table.add_row(name, f"{side.acceptance_length:.3f}", str(side.num_drafts), *kept)
         console.print(table)
-    if report.stages:
-        name, difference = max(report.stages, key=lambda stage: stage[1])
+    finite = [(name, difference) for name, difference in report.stages if difference is not None]
+    if finite:
+        name, difference = max(finite, key=lambda stage: stage[1])
         console.print(
             f"{len(report.stages)} tensors of the first pass compared; largest difference "
             f"{difference:.1e} of the largest value ({name})"

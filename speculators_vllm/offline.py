@@ -2,16 +2,32 @@
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import Any
 
-from speculators_core.errors import SpeculatorError
+from pydantic import ValidationError
+
+from speculators_core.errors import SpeculatorError, first_fault, first_line
+from speculators_core.registry import did_you_mean
 from speculators_vllm import openmp
 
 CPU_KV_CACHE_GIB = "1"
+DECIDED = (
+    "model",
+    "speculative_config",
+    "spec_model",
+    "spec_method",
+    "spec_tokens",
+    "dtype",
+    "seed",
+    "max_logprobs",
+    "logprobs_mode",
+)
+"""vLLM's arguments that `check` and `certify` decide, or have an option of their own for."""
 PLUGIN = "speculators"
 """The name of our entry point among vLLM's."""
 
@@ -50,14 +66,65 @@ def has_plugin() -> bool:
     return chosen is None or PLUGIN in chosen.split(",")
 
 
+def told(error: Exception) -> str:
+    """What is wrong in one line, pydantic's complaint where it judged."""
+    return first_fault(error) if isinstance(error, ValidationError) else first_line(error)
+
+
+def check_names(option: str, given: Mapping[str, Any], taken: Sequence[str]) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` under vLLM's names.
+
+    Raises:
+        SpeculatorError: vLLM does not know a key, or it is one of those that are ``taken``.
+    """
+    from vllm.config import SpeculativeConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    owner = SpeculativeConfig if option == "--speculative-config" else EngineArgs
+    known = {field.name for field in fields(owner)}
+    named = {key.replace("-", "_"): value for key, value in given.items()}
+    for key in named:
+        if key in taken:
+            raise SpeculatorError(f"{option} {key}: this command decides it itself.")
+        if key not in known:
+            raise SpeculatorError(
+                f"{option} {key}: vLLM has no such argument.{did_you_mean(key, known)}"
+            )
+    return named
+
+
+def longest_text(config: Any, *arguments: Mapping[str, Any]) -> int:
+    """Positions that a verifier has, or fewer where vLLM's ``max_model_len`` says so.
+
+    Raises:
+        SpeculatorError: max_model_len is no number.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    for given in arguments:
+        stated = given.get("max_model_len", longest)
+        if not isinstance(stated, int):
+            raise SpeculatorError(f"max_model_len: expected a number, found {stated!r}.")
+        longest = min(longest, stated)
+    return longest
+
+
 @contextmanager
 def loaded(**arguments: Any) -> Iterator[Any]:
-    """A `vllm.LLM` of these arguments, which says of each request what it kept of each draft."""
+    """A `vllm.LLM` of these arguments, which says of each request what it kept of each draft.
+
+    Raises:
+        SpeculatorError: vLLM does not start with them.
+    """
     from vllm import LLM
 
     if arguments.get("speculative_config") is not None:
         arguments["per_request_spec_decode_metrics"] = "detailed"
-    llm = LLM(**arguments)
+    try:
+        llm = LLM(**arguments)
+    except SpeculatorError:
+        raise
+    except Exception as error:  # of many kinds: settings, memory, its own assertions
+        raise SpeculatorError(f"vLLM did not start: {told(error)}") from error
     try:
         yield llm
     finally:

@@ -117,12 +117,14 @@ def _mend_samplers() -> None:
         cpu_sampling.constraining,
     )
     # vLLM 0.32: samples, and throws samples away; of every runner, the CPU's too.
-    _wrap(
+    puts_back = _wrap(
         GPUModelRunner,
         "_sample",
         ["self", "logits", "spec_decode_metadata"],
         cpu_sampling.putting_generators_back,
     )
+    if not puts_back:
+        return
     _wrap(
         GPUModelRunner,
         "_bookkeeping_sync",
@@ -153,11 +155,14 @@ def _read_drafts_by_our_config() -> None:
 
 def _wrap(
     owner: Any, name: str, parameters: list[str], wrapper: Callable[[Callable], Callable]
-) -> None:
-    """Puts ``wrapper(original)`` in place; ``...`` as the last parameter stands for any others."""
+) -> bool:
+    """Puts ``wrapper(original)`` in place, and says whether it stands there.
+
+    ``...`` as the last parameter stands for any others.
+    """
     original = getattr(owner, name, None)
     if getattr(original, MARK, False):
-        return
+        return True
     found = list(inspect.signature(original).parameters) if original is not None else None
     relied_on = parameters[:-1] if parameters[-1:] == ["..."] else parameters
     compared = (found or [])[: len(relied_on)] if relied_on is not parameters else found
@@ -169,11 +174,12 @@ def _wrap(
             found,
             parameters,
         )
-        return
+        return False
     wrapped = functools.wraps(original)(wrapper(original))
     setattr(wrapped, MARK, True)
     is_method = inspect.ismethod(original)  # of the class itself: it is bound already
     setattr(owner, name, staticmethod(wrapped) if is_method else wrapped)
+    return True
 
 
 def _completing_speculative_config(original: Callable) -> Callable:
@@ -192,7 +198,7 @@ def _completing_speculative_config(original: Callable) -> Callable:
             self.speculative_config = complete(
                 self.speculative_config or {},
                 {key: value for key, value in by_flag.items() if value is not None},
-                target_model_config.hf_text_config,
+                target_model_config.hf_config,
                 target_model_config.model,
                 Source(
                     token=self.hf_token,
@@ -261,7 +267,7 @@ def _locating_verifier(original: Callable) -> Callable:
             return verifier, tokenizer, speculative_config
         from speculators_vllm.speculative_config import locate
 
-        located, settings = locate(model, verifier, kwargs.get("revision"))
+        located, settings = locate(model, verifier, kwargs.get("revision"), kwargs.get("hf_token"))
         user = kwargs.get("vllm_speculative_config") or {}
         method = {"method": settings["method"]}  # not the user's to choose
         return located, kwargs.get("tokenizer") or located, {**settings, **user, **method}

@@ -196,7 +196,10 @@ def _is_broken_local(name: str) -> bool:
 
 
 def locate(
-    speculator: str, verifier: str | None, revision: str | None
+    speculator: str,
+    verifier: str | None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """Where the verifier of a speculator lies that is served by its own name, and its settings.
 
@@ -216,7 +219,7 @@ def locate(
             f"vllm serve {located} --speculative-config "
             f'\'{{"model": "{speculator}", "revision": "{revision}"}}\'.'
         )
-    folder = checkpoint.fetch(speculator, files=[checkpoint.CONFIG])
+    folder = checkpoint.fetch(speculator, files=[checkpoint.CONFIG], token=token)
     settings = vllm_settings(checkpoint.read_config(folder))
     return located, {**settings, "model": speculator}
 

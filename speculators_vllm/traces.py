@@ -43,7 +43,7 @@ class Stage:
 
     name: str
     difference: float
-    """Largest difference over the largest value."""
+    """Largest difference over the largest value; infinite where one side has no such numbers."""
     is_equal: bool
 
 
@@ -63,7 +63,10 @@ def compare(reference: Trace, served: Trace, dtype: torch.dtype) -> list[Stage]:
             stages.append(Stage(name, float("inf"), False))
             continue
         ours, theirs = ours[:rows].float().cpu(), theirs[:rows].float().cpu()
-        is_said = ours.isfinite() & theirs.isfinite()  # tokens that a draft cannot say are -inf
+        is_said = ours.isfinite()  # tokens that a draft cannot say are -inf
+        if not torch.equal(is_said, theirs.isfinite()) or not is_said.any():
+            stages.append(Stage(name, float("inf"), False))
+            continue
         gap = (ours - theirs)[is_said].abs().max() / ours[is_said].abs().max().clamp_min(1e-9)
         stages.append(Stage(name, float(gap), float(gap) <= TOLERANCES[dtype]))
     return stages
@@ -97,6 +100,10 @@ def trace_served(llm: Any, prompt: Sequence[int]) -> Trace:
     """The same of vLLM's draft; empty where its network is out of reach, in another process."""
     from vllm import SamplingParams
 
+    engine = llm.llm_engine
+    is_here = hasattr(engine.engine_core, "engine_core")
+    if not is_here or engine.vllm_config.parallel_config.world_size > 1:
+        return {}
     trace: Trace = {}
     hooks: list[_Hooks] = []
 

@@ -1,7 +1,7 @@
 import pytest
 
 from benchmarks import playground
-from speculators_core.cli import main
+from speculators_core.cli import main, run_function
 
 
 def refused(capsys, *arguments) -> str:
@@ -82,3 +82,17 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "acceptance" in capsys.readouterr().out
+
+
+def test_a_fault_of_ours_is_no_verdict(capsys):
+    """Commands leave with 1 for `not fit`; Python would leave with 1 for any exception."""
+
+    def fail() -> None:
+        raise RuntimeError("broken")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["fail"])
+        with pytest.raises(SystemExit) as stopped:
+            run_function(fail)
+    assert stopped.value.code == 3
+    assert "RuntimeError: broken" in capsys.readouterr().err

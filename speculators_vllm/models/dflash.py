@@ -1,5 +1,6 @@
 """DFlash in vLLM, with the norm of context keys that each layer has of its own."""
 
+import logging
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM, DFlashQwen3Model
+
+logger = logging.getLogger(__name__)
 
 
 class DFlashNetwork(DFlashQwen3Model):
@@ -25,6 +28,10 @@ class DFlashNetwork(DFlashQwen3Model):
         for layer, weight in enumerate(self._k_norm_weights):
             ops.rms_norm(normed[layer], all_k[layer], weight, norm_eps)
         return normed
+
+
+if not hasattr(DFlashQwen3Model, "_normalize_context_k"):
+    logger.warning("speculators-vllm found no norm of DFlash's context keys in vLLM to mend")
 
 
 class DFlashForCausalLM(DFlashQwen3ForCausalLM):

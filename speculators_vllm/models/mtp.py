@@ -30,7 +30,7 @@ from vllm.model_executor.models.utils import (
 )
 
 from speculators_core.errors import SpeculatorError
-from speculators_core.verifier import read_verifier_head
+from speculators_core.verifier import read_final_norm
 
 Hidden = Float[Tensor, "tokens hidden"]
 
@@ -136,7 +136,13 @@ class MTPForCausalLM(nn.Module):
         super().__init__()
         assert vllm_config.speculative_config is not None
         self.config = vllm_config.speculative_config.draft_model_config.hf_config
-        self.verifier_name = vllm_config.model_config.model
+        self.verifier = vllm_config.model_config.model
+        self.verifier_config = vllm_config.model_config.hf_config
+        self.verifier_source = {
+            "revision": vllm_config.model_config.revision or "main",
+            "token": vllm_config.model_config.hf_token,
+            "cache_dir": vllm_config.load_config.download_dir,
+        }
         self.model = MTPNetwork(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "mtp"))
         self.lm_head = ParallelLMHead(
             self.config.vocab_size,
@@ -187,10 +193,10 @@ class MTPForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
         if self.verifier_norm is not None:
-            norm = read_verifier_head(self.verifier_name).norm.weight
+            norm = read_final_norm(self.verifier, self.verifier_config, **self.verifier_source)
             if (norm == 0).any():
                 raise SpeculatorError(
-                    f"{self.verifier_name}: its final norm has weights of zero, so that the state "
+                    f"{self.verifier}: its final norm has weights of zero, so that the state "
                     "before it, which this MTP speculator was trained on, is lost."
                 )
             self.verifier_norm.copy_(norm)

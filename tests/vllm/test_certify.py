@@ -198,7 +198,7 @@ REFUSED = {
     "--flags enable_prefix_cachin: vLLM has no such argument. Did you mean 'enable_prefix_": {
         "flags": ({"enable_prefix_cachin": False},)
     },
-    "--flags dtype: the certificate decides this": {"flags": ({"dtype": "float16"},)},
+    "--flags dtype: this command decides it": {"flags": ({"dtype": "float16"},)},
     "--flags concurrency: at least 1, found 0": {"flags": ({"concurrency": 0},)},
     "--engine-args seed": {"engine_args": {"seed": 1}},
     "--speculative-config model": {"speculative_config": {"model": "x"}},

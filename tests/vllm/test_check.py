@@ -1,5 +1,6 @@
 """`speculators check`: sound speculators pass, and each way to break one is named."""
 
+import gc
 import json
 import shutil
 import subprocess
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from benchmarks import playground
 from speculators_core.errors import SpeculatorError
 from speculators_core.vocabulary import choose_draft_vocabulary
+from speculators_vllm import offline
 from speculators_vllm.check import CheckSettings, check, run
+from speculators_vllm.traces import compare
 from tests.conftest import DRAFTS, make_verifier
 from tests.vllm.serving import SMALL, fit, write_tokenizer
 
@@ -238,10 +241,45 @@ def test_k_engine_arguments_and_dtype_reach_both_sides(fitted):
     assert report.is_fit
 
 
+def test_the_verifier_is_gone_before_vllm_takes_its_memory(fitted, monkeypatch):
+    def alive():
+        gc.collect()
+        return sum(isinstance(found, Qwen3ForCausalLM) for found in gc.get_objects())
+
+    before, start = alive(), offline.loaded
+
+    def loaded(**arguments):
+        assert alive() == before
+        return start(**arguments)
+
+    monkeypatch.setattr(offline, "loaded", loaded)
+    assert checked(fitted / "mtp", fitted, limit_per_category=2).is_fit
+
+
+def test_a_draft_that_vllm_cannot_serve_is_a_fault(tmp_path):
+    folder = shutil.copytree(playground.SPECULATORS["dflash"], tmp_path / "draft")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sample_from_anchor": True}))
+    report = check(str(folder), CheckSettings(verifier=str(playground.VERIFIER)))
+    assert "sample_from_anchor is true, which vLLM 0.32 does not serve" in report.faults[0].text
+
+
+def test_tensors_without_the_same_numbers_are_unequal():
+    ours = torch.tensor([[1.0, 2.0, -torch.inf]])
+    for theirs in ([1.0, torch.nan, -torch.inf], [1.0, 2.0, 3.0], [torch.nan] * 3):
+        (stage,) = compare({"logits": ours}, {"logits": torch.tensor([theirs])}, torch.float32)
+        assert not stage.is_equal
+    (stage,) = compare({"logits": ours}, {"logits": ours.clone()}, torch.float32)
+    assert stage.is_equal and stage.difference == 0.0
+
+
 @pytest.mark.parametrize(
     ("speculator", "settings", "words"),
     [
         ("/nowhere", {}, "no such folder"),
+        (str(playground.EAGLE3), {"engine_args": {"dtype": "float16"}}, "decides it itself"),
+        (str(playground.EAGLE3), {"engine_args": {"max_modl_len": 9}}, "Did you mean 'max_mod"),
+        (str(playground.EAGLE3), {"engine_args": {"max_model_len": "4k"}}, "expected a number"),
         (str(playground.EAGLE3), {"prompts": "/nowhere.jsonl"}, "no readable prompt file"),
         (str(playground.EAGLE3), {"verifier": "/nowhere"}, "no such folder"),
     ],

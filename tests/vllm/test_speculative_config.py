@@ -171,6 +171,10 @@ def test_another_tokenizer_is_refused(copy, tmp_path):
     assert settings["num_speculative_tokens"] == 3
     with pytest.raises(SpeculatorError, match="the speculator was trained with .*eagle3"):
         completed({"model": name})
+    tokens = json.loads((Path(VERIFIER) / "tokenizer.json").read_text())
+    tokens["added_tokens"].append({"id": 2048, "content": "<mask>"})  # no text of the verifier's
+    (Path(name) / "tokenizer.json").write_text(json.dumps(tokens))
+    assert completed({"model": name}) == {**settings, "model": name}
 
 
 @pytest.mark.parametrize(
