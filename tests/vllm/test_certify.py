@@ -210,7 +210,7 @@ REFUSED = {
     "nowhere: no such folder": {"verifier": "/nowhere"},
     "nowhere.jsonl: no readable prompt file": {"prompts": "nowhere.jsonl"},
     "holds no prompts": {"prompts": "empty.jsonl"},
-    "the verifier takes 5": {"max_tokens": 60, "engine_args": {"max_model_len": 64}},
+    "the verifier takes 4": {"max_tokens": 60, "engine_args": {"max_model_len": 64}},
     "file: cannot write a certificate there": {"output": Path("file")},
 }
 
