@@ -77,6 +77,8 @@ def check_names(option: str, given: Mapping[str, Any], taken: Sequence[str]) -> 
     Raises:
         SpeculatorError: vLLM does not know a key, or it is one of those that are ``taken``.
     """
+    if not given:  # importing vLLM takes seconds, which another fault need not wait for
+        return {}
     from vllm.config import SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
 

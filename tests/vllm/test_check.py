@@ -304,7 +304,7 @@ def test_the_command_prints_json_alone_and_leaves_with_its_verdict(fitted, broke
     assert damaged.stdout.splitlines()[-1] == "not fit to serve: damaged checkpoint"
     absent = subprocess.run([*command, "/nowhere"], capture_output=True, text=True)
     assert absent.returncode == 2
-    assert absent.stderr.startswith("error: /nowhere: no such folder")
+    assert absent.stderr.splitlines()[-1].startswith("error: /nowhere: no such folder")
 
 
 def test_the_report_is_printed(fitted, broken, capsys):
