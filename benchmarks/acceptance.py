@@ -233,11 +233,8 @@ def _check_inputs(settings: AcceptanceSettings) -> _Checked:
     verifier_config = read_verifier_config(named)
     for draft in drafts:
         _check_draft(draft, named, verifier_config)
-    longest = getattr(verifier_config.get_text_config(), "max_position_embeddings", sys.maxsize)
-    stated = settings.engine_args.get("max_model_len", longest)
-    if not isinstance(stated, int):
-        raise SpeculatorError(f"--engine-args max_model_len: expected a number, found {stated!r}.")
-    longest = min(longest, stated, *(server.max_model_len for server in servers.values()))
+    longest = offline.longest_text(verifier_config, settings.engine_args)
+    longest = min(longest, *(server.max_model_len for server in servers.values()))
     return _Checked(named, drafts, tokenize(prompts, read_tokenizer(named), longest), servers)
 
 

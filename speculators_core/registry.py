@@ -82,4 +82,9 @@ PROPOSALS = Registry(
         "sampling": "speculators_core.proposals:SamplingTokenProposalConfig",
     },
 )
+ENGINES = Registry(
+    "engine",
+    "speculators.engines",
+    {"transformers": "speculators_core.data_generation.engines:TransformersPipeline"},
+)
 COMMANDS = Registry("command", "speculators.commands")

@@ -83,7 +83,10 @@ class Schema(Settings):
 
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
-        if list(self.layer_ids) != sorted(set(self.layer_ids)) or min(self.layer_ids, default=0) < 0:
+        if (
+            list(self.layer_ids) != sorted(set(self.layer_ids))
+            or min(self.layer_ids, default=0) < 0
+        ):
             raise ValueError(f"layer_ids {list(self.layer_ids)} must be ascending without doubles")
         if self.has_last and not self.layer_ids:
             raise ValueError("has_last without layer_ids")
@@ -132,10 +135,14 @@ class Schema(Settings):
         return (min(num_aux, 1) if self.reduce == "mean" else num_aux) + self.has_last
 
     @property
+    def real_dtype(self) -> torch.dtype:
+        """Of states as training reads them, and of logits."""
+        return torch.bfloat16 if self.dtype == "float8_e4m3fn" else getattr(torch, self.dtype)
+
+    @property
     def fields(self) -> dict[str, FieldSpec]:
         """Names, types and shapes of an example's tensors, in the order in which they are kept."""
         dtype: torch.dtype = getattr(torch, self.dtype)
-        real = torch.bfloat16 if dtype is torch.float8_e4m3fn else dtype
         found = {
             "input_ids": FieldSpec(torch.int64),
             "loss_mask": FieldSpec(torch.bool),
@@ -145,7 +152,7 @@ class Schema(Settings):
             found["hidden_states_scales"] = FieldSpec(torch.float32, (1, 1))
         if self.logits != "none":
             width = self.top_k if self.logits == "top-k" else self.vocab_size
-            found["logits"] = FieldSpec(real, (width,))
+            found["logits"] = FieldSpec(self.real_dtype, (width,))
         if self.logits == "top-k":
             found["logit_ids"] = FieldSpec(torch.int32, (self.top_k,))
         return found
@@ -195,7 +202,7 @@ class Schema(Settings):
         states = tensors["hidden_states"]
         if self.dtype == "float8_e4m3fn":
             scaled = states.to(torch.float32) * tensors["hidden_states_scales"]
-            states = scaled.to(torch.bfloat16)
+            states = scaled.to(self.real_dtype)
         ids = tensors.get("logit_ids")
         return GeneratedExample(
             key=key,
@@ -237,6 +244,6 @@ def _to_fp8(
 ) -> tuple[Shaped[Tensor, "seq states hidden"], Float[Tensor, "seq 1 1"]]:
     """States over their scales: a token's largest number is the largest that float8 has."""
     real = states.to("cpu", torch.float32)
-    largest = real.abs().amax(dim=(1, 2), keepdim=True)
+    largest = torch.linalg.vector_norm(real, ord=torch.inf, dim=(1, 2), keepdim=True)
     scales = (largest / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
     return (real / scales).to(torch.float8_e4m3fn), scales

@@ -112,8 +112,8 @@ class EngineConfig(Settings):
 
     engine: str = "transformers"
     """`transformers`, `vllm`, or what another package registers in `speculators.engines`."""
-    batch_size: int = Field(8, ge=1)
-    """Examples that one call of the engine takes."""
+    batch_size: int | None = Field(None, ge=1)
+    """Texts that run through the verifier at one time; the engine's own number where None."""
     max_length: int = Field(2048, ge=2)
     """Tokens of an example, at most; what is longer is cut on the right."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -176,7 +176,7 @@ class RunConfig(Settings):
     """Examples in all, at most."""
     max_failures: int = Field(100, ge=0)
     """Examples that may be set aside because the engine failed on them; one more ends the run."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Of sampling."""
     allowed_roots: tuple[Path, ...] = ()
     """Folders below which local data is read and written, links resolved; the current directory,
