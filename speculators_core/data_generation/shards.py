@@ -1,0 +1,293 @@
+"""One shard: a safetensors file of examples that lie end to end, with a list of them in its header.
+
+    input_ids      [tokens]                 | example 0 | example 1 | ... |
+    hidden_states  [tokens, states, hidden] | example 0 | example 1 | ... |
+
+The header also holds a checksum of each example, and the examples that were set aside. The file is
+written as it goes, field by field from where the tensors lie: the library's own writer wants the
+fields whole and copies them twice.
+"""
+
+import json
+import os
+import struct
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Self
+
+import pyarrow as pa
+import torch
+from jaxtyping import Shaped
+from pydantic import Field, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+from torch import Tensor
+from xxhash import xxh3_64
+
+from speculators_core.data_generation.engines import Failure
+from speculators_core.data_generation.examples import GeneratedExample, Schema
+from speculators_core.errors import SpeculatorError, first_fault, first_line
+from speculators_core.settings import Settings
+
+FORMAT = "speculators-data-1"
+MAX_HEADER_BYTES = 100_000_000
+"""As safetensors itself has it."""
+SUFFIXES = {"none": ".safetensors", "zstd": ".safetensors.zst"}
+DTYPES = {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.bool: "BOOL",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+"""Names of safetensors."""
+
+
+class Entry(Settings):
+    """Where an example lies in its shard."""
+
+    key: str
+    start: int = Field(ge=0)
+    num_tokens: int = Field(ge=1)
+    num_prompt_tokens: int = Field(ge=1)
+    num_trained: int = Field(ge=0)
+    """Tokens that a draft learns."""
+    checksum: str
+    """XXH3, 64 bits, over the bytes of all fields in the schema's order."""
+
+
+class SetAside(Settings):
+    """An example that the engine failed on."""
+
+    key: str
+    reason: str
+
+
+class ShardHeader(Settings):
+    """What a shard says of itself."""
+
+    format: Literal["speculators-data-1"]
+    number: int = Field(ge=0)
+    fields_digest: str
+    """Of the schema; shards of other schemas do not belong to the store."""
+    entries: tuple[Entry, ...]
+    set_aside: tuple[SetAside, ...] = ()
+
+    @model_validator(mode="after")
+    def _lies_end_to_end(self) -> Self:
+        end = 0
+        for entry in self.entries:
+            if entry.start != end or entry.num_prompt_tokens > entry.num_tokens:
+                raise ValueError(f"example {entry.key!r} does not follow the one before it")
+            end += entry.num_tokens
+        return self
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.num_tokens for entry in self.entries)
+
+
+def digest_of(schema: Schema) -> str:
+    return xxh3_64(schema.model_dump_json().encode()).hexdigest()
+
+
+def checksum_of(tensors: Mapping[str, Tensor]) -> str:
+    digest = xxh3_64()
+    for tensor in tensors.values():
+        digest.update(as_bytes(tensor))
+    return digest.hexdigest()
+
+
+def as_bytes(tensor: Shaped[Tensor, "..."]) -> memoryview:
+    """The bytes of a contiguous tensor, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+# ---- writing ----
+
+
+def write_shard(
+    path: Path,
+    number: int,
+    schema: Schema,
+    results: Sequence[GeneratedExample | Failure],
+) -> ShardHeader:
+    """Writes a shard under a temporary name, then renames it; ``.zst`` is compressed.
+
+    Raises:
+        SpeculatorError: it cannot be written; nothing of it is left.
+    """
+    made = [result for result in results if isinstance(result, GeneratedExample)]
+    encoded = [schema.encode(example) for example in made]
+    entries, start = [], 0
+    for example, tensors in zip(made, encoded, strict=True):
+        entries.append(
+            Entry(
+                key=example.key,
+                start=start,
+                num_tokens=len(example.input_ids),
+                num_prompt_tokens=example.num_prompt_tokens,
+                num_trained=int(example.loss_mask.sum()),
+                checksum=checksum_of(tensors),
+            )
+        )
+        start += len(example.input_ids)
+    header = ShardHeader(
+        format=FORMAT,
+        number=number,
+        fields_digest=digest_of(schema),
+        entries=tuple(entries),
+        set_aside=tuple(
+            SetAside(key=result.key, reason=result.reason)
+            for result in results
+            if isinstance(result, Failure)
+        ),
+    )
+    temporary = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        with _opened(temporary, path.suffix == ".zst") as file:
+            _write(file, header, schema, encoded)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise SpeculatorError(
+                f"{path} could not be written: {error.strerror or first_line(error)}. Make room "
+                "and go on with --run.resume; shards that are there stay."
+            ) from error
+        raise
+    return header
+
+
+def _opened(path: Path, is_compressed: bool) -> Any:
+    return pa.CompressedOutputStream(str(path), "zstd") if is_compressed else path.open("wb")
+
+
+def _write(
+    file: BinaryIO, header: ShardHeader, schema: Schema, encoded: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """The format of safetensors: length and text of a JSON header, then the tensors.
+
+    Fields of wide types come first, so that each lies aligned to its type.
+    """
+    described: dict[str, Any] = {"__metadata__": {"shard": header.model_dump_json()}}
+    names = sorted(schema.fields, key=lambda name: -schema.fields[name].dtype.itemsize)
+    start = 0
+    for name in names:
+        spec = schema.fields[name]
+        shape = (header.num_tokens, *spec.tail)
+        end = start + spec.dtype.itemsize * torch.Size(shape).numel()
+        described[name] = {
+            "dtype": DTYPES[spec.dtype],
+            "shape": shape,
+            "data_offsets": (start, end),
+        }
+        start = end
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)))
+    file.write(text)
+    for name in names:
+        for tensors in encoded:
+            file.write(as_bytes(tensors[name]))
+
+
+# ---- reading ----
+
+
+def read_header(path: Path) -> ShardHeader:
+    """What a shard says of itself.
+
+    Raises:
+        SpeculatorError: it is truncated, or no shard of ours.
+    """
+    try:
+        if path.suffix == ".zst":
+            return _header_in(_metadata_of_compressed(path), path)
+        with safe_open(path, "pt") as file:
+            return _header_in(file.metadata(), path)
+    except (OSError, SafetensorError, ValueError, struct.error) as error:
+        if isinstance(error, SpeculatorError):
+            raise
+        raise damaged(path, first_line(error)) from error
+
+
+def _metadata_of_compressed(path: Path) -> Any:
+    with pa.input_stream(str(path), compression="zstd") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {length} bytes")
+        return json.loads(file.read(length)).get("__metadata__")
+
+
+def _header_in(metadata: Any, path: Path) -> ShardHeader:
+    if not isinstance(metadata, dict) or "shard" not in metadata:
+        raise damaged(path, "its header lists no examples")
+    try:
+        return ShardHeader.model_validate_json(metadata["shard"])
+    except ValidationError as error:
+        raise damaged(path, first_fault(error)) from error
+
+
+def damaged(path: Path, what: str) -> SpeculatorError:
+    return SpeculatorError(
+        f"{path} is damaged: {what}. Make it again with --run.repair, or copy it again."
+    )
+
+
+class Shard:
+    """An open shard; its tensors are views of the file, mapped into memory where it is plain."""
+
+    def __init__(self, path: Path, schema: Schema) -> None:
+        """Raises:
+        SpeculatorError: it is truncated, or not one of this schema.
+        """
+        self.path = path
+        self.schema = schema
+        self.header = read_header(path)
+        if self.header.fields_digest != digest_of(schema):
+            raise damaged(path, "it was made for another schema than the store's")
+
+    @cached_property
+    def tensors(self) -> dict[str, Shaped[Tensor, "tokens ..."]]:
+        try:
+            if self.path.suffix == ".zst":
+                with pa.input_stream(str(self.path), compression="zstd") as file:
+                    tensors = load(file.read())
+            else:
+                with safe_open(self.path, "pt") as file:
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise damaged(self.path, first_line(error)) from error
+        if tensors.keys() != self.schema.fields.keys() or any(
+            len(tensor) != self.header.num_tokens for tensor in tensors.values()
+        ):
+            raise damaged(self.path, "its tensors are not those that its header lists")
+        return {name: tensors[name] for name in self.schema.fields}
+
+    def __len__(self) -> int:
+        return len(self.header.entries)
+
+    def read(self, index: int, verify: bool = True) -> GeneratedExample:
+        """An example, after its checksum was compared.
+
+        Raises:
+            SpeculatorError: the bytes are not those that were written.
+        """
+        entry = self.header.entries[index]
+        own = {
+            name: tensor[entry.start : entry.start + entry.num_tokens]
+            for name, tensor in self.tensors.items()
+        }
+        if verify and checksum_of(own) != entry.checksum:
+            raise damaged(self.path, f"example {entry.key!r} has another checksum")
+        return self.schema.decode(entry.key, entry.num_prompt_tokens, own, str(self.path))
+
+    def __iter__(self) -> Iterator[GeneratedExample]:
+        return (self.read(index) for index in range(len(self)))
