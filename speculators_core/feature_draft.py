@@ -99,7 +99,7 @@ def default_aux_layer_ids(num_layers: int) -> list[int]:
     if ids != sorted(set(ids)):
         raise SpeculatorError(
             f"a verifier of {num_layers} layers is too shallow for the default aux layers {ids}. "
-            "Pass aux_layer_ids."
+            "Pass layer ids of your own."
         )
     return ids
 

@@ -15,7 +15,7 @@ import os
 import re
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +32,7 @@ from speculators_core.data_generation.shards import (
     SUFFIXES,
     Shard,
     ShardHeader,
+    number_of,
     read_header,
     write_shard,
 )
@@ -162,8 +163,27 @@ class DiskStore:
         """Whether the run that made it came to its end."""
         return (self.folder / REPORT).exists()
 
+    def complete(self, report: str) -> None:
+        """Notes that the run came to its end, with its report (JSON)."""
+        write_text(self.folder / REPORT, report)
+
+    def headers(self, leave_out: Collection[Path] = ()) -> list[tuple[Path, ShardHeader]]:
+        """What the shards say of themselves, by number.
+
+        Raises:
+            SpeculatorError: one is damaged.
+        """
+        return [(path, read_header(path)) for path in self.shard_paths() if path not in leave_out]
+
+    def set_aside(self) -> dict[str, str]:
+        """Examples that the engine failed on, and why."""
+        return {
+            aside.key: aside.reason for _, header in self.headers() for aside in header.set_aside
+        }
+
     def clean(self) -> None:
-        """Removes what a killed run left half-written."""
+        """Removes what a killed run left half-written, and the report: a run begins."""
+        (self.folder / REPORT).unlink(missing_ok=True)
         for path in (self.folder / SHARDS).glob(".*.part"):
             path.unlink(missing_ok=True)
 
@@ -242,8 +262,7 @@ class DiskStore:
 
     def _table(self) -> pa.Table:
         """A row an example, from the shards' headers."""
-        headers = [read_header(path) for path in self.shard_paths()]
-        rows = [(header.number, entry) for header in headers for entry in header.entries]
+        rows = [(header.number, e) for _, header in self.headers() for e in header.entries]
         columns = {
             "key": pa.array([entry.key for _, entry in rows], pa.string()),
             "shard": pa.array([number for number, _ in rows], pa.int32()),
@@ -309,10 +328,6 @@ class DiskStore:
         """Every example, in the order of the run."""
         for path in self.shard_paths():
             yield from self.shard(path)
-
-
-def number_of(path: Path) -> int:
-    return int(path.name.split(".")[0])
 
 
 def _visible(folder: Path) -> Iterator[Path]:

@@ -58,9 +58,8 @@ class InferencePipeline(ABC):
         Raises:
             SpeculatorError: there is no such engine, or it cannot run this verifier.
         """
-        schema = schema or schema_of(plan)
         engine: type[InferencePipeline] = ENGINES.load(plan.engine.engine)
-        return engine(plan, schema)
+        return engine(plan, schema or schema_of(plan))
 
     @abstractmethod
     def forward(self, examples: Sequence[Example]) -> list[GeneratedExample | Failure]:
@@ -207,7 +206,7 @@ class TransformersPipeline(InferencePipeline):
         try:
             model = load_verifier(plan.data.verifier, dtype, plan.data.trust_remote_code)
             self.model: PreTrainedModel = model.to(device)
-        except RuntimeError as error:  # no such device, or no room on it
+        except (RuntimeError, AssertionError) as error:  # no such device, or no room on it
             raise SpeculatorError(f"engine.device {device}: {first_line(error)}") from error
         if schema.logits != "none":
             check_head(self.model)
@@ -273,7 +272,7 @@ class TransformersPipeline(InferencePipeline):
         settings: dict[str, Any] = {"do_sample": engine.temperature > 0}
         if engine.temperature > 0:
             settings |= {"temperature": engine.temperature, "top_p": engine.top_p, "top_k": 0}
-            torch.manual_seed(_seed_of(self.plan.run.seed, batch[0].key))
+            torch.manual_seed(seed_of(self.plan.run.seed, batch[0].key))
         output = self.model.generate(
             input_ids=rows.to(self.model.device),
             attention_mask=mask.to(self.model.device),
@@ -304,6 +303,6 @@ def _until_end(written: Int64[Tensor, "seq"], ends: Int64[Tensor, "ends"]) -> In
     return written[: int(is_end[0, 0]) + 1] if len(is_end) else written
 
 
-def _seed_of(seed: int, key: str) -> int:
+def seed_of(seed: int, key: str) -> int:
     """The same for the same batch, whichever worker runs it."""
     return xxh64_intdigest(key.encode(), seed=seed) >> 1

@@ -104,7 +104,10 @@ class Schema(Settings):
         num_layers = text.num_hidden_layers
         ids = states.layer_ids
         if ids is None:
-            ids = tuple(default_aux_layer_ids(num_layers))
+            try:
+                ids = tuple(default_aux_layer_ids(num_layers))
+            except SpeculatorError as error:
+                raise SpeculatorError(f"data.states.layer_ids: {error}") from error
         if list(ids) != sorted(set(ids)) or max(ids, default=0) > num_layers:
             raise SpeculatorError(
                 f"data.states.layer_ids {list(ids)}: expected ascending ids of 0..{num_layers}, "

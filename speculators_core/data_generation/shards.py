@@ -57,8 +57,14 @@ class Entry(Settings):
     num_prompt_tokens: int = Field(ge=1)
     num_trained: int = Field(ge=0)
     """Tokens that a draft learns."""
-    checksum: str
-    """XXH3, 64 bits, over the bytes of all fields in the schema's order."""
+    checksum: str = ""
+    """XXH3, 64 bits, over the above and the bytes of all fields in the schema's order."""
+
+    def checksum_with(self, tensors: Mapping[str, Tensor]) -> str:
+        digest = xxh3_64(self.model_dump_json(exclude={"checksum"}).encode())
+        for tensor in tensors.values():
+            digest.update(as_bytes(tensor))
+        return digest.hexdigest()
 
 
 class SetAside(Settings):
@@ -92,15 +98,13 @@ class ShardHeader(Settings):
         return sum(entry.num_tokens for entry in self.entries)
 
 
+def number_of(path: Path) -> int:
+    """Of the shard in this file."""
+    return int(path.name.split(".")[0])
+
+
 def digest_of(schema: Schema) -> str:
     return xxh3_64(schema.model_dump_json().encode()).hexdigest()
-
-
-def checksum_of(tensors: Mapping[str, Tensor]) -> str:
-    digest = xxh3_64()
-    for tensor in tensors.values():
-        digest.update(as_bytes(tensor))
-    return digest.hexdigest()
 
 
 def as_bytes(tensor: Shaped[Tensor, "..."]) -> memoryview:
@@ -126,16 +130,14 @@ def write_shard(
     encoded = [schema.encode(example) for example in made]
     entries, start = [], 0
     for example, tensors in zip(made, encoded, strict=True):
-        entries.append(
-            Entry(
-                key=example.key,
-                start=start,
-                num_tokens=len(example.input_ids),
-                num_prompt_tokens=example.num_prompt_tokens,
-                num_trained=int(example.loss_mask.sum()),
-                checksum=checksum_of(tensors),
-            )
+        entry = Entry(
+            key=example.key,
+            start=start,
+            num_tokens=len(example.input_ids),
+            num_prompt_tokens=example.num_prompt_tokens,
+            num_trained=int(example.loss_mask.sum()),
         )
+        entries.append(entry.model_copy(update={"checksum": entry.checksum_with(tensors)}))
         start += len(example.input_ids)
     header = ShardHeader(
         format=FORMAT,
@@ -253,6 +255,8 @@ class Shard:
         self.header = read_header(path)
         if self.header.fields_digest != digest_of(schema):
             raise damaged(path, "it was made for another schema than the store's")
+        if self.header.number != number_of(path):
+            raise damaged(path, f"it is shard {self.header.number}")
 
     @cached_property
     def tensors(self) -> dict[str, Shaped[Tensor, "tokens ..."]]:
@@ -285,7 +289,7 @@ class Shard:
             name: tensor[entry.start : entry.start + entry.num_tokens]
             for name, tensor in self.tensors.items()
         }
-        if verify and checksum_of(own) != entry.checksum:
+        if verify and entry.checksum_with(own) != entry.checksum:
             raise damaged(self.path, f"example {entry.key!r} has another checksum")
         return self.schema.decode(entry.key, entry.num_prompt_tokens, own, str(self.path))
 

@@ -1,0 +1,51 @@
+"""Units of work: consecutive examples, the same ones in every run of the same plan."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from speculators_core.data_generation.examples import Example
+from speculators_core.data_generation.settings import GenerationPlan
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What becomes one shard."""
+
+    number: int
+    examples: tuple[Example, ...]
+
+
+def cut_units(examples: Iterable[Example], plan: GenerationPlan) -> Iterator[Unit]:
+    """Examples in units of at most ``sync.shard_tokens`` tokens, those to be written included.
+
+    A unit's examples depend on those before it alone, so each worker and each run cuts alike.
+    """
+    written = plan.engine.max_new_tokens if plan.data.states.tokens == "all" else 0
+    unit: list[Example] = []
+    number, num_tokens = 0, 0
+    for count, example in enumerate(examples):
+        if plan.run.limit is not None and count == plan.run.limit:
+            break
+        length = len(example.input_ids) + written
+        if unit and num_tokens + length > plan.sync.shard_tokens:
+            yield Unit(number, tuple(unit))
+            number, unit, num_tokens = number + 1, [], 0
+        unit.append(example)
+        num_tokens += length
+    if unit:
+        yield Unit(number, tuple(unit))
+
+
+def ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items; the next one is made in a thread while this one is dealt with."""
+    end = object()
+    iterator = iter(items)
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        upcoming = thread.submit(next, iterator, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = thread.submit(next, iterator, end)
+            yield item  # type: ignore[misc]  # what `next` gives but `end`
