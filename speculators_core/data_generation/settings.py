@@ -150,7 +150,8 @@ class SyncConfig(Settings):
     queue_size: int = Field(64, ge=1)
     """Examples that wait for a consumer, at most; then the engine waits."""
     urls: tuple[Annotated[str, Field(pattern="^(tcp|ipc)://.+")], ...] = ()
-    """Where the consumers of a zmq store are bound, one for each."""
+    """Consumers of a queue, one each: `tcp://host:port` of zmq, `ipc://` and the folder of an
+    `mp_queue`'s source."""
     max_message_bytes: int = Field(2**31, ge=1)
     """Larger messages are refused unread."""
     heartbeat_s: float = Field(5.0, gt=0)
@@ -179,8 +180,8 @@ class RunConfig(Settings):
     seed: int = Field(0, ge=0)
     """Of sampling."""
     allowed_roots: tuple[Path, ...] = ()
-    """Folders below which local data is read and written, links resolved; the current directory,
-    the configuration's and those of the command line where there are none."""
+    """Folders below which local data are read and written, links resolved; where there are none,
+    the current directory, the configuration's and the store."""
     log_file: Path | None = None
     """A line every 30 s; `generate.log` in the store where None."""
 
@@ -202,8 +203,8 @@ class GenerationPlan(Settings):
     def _fits_together(self) -> Self:
         if self.sync.kind == "disk" and self.sync.path is None:
             raise ValueError("sync.path is missing: the folder that the shards go to")
-        if self.sync.kind == "zmq" and not self.sync.urls:
-            raise ValueError("sync.urls is missing: where the consumers are bound")
+        if self.sync.kind != "disk" and not self.sync.urls:
+            raise ValueError("sync.urls is missing: where the consumers of the queue are")
         states = self.data.states
         if not states.last and states.layer_ids == () and states.logits == "none":
             raise ValueError("data.states keeps nothing: no layer, not the last state, no logits")

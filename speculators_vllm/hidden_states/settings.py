@@ -30,6 +30,7 @@ CONNECTOR = {
 SEGMENT = "[A-Za-z0-9_][A-Za-z0-9._-]*"
 NAME = rf"^{SEGMENT}(/{SEGMENT})*$"
 MAX_NAME_LENGTH = 200
+ENDPOINT = "^(ipc|tcp)://.+"
 
 Extent = Literal["none", "prompt", "all"]
 """The tokens of a request whose states are wanted; ``all`` are prompt and output tokens."""
@@ -67,7 +68,7 @@ class StreamSink(Sink):
     """
 
     kind: Literal["stream"] = "stream"
-    endpoint: str = Field(pattern="^(ipc|tcp)://.+")
+    endpoint: str = Field(pattern=ENDPOINT)
     """Where the receiver is bound."""
 
 

@@ -41,6 +41,14 @@ class Header(Settings):
     hidden_size: int = Field(0, ge=0)
 
 
+class Undelivered(SpeculatorError):
+    """The engine could not send the states of the request that chose ``name``."""
+
+    def __init__(self, header: Header) -> None:
+        super().__init__(f"request {header.request_id} ({header.name}): {header.error}")
+        self.name = header.name
+
+
 def frames_of(states: HiddenStates) -> list[Any]:
     """The message; its last two frames are the tensors' own memory."""
     header = Header(
@@ -64,7 +72,8 @@ def states_of(frames: list[Any]) -> HiddenStates:
     """The record of a message.
 
     Raises:
-        SpeculatorError: it is not one of ours, does not hold together, or tells of a failure.
+        Undelivered: it tells of a failure.
+        SpeculatorError: it is not one of ours, or does not hold together.
     """
     if len(frames[0]) > MAX_HEADER_BYTES:
         raise SpeculatorError(f"the header has {len(frames[0])} bytes, over {MAX_HEADER_BYTES}")
@@ -73,7 +82,7 @@ def states_of(frames: list[Any]) -> HiddenStates:
     except ValidationError as error:
         raise SpeculatorError(f"not a header of hidden states: {first_fault(error)}") from error
     if header.error is not None:
-        raise SpeculatorError(f"request {header.request_id} ({header.name}): {header.error}")
+        raise Undelivered(header)
     dtype: torch.dtype = getattr(torch, header.dtype)
     shape = (header.num_tokens, len(header.layer_ids), header.hidden_size)
     expected = [8 * header.num_tokens, shape[0] * shape[1] * shape[2] * dtype.itemsize]
@@ -169,14 +178,23 @@ class HiddenStateReceiver:
     It holds ``max_waiting`` messages beside those that the network holds; engines wait beyond.
     """
 
-    def __init__(self, endpoint: str, timeout_s: float = 60.0, max_waiting: int = 2) -> None:
-        """Raises:
-        SpeculatorError: the endpoint cannot be bound.
+    def __init__(
+        self,
+        endpoint: str,
+        timeout_s: float = 60.0,
+        max_waiting: int = 2,
+        max_frame_bytes: int | None = None,
+    ) -> None:
+        """A sender of more than ``max_frame_bytes`` in one piece is cut off.
+
+        Raises:
+            SpeculatorError: the endpoint cannot be bound.
         """
         self.timeout_s = timeout_s
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
         self._socket.rcvhwm = max_waiting
+        self._socket.maxmsgsize = -1 if max_frame_bytes is None else max_frame_bytes
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
@@ -185,19 +203,25 @@ class HiddenStateReceiver:
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         """As it was bound: the port is known where ``tcp://address:*`` was asked for."""
 
+    def has_message(self, timeout_s: float) -> bool:
+        """Whether there is one to `receive`, now or within this time."""
+        return bool(self._socket.poll(int(timeout_s * 1000)))
+
     def receive(self, timeout_s: float | None = None) -> HiddenStates:
         """The next record. After an error the one after it can be received.
 
         Raises:
-            SpeculatorError: none came in time, or what came is not whole, or not ours, or tells
-                that a request's states could not be sent.
+            Undelivered: a request's states could not be sent.
+            SpeculatorError: none came in time, or what came is not whole, or not ours.
         """
         wait_s = self.timeout_s if timeout_s is None else timeout_s
-        if not self._socket.poll(int(wait_s * 1000)):
+        if not self.has_message(wait_s):
             raise SpeculatorError(f"No hidden states came to {self.endpoint} within {wait_s} s.")
         frames = [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
         try:
             return states_of(frames)
+        except Undelivered:
+            raise
         except SpeculatorError as error:
             raise SpeculatorError(f"A message to {self.endpoint} was refused: {error}") from error
 

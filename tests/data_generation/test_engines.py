@@ -18,7 +18,7 @@ LENGTHS = (3, 17, 1, 30, 8, 17)
 @pytest.fixture(scope="module")
 def verifier(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verifier")
-    model = make_verifier(eos_token_id=7, pad_token_id=0)
+    model = make_verifier(eos_token_id=20, pad_token_id=0)
     model.save_pretrained(folder)
     return folder, model
 
@@ -110,7 +110,7 @@ def test_what_the_verifier_writes_is_kept_but_its_last_token(verifier):
             )[0]
             states = model(written[None], output_hidden_states=True).hidden_states
         num_given, num_kept = len(given.input_ids), len(written) - 1
-        ended += int(written[-1]) == 7
+        ended += int(written[-1]) == 20
         assert made.input_ids.tolist() == written[:-1].tolist()
         assert made.num_prompt_tokens == num_given
         assert made.loss_mask.tolist() == [True] * num_kept

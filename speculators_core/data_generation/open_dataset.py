@@ -1,0 +1,115 @@
+"""Opens a data set of a file, a folder or the hub; runs no code of its own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from speculators_core.data_generation.paths import Roots
+from speculators_core.data_generation.settings import DatasetConfig
+from speculators_core.errors import SpeculatorError, first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetBuilder, IterableDataset
+
+FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
+"""Suffixes of files, and what `datasets` reads them with."""
+
+
+def open_rows(config: DatasetConfig, roots: Roots) -> tuple["Dataset | IterableDataset", list[str]]:
+    """The rows of a data set's split, in their order, and the names of their columns.
+
+    Raises:
+        SpeculatorError: there is no such data set, configuration or split, it is damaged, or a
+            file of it lies outside the roots.
+    """
+    where = f"{config.path} (split {config.split})"
+    path = Path(config.path).expanduser()
+    try:
+        if path.exists() or path.suffix in FORMATS or config.path[0] in "/.~":
+            rows = _open_local(config, roots.check(path), roots)
+        else:
+            rows = _open_hub(config)
+        return rows, list(rows.column_names or next(iter(rows), {}))
+    except SpeculatorError:
+        raise
+    except Exception as error:  # datasets raises a dozen kinds, its own and its backends'
+        reason = first_line(error.__cause__ or error)
+        raise SpeculatorError(f"{where} cannot be opened: {reason}") from error
+
+
+def _open_local(config: DatasetConfig, path: Path, roots: Roots) -> "Dataset | IterableDataset":
+    from datasets import load_dataset_builder
+
+    if not path.exists():
+        raise SpeculatorError(f"{config.path}: no such file or folder, given as a data set.")
+    is_text = path.suffix == ".txt"
+    if config.sample_by != "line" and not is_text:
+        raise SpeculatorError(f"{config.path}: `sample_by` is for text files (.txt) alone.")
+    if path.is_dir():
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            return _open_saved(config, path, roots)
+        builder = load_dataset_builder(str(path), config.name)
+    elif path.suffix not in FORMATS:
+        raise SpeculatorError(
+            f"{config.path}: expected a file named {', '.join(FORMATS)}, or a folder."
+        )
+    elif config.name is not None:
+        raise SpeculatorError(f"{config.path}: a file has no configuration {config.name!r}.")
+    else:
+        options: dict[str, Any] = {"sample_by": config.sample_by} if is_text else {}
+        builder = load_dataset_builder(FORMATS[path.suffix], data_files=str(path), **options)
+    for file in _data_files(builder):
+        roots.check(file)
+    return _take_split(builder, config, is_streamed=bool(config.streaming))
+
+
+def _open_hub(config: DatasetConfig) -> "Dataset | IterableDataset":
+    """A description on the hub may name files of any place; only its own are read."""
+    from datasets import load_dataset_builder
+
+    builder = load_dataset_builder(config.path, config.name)
+    for file in _data_files(builder):
+        if not file.startswith("hf://"):
+            raise SpeculatorError(f"{config.path} takes data from {file}; expected its own files.")
+    is_part = "[" in config.split  # which cannot be streamed
+    return _take_split(
+        builder, config, not is_part if config.streaming is None else config.streaming
+    )
+
+
+def _open_saved(config: DatasetConfig, path: Path, roots: Roots) -> "Dataset | IterableDataset":
+    """What `save_to_disk` wrote, mapped into memory; one without splits is `train`."""
+    from datasets import Dataset, ReadInstruction, concatenate_datasets, load_from_disk
+
+    saved = load_from_disk(path)
+    splits = {"train": saved} if isinstance(saved, Dataset) else dict(saved)
+    for rows in splits.values():
+        for file in rows.cache_files:
+            roots.check(file["filename"])
+    lengths = {name: len(rows) for name, rows in splits.items()}
+    parts = ReadInstruction.from_spec(config.split).to_absolute(lengths)
+    return concatenate_datasets(
+        [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    ).with_format(None)
+
+
+def _take_split(
+    builder: "DatasetBuilder", config: DatasetConfig, is_streamed: bool
+) -> "Dataset | IterableDataset":
+    if is_streamed:
+        return builder.as_streaming_dataset(split=config.split)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=config.split)
+
+
+def _data_files(builder: "DatasetBuilder") -> Iterator[str]:
+    """Where a builder reads; the archive, where a file lies in one."""
+    for files in (builder.config.data_files or {}).values():
+        yield from (str(file).rpartition("::")[2] for file in files)

@@ -1,0 +1,354 @@
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.utils.data import DataLoader
+
+from speculators_core.cli import main
+from speculators_core.data_generation.dataset import GeneratedDataset
+from speculators_core.data_generation.disk import DiskStore
+from speculators_core.data_generation.engines import Failure, TransformersPipeline
+from speculators_core.data_generation.generate import generate_data, generate_data_process
+from speculators_core.data_generation.settings import GenerationPlan, read_plan
+from speculators_core.errors import SpeculatorError
+from tests.conftest import VOCAB_SIZE, make_verifier
+from tests.vllm.serving import write_tokenizer
+
+NUM_ROWS = 40
+COMMAND = str(Path(sys.executable).with_name("speculators"))
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A folder with a verifier and token ids to run through it."""
+    folder = tmp_path_factory.mktemp("given")
+    make_verifier().save_pretrained(folder / "verifier")
+    write_tokenizer(folder / "verifier", VOCAB_SIZE)
+    draw = random.Random(0)
+    rows = [
+        {"input_ids": [draw.randrange(VOCAB_SIZE) for _ in range(draw.randrange(3, 30))]}
+        for _ in range(NUM_ROWS)
+    ]
+    write_rows(folder / "rows.jsonl", rows)
+    return folder
+
+
+def write_rows(path, rows):
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def plan_of(given, store, rows="rows.jsonl", **sections):
+    content = {
+        "data": {
+            "verifier": str(given / "verifier"),
+            "datasets": [{"path": str(given / rows)}],
+            "states": {"layer_ids": [1, 3]},
+        },
+        "engine": {"max_length": 40},
+        "sync": {"path": str(store), "shard_tokens": 100, "dtype": "float32"},
+        "run": {"allowed_roots": ["/"]},
+    }
+    for name, options in sections.items():
+        content[name] = content[name] | options
+    return GenerationPlan.read(content, "test")
+
+
+def contents(folder):
+    """All bytes that a run decides."""
+    return {path.name: path.read_bytes() for path in sorted((folder / "shards").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(given, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "store"
+    report = generate_data(plan_of(given, folder))
+    assert report.num_examples == NUM_ROWS and report.num_units > 5
+    return folder
+
+
+def test_every_row_becomes_an_example_that_training_takes(given, undisturbed):
+    rows = [json.loads(line) for line in (given / "rows.jsonl").read_text().splitlines()]
+    store = DiskStore.open(undisturbed)
+    assert store.is_complete
+    assert [e.input_ids.tolist() for e in store.read()] == [row["input_ids"] for row in rows]
+    loader = DataLoader(GeneratedDataset(undisturbed, row_length=64), batch_size=None)
+    assert sum(int(batch.loss_mask.sum()) for batch in loader) == sum(
+        len(row["input_ids"]) for row in rows
+    )
+
+
+def test_several_workers_make_the_bytes_that_one_makes(given, undisturbed, tmp_path):
+    generate_data(plan_of(given, tmp_path / "store", run={"workers": 2}))
+    assert contents(tmp_path / "store") == contents(undisturbed)
+
+
+def test_what_is_there_is_not_made_again(given, undisturbed, tmp_path):
+    folder = tmp_path / "store"
+    shutil.copytree(undisturbed, folder)
+    (folder / "shards" / "000002.safetensors").unlink()
+    before = (folder / "shards" / "000001.safetensors").stat().st_mtime_ns
+    with pytest.raises(SpeculatorError, match="--run.resume"):
+        generate_data(plan_of(given, folder))
+    report = generate_data(plan_of(given, folder, run={"resume": True}))
+    assert report.num_units - report.num_units_kept == 1
+    assert (folder / "shards" / "000001.safetensors").stat().st_mtime_ns == before
+    assert contents(folder) == contents(undisturbed)
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_damaged_shards_are_named_and_made_again(given, tmp_path, compression):
+    folder = tmp_path / "store"
+    sync = {"compression": compression}
+    generate_data(plan_of(given, folder, sync=sync))
+    whole = contents(folder)
+    names = list(whole)
+    for name, edit in zip(names, (lambda c: c[:-9], lambda c: c[:-3] + b"???"), strict=False):
+        (folder / "shards" / name).write_bytes(edit(whole[name]))
+    with pytest.raises(SpeculatorError, match=f"{names[0]} is damaged.*--run.repair"):
+        generate_data(plan_of(given, folder, sync=sync, run={"resume": True}))
+    report = generate_data(plan_of(given, folder, sync=sync, run={"repair": True}))
+    assert report.num_units - report.num_units_kept == 2
+    assert contents(folder) == whole
+
+
+def command_of(plan, folder):
+    """The run as a user starts it."""
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(plan.model_dump(mode="json", exclude_defaults=True)))
+    return [COMMAND, "generate-data", "--config", str(config), "--run.resume"]
+
+
+KILLS = 20
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_makes_the_same_bytes(given, tmp_path):
+    """At random moments. The runs are forked: to import torch twenty times takes minutes."""
+    folder = tmp_path / "store"
+    small = {"shard_tokens": 30}
+    plan = plan_of(given, folder, run={"resume": True}, sync=small)
+    draw = random.Random(1)
+    for _ in range(KILLS):
+        child = os.fork()
+        if child == 0:
+            _run_slowly(plan)
+        time.sleep(draw.uniform(0.02, 0.3))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status)
+    made = len(contents(folder))
+    generate_data(plan)
+    whole = contents(folder)
+    assert 0 < made < len(whole)
+    generate_data(plan_of(given, tmp_path / "undisturbed", sync=small))
+    assert whole == contents(tmp_path / "undisturbed")
+    assert [e.key for e in DiskStore.open(folder).read()] == [f"0/{i}" for i in range(NUM_ROWS)]
+
+
+def _run_slowly(plan):
+    forward = TransformersPipeline.forward
+
+    def slow(self, examples):
+        time.sleep(0.08)
+        return forward(self, examples)
+
+    TransformersPipeline.forward = slow
+    torch.set_num_threads(1)
+    try:
+        generate_data(plan)
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_named_and_the_next_run_goes_on(given, undisturbed, tmp_path):
+    folder = tmp_path / "store"
+    plan = plan_of(given, folder, run={"workers": 2})
+    process = subprocess.Popen(
+        command_of(plan, tmp_path), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    worker = wait_for_worker(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    _, told = process.communicate()
+    assert process.returncode == 2
+    assert "was killed by SIGKILL. What the workers made is kept" in told.splitlines()[-1]
+    assert not (folder / "report.json").exists()
+    generate_data(plan_of(given, folder, run={"resume": True}))
+    assert contents(folder) == contents(undisturbed)
+
+
+def wait_for_worker(pid, timeout_s=60):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        for child in children_of(pid):
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return child
+        time.sleep(0.02)
+    raise AssertionError("no worker was started")
+
+
+def children_of(pid):
+    try:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        return []
+    return [int(child) for child in found]
+
+
+class FailingOn(TransformersPipeline):
+    """An engine that fails on texts with a certain token."""
+
+    def forward(self, examples):
+        results = super().forward(examples)
+        return [
+            Failure(result.key, "it holds a 5") if (example.input_ids == 5).any() else result
+            for example, result in zip(examples, results, strict=True)
+        ]
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    target = "speculators_core.data_generation.engines:TransformersPipeline"
+    assert target  # the table names the class by its module, where it is replaced
+    monkeypatch.setattr("speculators_core.data_generation.engines.TransformersPipeline", FailingOn)
+
+
+def test_an_example_that_fails_is_set_aside_with_its_reason(given, undisturbed, tmp_path, failing):
+    folder = tmp_path / "store"
+    report = generate_data(plan_of(given, folder))
+    expected = {
+        f"0/{number}": "it holds a 5"
+        for number, example in enumerate(DiskStore.open(undisturbed).read())
+        if (example.input_ids == 5).any()
+    }
+    assert report.set_aside == DiskStore.open(folder).set_aside() == expected
+    assert 0 < len(expected) < NUM_ROWS
+    assert report.num_examples == NUM_ROWS - len(expected)
+    again = generate_data(plan_of(given, folder, run={"resume": True}))
+    assert again.set_aside == expected
+
+
+def test_more_failures_than_allowed_end_the_run(given, tmp_path, failing):
+    with pytest.raises(SpeculatorError, match=r"\d examples failed.*\(1\); the last, 0/\d+: it"):
+        generate_data(plan_of(given, tmp_path / "store", run={"max_failures": 1}))
+    assert not DiskStore.open(tmp_path / "store").is_complete
+
+
+def test_a_limit_ends_the_run_early(given, undisturbed, tmp_path):
+    report = generate_data(plan_of(given, tmp_path / "store", run={"limit": 7}))
+    assert report.num_examples == 7
+    found = [example.key for example in DiskStore.open(tmp_path / "store").read()]
+    assert found == [f"0/{number}" for number in range(7)]
+
+
+def test_a_shard_has_as_many_tokens_as_asked(undisturbed, given, tmp_path):
+    for _, header in DiskStore.open(undisturbed).headers():
+        assert header.num_tokens <= 100
+    plan = plan_of(given, tmp_path / "store", sync={"shard_tokens": 10})
+    generate_data(plan)
+    headers = DiskStore.open(tmp_path / "store").headers()
+    assert all(len(h.entries) == 1 or h.num_tokens <= 10 for _, h in headers)
+
+
+def test_two_runs_do_not_write_to_one_folder(given, tmp_path):
+    process = generate_data_process(plan_of(given, tmp_path / "store"))
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "store" / "config.yaml").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(SpeculatorError, match="another run is writing there"):
+            generate_data(plan_of(given, tmp_path / "store"))
+        assert process.report().num_examples == NUM_ROWS
+    finally:
+        process.stop()
+
+
+def test_a_run_in_a_process_tells_its_fault(given, tmp_path):
+    process = generate_data_process(plan_of(given, tmp_path / "store", rows="nowhere.jsonl"))
+    with pytest.raises(SpeculatorError, match="nowhere.jsonl"):
+        process.report()
+
+
+def test_what_lies_outside_of_the_roots_is_not_touched(given, tmp_path):
+    plan = plan_of(given, tmp_path / "store", run={"allowed_roots": [str(given)]})
+    with pytest.raises(SpeculatorError, match="lies outside of what may be read and written"):
+        generate_data(plan)
+    assert not (tmp_path / "store").exists()
+    log = {"allowed_roots": [str(given), str(tmp_path / "store")], "log_file": "/tmp/elsewhere.log"}
+    with pytest.raises(SpeculatorError, match="elsewhere.log lies outside"):
+        generate_data(plan_of(given, tmp_path / "store", run=log))
+
+
+def test_the_log_and_the_config_tell_of_the_run(given, undisturbed, tmp_path):
+    log = (undisturbed / "generate.log").read_text().splitlines()
+    assert log[0].endswith("began") and f"ended: {NUM_ROWS} examples" in log[-1]
+    again = read_plan(undisturbed / "config.yaml")
+    assert again == plan_of(given, undisturbed)
+    plan = plan_of(given, tmp_path / "store", run={"log_file": str(tmp_path / "own.log")})
+    generate_data(plan)
+    assert "ended" in (tmp_path / "own.log").read_text()
+
+
+def test_flags_win_over_the_file_and_the_report_is_json(given, tmp_path):
+    plan = plan_of(given, tmp_path / "one")
+    command = command_of(plan, tmp_path)[:-1]
+    flags = ["--sync.path", str(tmp_path / "two"), "--run.limit", "3", "--engine.batch-size", "2"]
+    done = subprocess.run([*command, *flags, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_examples"] == 3
+    assert not (tmp_path / "one").exists()
+    resolved = read_plan(tmp_path / "two" / "config.yaml")
+    assert resolved.engine.batch_size == 2 and resolved.engine.max_length == 40
+
+
+@pytest.fixture
+def inspect(capsys):
+    def call(folder, *flags):
+        with pytest.raises(SystemExit) as end:
+            main(["inspect", str(folder), *flags])
+            raise SystemExit(0)
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return call
+
+
+def test_inspect_tells_what_is_inside(undisturbed, inspect):
+    code, out, _ = inspect(undisturbed, "--example", "3")
+    assert code == 0
+    for words in ("examples", "1 3 4", "float32 [3, 32]", "example 3, key 0/3", "complete"):
+        assert words in out
+    tokens = DiskStore.open(undisturbed)[3].input_ids
+    assert " ".join(map(str, tokens[:2].tolist())) in out
+    _, shortened, _ = inspect(undisturbed, "--example", "3", "--max-shown-tokens", "2")
+    assert f"{len(tokens) - 2} more tokens" in shortened
+    told = json.loads(inspect(undisturbed, "--json")[1])
+    assert told["num_examples"] == NUM_ROWS and told["is_complete"]
+
+
+def test_inspect_finds_damage_where_every_byte_is_read(undisturbed, inspect, tmp_path):
+    folder = tmp_path / "store"
+    shutil.copytree(undisturbed, folder)
+    path = folder / "shards" / "000001.safetensors"
+    path.write_bytes(path.read_bytes()[:-2] + b"??")
+    assert inspect(folder)[0] == 0
+    code, out, _ = inspect(folder, "--verify", "--json")
+    assert code == 1
+    assert list(json.loads(out)["damaged"]) == ["000001.safetensors"]
+
+
+def test_inspect_refuses_what_is_no_store(undisturbed, inspect, tmp_path):
+    code, _, err = inspect(tmp_path)
+    assert code == 2 and "not a store" in err
+    code, _, err = inspect(undisturbed, "--example", "40")
+    assert code == 2 and "holds examples 0 to 39" in err
