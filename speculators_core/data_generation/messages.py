@@ -24,7 +24,8 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 def read_messages(value: Any) -> list[Message]:
     """Messages as chat templates take them, of those or of ShareGPT's `from` and `value`.
 
-    Columns that are null say nothing: a table has every key in every row. Arguments of tool calls
+    A key that is null, and tool calls or thoughts that are empty, are left out: a table has every
+    key in every row, and some templates ask whether one is there. Arguments of tool calls
     that are JSON in a string, as servers give them, become what they say.
 
     Raises:
@@ -60,16 +61,16 @@ def _read_message(raw: Any) -> Message:
         raise malformed(f"a message without role: {shown(raw)}")
     message["role"] = ROLES.get(role, role)
     content = _read_content(message.pop("content", message.pop("value", "")))
-    calls = message.get("tool_calls")
+    calls = message.pop("tool_calls", None)
     if role == "function_call":
         content, calls = "", [{"type": "function", "function": _parsed(content)}]
     if calls:
         if not isinstance(calls, list):
             raise malformed(f"expected a list of tool calls, found {shown(calls)}")
         message["tool_calls"] = [_read_call(call) for call in calls]
-    thoughts = next((message[name] for name in THOUGHTS if message.get(name)), None)
-    if thoughts is not None:
-        message |= dict.fromkeys(THOUGHTS, thoughts)
+    thoughts = [text for name in THOUGHTS if (text := message.pop(name, None))]
+    if thoughts:
+        message |= dict.fromkeys(THOUGHTS, thoughts[0])
     return message | {"content": content}
 
 

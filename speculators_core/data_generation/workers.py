@@ -210,10 +210,9 @@ def end_of(code: int) -> str:
 def _work(connection: Any, plan: str, worker: int) -> None:
     """A worker's process: tells in JSON, ends with the process that started it."""
     watch_parent()
-    tell_all(
-        lambda: generate_data_worker(GenerationPlan.model_validate_json(plan), worker),
-        connection.send_bytes,
-    )
+    parsed = GenerationPlan.model_validate_json(plan)
+    for message in messages_of(lambda: generate_data_worker(parsed, worker)):
+        connection.send_bytes(message)
 
 
 def watch_parent() -> None:
@@ -228,17 +227,17 @@ def watch_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def tell_all(work: Callable[[], Iterator[Told]], send: Callable[[bytes], None]) -> None:
-    """Sends everything that a worker tells, or the line that says why it could not go on."""
+def messages_of(work: Callable[[], Iterator[Told]]) -> Iterator[bytes]:
+    """Everything that a worker tells, or at the end the line that says why it could not go on."""
     try:
         for told in work():
-            send(json.dumps({type(told).__name__: told.model_dump(mode="json")}).encode())
+            yield json.dumps({type(told).__name__: told.model_dump(mode="json")}).encode()
     except SpeculatorError as error:
-        send(json.dumps({"fault": str(error)}).encode())
+        yield json.dumps({"fault": str(error)}).encode()
 
 
 def read_told(message: bytes) -> Told:
-    """What `tell_all` sent.
+    """What a message of `messages_of` says.
 
     Raises:
         SpeculatorError: the worker met one.
