@@ -10,6 +10,7 @@ import json
 import sysconfig
 import textwrap
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -125,3 +126,20 @@ def _candidates(file: SourceFile, lines: list[str]) -> Iterator[tuple[str, dict]
     for function in functions(file):
         if function.source.count("\n") >= 6:
             yield "chat", {"messages": conversation(function)[:1]}
+
+
+def write_chats(path: Path, count: int = 200) -> None:
+    """Requests for functions with their sources, of files that no prompt is from, a line each."""
+    chats = (
+        {"messages": conversation(function)}
+        for file in read_library()
+        if not file.is_held_out
+        for function in functions(file)
+    )
+    write_prompts(list(islice(chats, count)), path)
+
+
+if __name__ == "__main__":
+    from speculators_core.cli import run_function
+
+    run_function(write_chats)

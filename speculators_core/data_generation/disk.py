@@ -67,6 +67,7 @@ class DiskStore:
         self.manifest = manifest
         self.schema = manifest.content
         self._open: OrderedDict[Path, Shard] = OrderedDict()
+        self._verified: dict[Path, bytearray] = {}
         self._places: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         self._paths: dict[int, Path] = {}
         self._buffer: list[GeneratedExample] = []
@@ -211,6 +212,7 @@ class DiskStore:
         path = self.shard_path(number)
         header = write_shard(path, number, self.schema, results)
         self._open.pop(path, None)
+        self._verified.pop(path, None)
         self._places = None
         self._acknowledged += [entry.key for entry in header.entries]
         return header
@@ -295,7 +297,8 @@ class DiskStore:
             SpeculatorError: it is damaged.
         """
         if path not in self._open:
-            self._open[path] = Shard(path, self.schema)
+            self._open[path] = Shard(path, self.schema, self._verified.get(path))
+            self._verified[path] = self._open[path].verified
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(path)

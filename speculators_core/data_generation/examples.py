@@ -6,6 +6,7 @@ with the tokens as first axis (`Schema.encode`), so that examples of a shard lie
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, Self
 
 import torch
@@ -145,20 +146,9 @@ class Schema(Settings):
     @property
     def fields(self) -> dict[str, FieldSpec]:
         """Names, types and shapes of an example's tensors, in the order in which they are kept."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        found = {
-            "input_ids": FieldSpec(torch.int64),
-            "loss_mask": FieldSpec(torch.bool),
-            "hidden_states": FieldSpec(dtype, (self.num_states, self.hidden_size)),
-        }
-        if dtype is torch.float8_e4m3fn:
-            found["hidden_states_scales"] = FieldSpec(torch.float32, (1, 1))
-        if self.logits != "none":
-            width = self.top_k if self.logits == "top-k" else self.vocab_size
-            found["logits"] = FieldSpec(self.real_dtype, (width,))
-        if self.logits == "top-k":
-            found["logit_ids"] = FieldSpec(torch.int32, (self.top_k,))
-        return found
+        width = {"none": 0, "top-k": self.top_k, "full": self.vocab_size}[self.logits]
+        states = (self.num_states, self.hidden_size)
+        return _fields(self.dtype, self.real_dtype, states, width, self.logits == "top-k")
 
     @property
     def token_bytes(self) -> int:
@@ -240,6 +230,29 @@ class Schema(Settings):
                     f"expected {spec.dtype} {list(expected)}."
                 )
         return num_tokens
+
+
+@cache
+def _fields(
+    stored: StoredDtype,
+    real_dtype: torch.dtype,
+    states: tuple[int, int],
+    num_logits: int,
+    has_ids: bool,
+) -> dict[str, FieldSpec]:
+    """Asked for with each example that is read."""
+    found = {
+        "input_ids": FieldSpec(torch.int64),
+        "loss_mask": FieldSpec(torch.bool),
+        "hidden_states": FieldSpec(getattr(torch, stored), states),
+    }
+    if stored == "float8_e4m3fn":
+        found["hidden_states_scales"] = FieldSpec(torch.float32, (1, 1))
+    if num_logits:
+        found["logits"] = FieldSpec(real_dtype, (num_logits,))
+    if has_ids:
+        found["logit_ids"] = FieldSpec(torch.int32, (num_logits,))
+    return found
 
 
 def _to_fp8(

@@ -107,6 +107,7 @@ BODIES: dict[Kind, type[Settings]] = {
     Kind.REFUSED: Reason,
     Kind.EXAMPLE: Label,
 }
+NUMBERED = (Kind.EXAMPLE, Kind.END, Kind.ACK)
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ def unpack(frames: Sequence[memoryview], max_payload_bytes: int) -> Message:
     if _checksum(bytes(frames[0][:-4]) + bytes(4), body) != checksum:
         raise FrameError("header and body do not match their checksum")
     kind = Kind(kind)
+    if (number and kind not in NUMBERED) or (session and kind == Kind.HELLO):
+        raise FrameError(f"{kind.name} with number {number} of session {session}")
     num_payload_bytes = sum(len(frame) for frame in payload)
     if (payload and kind != Kind.EXAMPLE) or num_payload_bytes > max_payload_bytes:
         raise FrameError(f"{kind.name} with {num_payload_bytes} bytes of tensors")

@@ -94,13 +94,15 @@ def _read_call(call: Any) -> dict[str, Any]:
 
 
 def _parsed(value: Any) -> Any:
-    """What a string says as JSON; itself where it says nothing."""
+    """What a string says as JSON; itself where it says nothing, or half a surrogate pair."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        parsed = json.loads(value)
+        json.dumps(parsed, ensure_ascii=False).encode()
     except ValueError:
         return value
+    return parsed
 
 
 def _without_nulls(value: Any) -> Any:

@@ -66,18 +66,20 @@ def _open_local(config: DatasetConfig, path: Path, roots: Roots) -> "Dataset | I
         options: dict[str, Any] = {"sample_by": config.sample_by} if is_text else {}
         builder = load_dataset_builder(FORMATS[path.suffix], data_files=str(path), **options)
     for file in _data_files(builder):
+        if "://" in file:
+            raise _foreign(config, file)
         roots.check(file)
     return _take_split(builder, config, is_streamed=bool(config.streaming))
 
 
 def _open_hub(config: DatasetConfig) -> "Dataset | IterableDataset":
-    """A description on the hub may name files of any place; only its own are read."""
+    """What the hub holds; its description may name files of any place, which are not read."""
     from datasets import load_dataset_builder
 
     builder = load_dataset_builder(config.path, config.name)
     for file in _data_files(builder):
         if not file.startswith("hf://"):
-            raise SpeculatorError(f"{config.path} takes data from {file}; expected its own files.")
+            raise _foreign(config, file)
     is_part = "[" in config.split  # which cannot be streamed
     return _take_split(
         builder, config, not is_part if config.streaming is None else config.streaming
@@ -107,6 +109,10 @@ def _take_split(
         return builder.as_streaming_dataset(split=config.split)
     builder.download_and_prepare()
     return builder.as_dataset(split=config.split)
+
+
+def _foreign(config: DatasetConfig, file: str) -> SpeculatorError:
+    return SpeculatorError(f"{config.path} takes data from {file}; expected its own files.")
 
 
 def _data_files(builder: "DatasetBuilder") -> Iterator[str]:

@@ -1,16 +1,18 @@
 """How a run comes along: a bar on a terminal, and a line every half minute in a log file."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from speculators_core.console import LINE_EVERY_S, console
 from speculators_core.data_generation.workers import UnitDone
 from speculators_core.errors import SpeculatorError, first_line
+
+Done = TypeVar("Done", contravariant=True)
 
 
 class Meter:
@@ -69,13 +71,21 @@ class Meter:
         )
 
 
-class Show(Protocol):
-    def __call__(self, done: UnitDone) -> None: ...
+class Measure(Protocol[Done]):
+    """What counts."""
+
+    total_rows: int | None
+    rows: int
+
+    def add(self, done: Done) -> None: ...
+    def line(self) -> str: ...
 
 
 @contextmanager
-def metered(meter: Meter, log_file: Path | None) -> Iterator[Show]:
-    """Yields a function to call for each unit; shows and logs what the meter says.
+def metered(
+    meter: Measure[Done], log_file: Path | None, command: str = "generate-data"
+) -> Iterator[Callable[[Done], None]]:
+    """Yields a function to call for what has been done; shows and logs what the meter says.
 
     Raises:
         SpeculatorError: the log file cannot be written.
@@ -89,9 +99,9 @@ def metered(meter: Meter, log_file: Path | None) -> Iterator[Show]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("generate-data", total=meter.total_rows)
+        task = bar.add_task(command, total=meter.total_rows)
 
-        def show(done: UnitDone) -> None:
+        def show(done: Done) -> None:
             meter.add(done)
             bar.update(task, completed=meter.rows, description=meter.line())
             if log.is_due():

@@ -4,6 +4,7 @@ All machines must see the store's folder, the data and the verifier under the sa
 that dies with its machine is run again by Ray, and goes on behind what it had made.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def run_on_ray(plan: GenerationPlan) -> Iterator[Told]:
         ) from error
     try:
         if not ray.is_initialized():
-            ray.init(logging_level="error", log_to_driver=False)
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise SpeculatorError(f"No Ray cluster can be reached: {first_line(error)}") from error
     work = ray.remote(

@@ -126,6 +126,12 @@ class RowReader:
         Raises:
             RowSkipped: the row cannot be learned from.
         """
+        try:
+            return self._read(row, parts)
+        except RecursionError as error:
+            raise malformed("nested too deeply") from error
+
+    def _read(self, row: Mapping[str, Any], parts: RowParts) -> list[TokenSequence]:
         main = row[parts.main]
         if parts.kind is RowKind.TOKENS:
             mask = row[parts.loss_mask] if parts.loss_mask else None

@@ -150,8 +150,8 @@ class SyncConfig(Settings):
     queue_size: int = Field(64, ge=1)
     """Examples that wait for a consumer, at most; then the engine waits."""
     urls: tuple[Annotated[str, Field(pattern="^(tcp|ipc)://.+")], ...] = ()
-    """Consumers of a queue, one each: `tcp://host:port` of zmq, `ipc://` and the folder of an
-    `mp_queue`'s source."""
+    """Consumers of a queue, one each: `tcp://host:port` of zmq, and what a source of mp_queue says
+    of itself."""
     max_message_bytes: int = Field(2**31, ge=1)
     """Larger messages are refused unread."""
     heartbeat_s: float = Field(5.0, gt=0)
@@ -223,7 +223,7 @@ def read_plan(
     """
     sections = {} if file is None else _read_yaml(file)
     for name, given in (flags or {}).items():
-        stated = given.model_dump(exclude_unset=True) if given is not None else {}
+        stated = {key: getattr(given, key) for key in given.model_fields_set} if given else {}
         if stated:
             sections[name] = _overlaid(sections.get(name) or {}, stated)
     where = "flags" if file is None else str(file)

@@ -247,9 +247,11 @@ def damaged(path: Path, what: str) -> SpeculatorError:
 class Shard:
     """An open shard; its tensors are views of the file, mapped into memory where it is plain."""
 
-    def __init__(self, path: Path, schema: Schema) -> None:
-        """Raises:
-        SpeculatorError: it is truncated, or not one of this schema.
+    def __init__(self, path: Path, schema: Schema, verified: bytearray | None = None) -> None:
+        """``verified``: the examples whose checksums need not be compared again.
+
+        Raises:
+            SpeculatorError: it is truncated, or not one of this schema.
         """
         self.path = path
         self.schema = schema
@@ -258,6 +260,7 @@ class Shard:
             raise damaged(path, "it was made for another schema than the store's")
         if self.header.number != number_of(path):
             raise damaged(path, f"it is shard {self.header.number}")
+        self.verified = verified or bytearray(len(self))
 
     @cached_property
     def tensors(self) -> dict[str, Shaped[Tensor, "tokens ..."]]:
@@ -279,8 +282,8 @@ class Shard:
     def __len__(self) -> int:
         return len(self.header.entries)
 
-    def read(self, index: int, verify: bool = True) -> GeneratedExample:
-        """An example, after its checksum was compared.
+    def read(self, index: int) -> GeneratedExample:
+        """An example; the first time, its checksum is compared.
 
         Raises:
             SpeculatorError: the bytes are not those that were written.
@@ -290,8 +293,10 @@ class Shard:
             name: tensor[entry.start : entry.start + entry.num_tokens]
             for name, tensor in self.tensors.items()
         }
-        if verify and entry.checksum_with(own) != entry.checksum:
-            raise damaged(self.path, f"example {entry.key!r} has another checksum")
+        if not self.verified[index]:
+            if entry.checksum_with(own) != entry.checksum:
+                raise damaged(self.path, f"example {entry.key!r} has another checksum")
+            self.verified[index] = True
         return self.schema.decode(entry.key, entry.num_prompt_tokens, own, str(self.path))
 
     def __iter__(self) -> Iterator[GeneratedExample]:

@@ -47,14 +47,17 @@ class PrivateFolder:
 
     def __init__(self, place: Path) -> None:
         hidden = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=place))
-        self._lock = os.open(hidden, os.O_RDONLY)
+        self._lock: int | None = os.open(hidden, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.path = place / f"{PREFIX}{secrets.token_hex(8)}"
         hidden.rename(self.path)  # seen by others only when it is locked
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
+        """Can be called twice."""
+        if self._lock is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
 
 
 def sweep() -> None:

@@ -173,7 +173,7 @@ class _Sieve:
 
 def _read_source(source: Source, reader: RowReader, sieve: _Sieve) -> Iterator[Example]:
     num_rows, fault, usable = 0, None, False
-    for num_rows, row in enumerate(_rows(source), 1):
+    for num_rows, row in enumerate(rows_of(source), 1):
         sieve.counts.rows += 1
         try:
             sequences = reader.read(row, source.parts)
@@ -200,7 +200,10 @@ def _read_source(source: Source, reader: RowReader, sieve: _Sieve) -> Iterator[E
         raise SpeculatorError(f"{source.name} holds no rows.")
 
 
-def _rows(source: Source) -> Iterator[Mapping[str, Any]]:
+def rows_of(source: Source) -> Iterator[Mapping[str, Any]]:
+    """Raises:
+    SpeculatorError: the data set is damaged, or the hub out of reach.
+    """
     try:
         yield from islice(source.rows, source.config.limit)
     except Exception as error:  # datasets raises a dozen kinds, its own and its backends'

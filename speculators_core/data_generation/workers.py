@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -23,11 +22,13 @@ from pydantic import Field
 from speculators_core.data_generation.disk import DiskStore
 from speculators_core.data_generation.engines import Failure, InferencePipeline, schema_of
 from speculators_core.data_generation.examples import GeneratedExample
+from speculators_core.data_generation.mp_queue import MPQueueStore
 from speculators_core.data_generation.settings import GenerationPlan
 from speculators_core.data_generation.shards import SUFFIXES, SetAside
 from speculators_core.data_generation.sources import Counts, read_plan_examples
 from speculators_core.data_generation.targets import DiskTarget, QueueTarget, Target
 from speculators_core.data_generation.units import Unit, ahead, cut_units
+from speculators_core.data_generation.zmq_store import ZmqStore
 from speculators_core.errors import SpeculatorError
 from speculators_core.settings import Settings
 
@@ -123,15 +124,8 @@ def _target(plan: GenerationPlan, worker: int) -> Target:
         store = DiskStore.open(sync.path)
         store.suffix = SUFFIXES[sync.compression]
         return DiskTarget(store)
-    schema = schema_of(plan)
-    if sync.kind == "zmq":
-        from speculators_core.data_generation.zmq_store import ZmqStore
-
-        return QueueTarget(ZmqStore.sink(schema, sync), sync.path, worker)
-    from speculators_core.data_generation.mp_queue import MPQueueStore
-
-    folders = [Path(url.removeprefix("ipc://")) for url in sync.urls]
-    return QueueTarget(MPQueueStore.sink(schema, sync, folders), sync.path, worker)
+    sink = ZmqStore.sink if sync.kind == "zmq" else MPQueueStore.sink
+    return QueueTarget(sink(schema_of(plan), sync), sync.path, worker)
 
 
 def _on_device(plan: GenerationPlan, worker: int) -> GenerationPlan:

@@ -1,0 +1,93 @@
+import pytest
+
+from speculators_core.data_generation.settings import (
+    EngineConfig,
+    GenerationPlan,
+    RunConfig,
+    SyncConfig,
+    read_plan,
+)
+from speculators_core.errors import SpeculatorError
+
+WHOLE = """
+data:
+  verifier: Qwen/Qwen3-8B
+  datasets:
+    - {path: chats.jsonl, limit: 5, columns: {messages: turns}}
+engine: {batch_size: 4, dtype: bfloat16}
+sync: {path: states}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        path = tmp_path / "plan.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_a_file_is_a_plan(file):
+    plan = read_plan(file(WHOLE))
+    assert plan.data.datasets[0].columns.messages == "turns"
+    assert plan.engine.batch_size == 4 and plan.engine.max_length == EngineConfig().max_length
+    assert plan.run == RunConfig()
+
+
+def test_flags_win_over_the_file_and_leave_what_they_do_not_name(file):
+    flags = {"engine": EngineConfig(batch_size=9), "sync": None, "run": RunConfig(workers=2)}
+    plan = read_plan(file(WHOLE), flags)
+    assert plan.engine.batch_size == 9 and plan.engine.dtype == "bfloat16"
+    assert plan.run.workers == 2 and str(plan.sync.path) == "states"
+
+
+def test_a_flag_at_its_default_wins_too(file):
+    plan = read_plan(file(WHOLE), {"engine": EngineConfig(batch_size=None)})
+    assert plan.engine.batch_size is None
+
+
+def test_the_key_of_a_server_is_never_written(file):
+    plan = read_plan(file(WHOLE), {"engine": EngineConfig(api_key="secret")})
+    assert plan.engine.api_key == "secret"
+    assert "secret" not in plan.model_dump_json()
+
+
+REFUSED = {
+    "no file": (None, "nowhere.yaml cannot be read: .*No such file"),
+    "no yaml": ("data: [", "is no YAML"),
+    "no sections": ("- 1", "holds a list; expected sections"),
+    "section": (WHOLE + "egnine: {}", "unknown section 'egnine'.*Did you mean 'engine'"),
+    "option": (WHOLE + "run: {wokers: 2}", "run.wokers: Extra inputs"),
+    "bound": (WHOLE + "run: {workers: 0}", "run.workers: .*greater than or equal to 1"),
+    "choice": (WHOLE.replace("bfloat16", "int4"), "engine.dtype: .*'float32'"),
+    "no verifier": ("data: {datasets: [{path: x}]}", "data.verifier: Field required"),
+    "no data set": (WHOLE.replace("- {path: chats.jsonl", "- {name: x"), "datasets.0.path"),
+    "no data sets": ("data: {verifier: v, datasets: []}\nsync: {path: x}", "data.datasets"),
+    "no folder": (WHOLE.replace("sync: {path: states}", ""), "sync.path is missing"),
+    "no consumer": (WHOLE.replace("path: states", "kind: zmq"), "sync.urls is missing"),
+    "url": (WHOLE.replace("path: states", "kind: zmq, urls: ['http://x']"), "sync.urls.0"),
+    "nothing kept": (
+        WHOLE.replace("data:", "data:\n  states: {layer_ids: [], last: false}"),
+        "keeps nothing",
+    ),
+    "python": ("data: !!python/object/apply:os.getcwd []", "is no YAML"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_mistake_is_one_line(file, tmp_path, what):
+    text, words = REFUSED[what]
+    path = tmp_path / "nowhere.yaml" if text is None else file(text)
+    with pytest.raises(SpeculatorError, match=words) as error:
+        read_plan(path)
+    assert "\n" not in str(error.value)
+
+
+def test_sections_are_read_without_a_file():
+    plan = GenerationPlan.read(
+        {"data": {"verifier": "v", "datasets": [{"path": "x"}]}, "sync": SyncConfig(path="s")},
+        "here",
+    )
+    assert plan.sync.kind == "disk"
