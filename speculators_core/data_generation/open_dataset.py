@@ -36,12 +36,15 @@ def open_rows(config: DatasetConfig, roots: Roots) -> tuple["Dataset | IterableD
             rows = _open_local(config, roots.check(path), roots)
         else:
             rows = _open_hub(config)
-        return rows, list(rows.column_names or next(iter(rows), {}))
+        columns = list(rows.column_names or next(iter(rows), {}))
     except SpeculatorError:
         raise
     except Exception as error:  # datasets raises a dozen kinds, its own and its backends'
         reason = first_line(error.__cause__ or error)
         raise SpeculatorError(f"{where} cannot be opened: {reason}") from error
+    if not columns:
+        raise SpeculatorError(f"{where} holds no rows.")
+    return rows, columns
 
 
 def _open_local(config: DatasetConfig, path: Path, roots: Roots) -> "Dataset | IterableDataset":

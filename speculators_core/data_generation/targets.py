@@ -1,9 +1,10 @@
 """Where units go, and which of them have arrived: shards in a folder, or a queue with a journal."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from speculators_core.data_generation.disk import DiskStore
 from speculators_core.data_generation.engines import Failure
@@ -17,7 +18,7 @@ class Target(Protocol):
     """Takes units."""
 
     def has(self, unit: Unit) -> bool:
-        """Whether an earlier run has dealt with it."""
+        """Whether an earlier run has dealt with all of it."""
 
     def store(self, unit: Unit, results: Sequence[GeneratedExample | Failure]) -> int:
         """Takes what was made of a unit; the number of its bytes.
@@ -49,25 +50,33 @@ class DiskTarget:
 
 
 class QueueTarget:
-    """Examples go to a queue; a unit of which all have arrived gets a line in the journal."""
+    """Examples go to a queue; those that a consumer has dealt with get a line in the journal."""
 
-    def __init__(self, sink: DataSink, journal: Path | None, worker: int) -> None:
-        """Without a journal an interrupted run begins anew."""
+    def __init__(self, sink: DataSink, folder: Path | None, worker: int) -> None:
+        """Without a folder for the journal an interrupted run begins anew."""
         self.sink = sink
-        self.journal = journal and journal / f"arrived-{worker:03d}.jsonl"
-        self._arrived = _read_journals(journal) if journal else set()
-        self._missing: dict[int, set[str]] = {}
+        self._file = None if folder is None else folder / f"arrived-{worker:03d}.jsonl"
+        self._arrived = Arrived() if folder is None else Arrived.read(folder)
         self._unit_of: dict[str, int] = {}
+        self._under_way: Counter[int] = Counter()
 
     def has(self, unit: Unit) -> bool:
-        return unit.number in self._arrived
+        return all(self._arrived.has(unit.number, example.key) for example in unit.examples)
 
     def store(self, unit: Unit, results: Sequence[GeneratedExample | Failure]) -> int:
-        made = [result for result in results if isinstance(result, GeneratedExample)]
-        self._missing[unit.number] = {example.key for example in made}
-        self._unit_of |= {example.key: unit.number for example in made}
-        self.sink.write_batch(made)
-        self._note_arrived()
+        """Of a unit that had arrived in part, the rest: it was run whole, for the same bytes."""
+        made = [
+            result
+            for result in results
+            if isinstance(result, GeneratedExample)
+            and not self._arrived.has(unit.number, result.key)
+        ]
+        for example in made:
+            self._unit_of[example.key] = unit.number
+        self._under_way[unit.number] = len(made)
+        for example in made:
+            self.sink.write(example)
+            self._note_arrived()
         return sum(example.size_bytes for example in made)
 
     def close(self) -> None:
@@ -75,26 +84,46 @@ class QueueTarget:
         self._note_arrived()
 
     def _note_arrived(self) -> None:
+        lines = []
         for key in self.sink.take_acknowledged():
-            self._missing[self._unit_of.pop(key)].discard(key)
-        whole = [number for number, missing in self._missing.items() if not missing]
-        for number in whole:
-            del self._missing[number]
-        if whole and self.journal is not None:
-            try:
-                with self.journal.open("a", encoding="utf-8") as file:
-                    file.write("".join(f"{json.dumps({'unit': number})}\n" for number in whole))
-            except OSError as error:
-                raise SpeculatorError(f"{self.journal}: {first_line(error)}.") from error
+            unit = self._unit_of.pop(key)
+            self._under_way[unit] -= 1
+            lines.append({"unit": unit, "key": key} if self._under_way[unit] else {"unit": unit})
+        if not lines or self._file is None:
+            return
+        try:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write("".join(f"{json.dumps(line)}\n" for line in lines))
+        except OSError as error:
+            raise SpeculatorError(f"{self._file}: {first_line(error)}.") from error
 
 
-def _read_journals(folder: Path) -> set[int]:
-    """Units that have arrived; the last line of a killed run may be half-written."""
-    arrived = set()
-    for journal in sorted(folder.glob("arrived-*.jsonl")):
-        for line in journal.read_text(encoding="utf-8").splitlines():
-            try:
-                arrived.add(int(json.loads(line)["unit"]))
-            except (ValueError, KeyError, TypeError):
-                continue
-    return arrived
+class Arrived:
+    """What the journals of a run say."""
+
+    def __init__(self) -> None:
+        self.units: set[int] = set()
+        """Those that have arrived whole."""
+        self.keys: set[str] = set()
+        """Examples of the others."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The journals of all workers; the last line of one that was killed may be half-written."""
+        found, keys = cls(), {}
+        for journal in sorted(folder.glob("arrived-*.jsonl")):
+            for line in journal.read_text(encoding="utf-8").splitlines():
+                try:
+                    told = json.loads(line)
+                    unit, key = int(told["unit"]), told.get("key")
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    continue
+                if key is None:
+                    found.units.add(unit)
+                else:
+                    keys[key] = unit
+        found.keys = {key for key, unit in keys.items() if unit not in found.units}
+        return found
+
+    def has(self, unit: int, key: str) -> bool:
+        return unit in self.units or key in self.keys

@@ -5,7 +5,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from speculators_core.data_generation.conversations import (
@@ -187,6 +187,8 @@ def test_an_open_conversation_ends_with_the_generation_prompt():
     assert chat.tokenizer.decode(is_open.input_ids).endswith(tail)
     assert learned_texts(chat.tokenizer, is_open) == learned_texts(chat.tokenizer, closed)
     assert chat.tokenizer.decode(prompt.input_ids).endswith(tail) and not any(prompt.loss_mask)
+    answered = Conversation(TWO_TURNS)
+    assert chat.tokenize(answered, is_open=True) == chat.tokenize(answered)
 
 
 def test_given_messages_are_not_learned():
@@ -252,6 +254,19 @@ def test_a_border_that_changes_tokens_is_skipped(name):
     chat = ChatTemplate(merging, frozenset([merging.eos_token_id]))
     with pytest.raises(RowSkipped, match="'.*A") as skipped:
         chat.tokenize(conversation)
+    assert skipped.value.reason is SkipReason.BORDER
+
+
+def test_special_tokens_that_take_the_space_behind_them_leave_exact_masks():
+    tokenizer = make_tokenizer.__wrapped__("phi3")
+    greedy = [AddedToken(t, rstrip=True, special=True) for t in ("<|assistant|>", "<|end|>")]
+    tokenizer.add_tokens(greedy, special_tokens=True)
+    chat = ChatTemplate(tokenizer, make_chat("phi3").stop_ids)
+    assert len(tokenizer("<|end|> \n", add_special_tokens=False)["input_ids"]) == 1
+    (sequence,) = chat.tokenize(Conversation(TWO_TURNS))
+    assert learned_texts(tokenizer, sequence) == LEARNED["phi3", "two turns"][0]
+    with pytest.raises(RowSkipped) as skipped:
+        chat.tokenize(Conversation([HELLO, {"role": "assistant", "content": " hi"}]))
     assert skipped.value.reason is SkipReason.BORDER
 
 
@@ -331,20 +346,20 @@ def config_for(folder, **options) -> DataGenConfig:
     return DataGenConfig(verifier=str(folder), datasets=({"path": "a.jsonl"},), **options)
 
 
-def learned_of(data: DataGenConfig, roots: Roots) -> list[str]:
+def learned_of(data: DataGenConfig, roots: Roots, messages=TWO_TURNS) -> list[str]:
     tokenizer = load_tokenizer(data)
     chat = load_chat_template(data, tokenizer, roots)
-    (sequence,) = chat.tokenize(Conversation(TWO_TURNS))
+    (sequence,) = chat.tokenize(Conversation(messages))
     return learned_texts(tokenizer, sequence)
 
 
 def test_the_generation_config_says_what_ends_an_answer(verifier_folder, tmp_path):
     with_it = learned_of(config_for(verifier_folder), Roots(()))
     assert with_it == ["Hello there!<|end|>", "It is sunny.<|end|>"]
-    tokenizer = make_tokenizer("llama3")
-    tokenizer.save_pretrained(tmp_path)
-    without = learned_of(config_for(tmp_path), Roots(()))
-    assert without == ["Hello there!<|eot_id|>", "It is sunny.<|eot_id|>"]
+    make_tokenizer("llama3").save_pretrained(tmp_path)
+    stops_early = [HELLO, {"role": "assistant", "content": "It is<|eot_id|> sunny."}]
+    without = learned_of(config_for(tmp_path), Roots(()), stops_early)
+    assert without == ["It is<|eot_id|>"]
 
 
 def test_tokenizer_options_override_the_tokenizers_own(verifier_folder):

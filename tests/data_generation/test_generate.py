@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from speculators_core.data_generation.dataset import GeneratedDataset
 from speculators_core.data_generation.disk import DiskStore
 from speculators_core.data_generation.engines import Failure, TransformersPipeline
 from speculators_core.data_generation.generate import generate_data, generate_data_process
-from speculators_core.data_generation.settings import GenerationPlan, read_plan
+from speculators_core.data_generation.mp_queue import MPQueueStore
+from speculators_core.data_generation.settings import GenerationPlan, SyncConfig, read_plan
+from speculators_core.data_generation.zmq_store import ZmqStore
 from speculators_core.errors import SpeculatorError
 from tests.conftest import VOCAB_SIZE, make_verifier
 from tests.vllm.serving import write_tokenizer
@@ -138,13 +141,8 @@ def test_a_run_that_is_killed_again_and_again_makes_the_same_bytes(given, tmp_pa
     plan = plan_of(given, folder, run={"resume": True}, sync=small)
     draw = random.Random(1)
     for _ in range(KILLS):
-        child = os.fork()
-        if child == 0:
-            _run_slowly(plan)
-        time.sleep(draw.uniform(0.02, 0.3))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status)
+        with forked(_run_slowly, plan):
+            time.sleep(draw.uniform(0.02, 0.3))
     made = len(contents(folder))
     generate_data(plan)
     whole = contents(folder)
@@ -162,11 +160,90 @@ def _run_slowly(plan):
         return forward(self, examples)
 
     TransformersPipeline.forward = slow
-    torch.set_num_threads(1)
+    generate_data(plan)
+
+
+def _consume(kind, schema, folder, name):
+    """Notes each example when it has been dealt with, in a process of its own."""
+    sync = SyncConfig(kind=kind, queue_size=4, heartbeat_s=0.4)
+    if kind == "zmq":
+        source = ZmqStore.source(schema, sync, "tcp://127.0.0.1:*")
+    else:
+        source = MPQueueStore.source(schema, sync)
+    (folder / f"{name}.part").write_text(source.url)
+    (folder / f"{name}.part").rename(folder / f"{name}.url")
+    with (folder / f"{name}.jsonl").open("w") as file:
+        for example in source.read():
+            ids, states = example.input_ids.tolist(), example.hidden_states
+            told = {"key": example.key, "ids": ids, "sum": float(states.double().sum())}
+            print(json.dumps(told), file=file, flush=True)
+    source.close()
+
+
+@contextmanager
+def forked(work, *arguments):
+    """The id of a process that does it; killed at the end if it has not ended by then."""
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        try:
+            work(*arguments)
+        finally:
+            os._exit(0)
     try:
-        generate_data(plan)
+        yield child
     finally:
-        os._exit(0)
+        with suppress(ChildProcessError, ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def wait_for(is_so, timeout_s=60):
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["zmq", "mp_queue"])
+def test_a_queue_gets_every_example_though_runs_and_a_consumer_are_killed(
+    given, undisturbed, tmp_path, kind
+):
+    schema = DiskStore.open(undisturbed).schema
+
+    def plan(consumer):
+        sync = {"kind": kind, "urls": [url_of(consumer)], "queue_size": 4, "heartbeat_s": 0.4}
+        return plan_of(given, tmp_path / "journal", sync=sync, run={"resume": True})
+
+    def url_of(consumer):
+        path = tmp_path / f"{consumer}.url"
+        wait_for(path.exists)
+        return path.read_text()
+
+    def arrived(consumer):
+        path = tmp_path / f"{consumer}.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    with forked(_consume, kind, schema, tmp_path, "first"):
+        for count in (5, 15):  # two runs are killed, and the consumer with the second
+            with forked(_run_slowly, plan("first")):
+                wait_for(lambda least=count: len(arrived("first")) >= least)
+    with forked(_consume, kind, schema, tmp_path, "second") as consumer:
+        report = generate_data(plan("second"))
+        os.waitpid(consumer, 0)
+    first, second = arrived("first"), arrived("second")
+    keys = [told["key"] for told in first]
+    assert len(set(keys)) == len(keys)  # the same consumer never gets one twice
+    twice = set(keys) & {told["key"] for told in second}
+    assert len(twice) <= 4  # it was killed before it could say that it had dealt with them
+    assert len(second) < NUM_ROWS and report.num_units_kept > 0
+    expected = {
+        example.key: (example.input_ids.tolist(), float(example.hidden_states.double().sum()))
+        for example in DiskStore.open(undisturbed).read()
+    }
+    assert {told["key"]: (told["ids"], told["sum"]) for told in first + second} == expected
 
 
 @pytest.mark.slow
@@ -180,7 +257,7 @@ def test_a_killed_worker_is_named_and_the_next_run_goes_on(given, undisturbed, t
     os.kill(worker, signal.SIGKILL)
     _, told = process.communicate()
     assert process.returncode == 2
-    assert "was killed by SIGKILL. What the workers made is kept" in told.splitlines()[-1]
+    assert "was killed by SIGKILL. What the workers made is kept" in told
     assert not (folder / "report.json").exists()
     generate_data(plan_of(given, folder, run={"resume": True}))
     assert contents(folder) == contents(undisturbed)

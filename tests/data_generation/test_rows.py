@@ -1,5 +1,7 @@
 """Rows that are not what their columns promise."""
 
+import json
+
 import pytest
 
 from speculators_core.data_generation.rows import RowReader, choose_parts
@@ -31,6 +33,9 @@ def said_by(**assistant) -> dict:
         ({"messages": None}, "list of messages, found None"),
         ({"messages": []}, "list of messages, found \\[]"),
         ({"messages": "hello"}, "list of messages, found 'hello'"),
+        ({"messages": "[" * 9_999}, "too deeply"),
+        ({"messages": [USER | {"tag": json.loads("[" * 600 + "]" * 600)}, ANSWER]}, "too deeply"),
+        ({"messages": '[{"role": "user", "content": "\\ud800"}]'}, "list of messages, found"),
         ({"messages": ["hello"]}, "a message, found 'hello'"),
         ({"messages": [{"content": "hello"}]}, "without role"),
         ({"messages": [USER | {"role": 5}]}, "without role"),
@@ -72,3 +77,12 @@ def test_thoughts_have_every_name_that_templates_read_them_by():
             row = said_by(content="world", **{name: "A greeting."})
             (sequence,) = RowReader(chat.tokenizer, chat).read(row, parts)
             assert shown in chat.tokenizer.decode(sequence.input_ids)
+
+
+def test_empty_thoughts_and_calls_are_as_if_they_were_not_there():
+    parts = choose_parts(["messages"], ColumnMapping(), "here", is_open=False)
+    chat = make_chat("gpt_oss")
+    for nothing in ({}, {"thinking": "", "tool_calls": []}, {"thinking": None, "tool_calls": None}):
+        (sequence,) = RowReader(chat.tokenizer, chat).read(said_by(content="a", **nothing), parts)
+        text = chat.tokenizer.decode(sequence.input_ids)
+        assert text.endswith("hello<|end|><|start|>assistant<|channel|>final<|message|>a<|return|>")

@@ -4,16 +4,19 @@ import json
 import re
 import tracemalloc
 from itertools import islice
+from pathlib import Path
 
+import fsspec
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset_builder
 from hypothesis import given
 from hypothesis import strategies as st
 
 from speculators_core.data_generation.digests import Digests
+from speculators_core.data_generation.open_dataset import _open_hub
 from speculators_core.data_generation.paths import Roots
-from speculators_core.data_generation.settings import DataGenConfig, GenerationPlan
+from speculators_core.data_generation.settings import DataGenConfig, DatasetConfig, GenerationPlan
 from speculators_core.data_generation.sources import (
     Counts,
     count_rows,
@@ -185,8 +188,7 @@ def test_columns_are_taken_by_the_names_that_they_are_given(columns, row, reader
 def test_tools_reach_the_template_as_a_list_or_as_json(reader):
     tool = {"type": "function", "function": {"name": "weather", "description": None}}
     sent = '{"type": "function", "function": {"name": "weather"}}'
-    for column, value in (("tools", [tool]), ("tools", sent), ("uses", json.dumps([tool]))):
-        value = f"[{value}]" if value == sent else value
+    for column, value in (("tools", [tool]), ("tools", [sent]), ("uses", json.dumps([tool]))):
         row = {"messages": [USER, ANSWER], column: value}
         (text,) = reader.texts([row], family="qwen3", columns={"tools": column})
         assert sent in text
@@ -205,6 +207,12 @@ def test_completions_keep_their_text_in_tokenizers_of_both_kinds(prompt, complet
     assert tokenizer.decode(example.input_ids[1:]) == f"{prompt}{completion}</s>"
     given = example.input_ids[~example.loss_mask].tolist()
     assert given == tokenizer(prompt)["input_ids"]
+
+
+def test_a_completion_is_tokenised_apart_from_its_prompt_as_a_server_does(reader):
+    tokenizer = make_tokenizer("llama3")
+    assert len(tokenizer.tokenize("hello world")) < len(tokenizer.tokenize("hello ") + ["world"])
+    assert reader.learned([{"prompt": "hello ", "completion": "world"}]) == [["world<|eot_id|>"]]
 
 
 # ---- what is left out ----
@@ -250,8 +258,10 @@ def test_a_source_of_which_nothing_can_be_used_ends_the_run(num_rows, reader):
 
 
 def test_a_source_goes_on_once_one_of_its_first_rows_was_good(reader):
-    rows = [{"text": ""}] * 99 + [{"text": "hello"}] + [{"text": ""}] * 200
-    assert len(reader.read(rows)) == 1 and reader.counts.rows == 300
+    for place in (0, 99):
+        rows = [{"text": ""}] * 300
+        rows[place] = {"text": "hello"}
+        assert len(reader.read(rows)) == 1 and reader.counts.rows == 300
 
 
 def test_short_rows_alone_are_no_fault_of_a_source(reader):
@@ -402,6 +412,13 @@ def test_rows_are_the_same_in_every_format(kind, streaming, reader, tmp_path):
         assert reader.texts(path=str(path), split="test", streaming=streaming) == texts[3:4]
 
 
+def test_a_saved_data_set_is_read_as_lists_whatever_format_it_had(reader, tmp_path):
+    rows = Dataset.from_list([ROWS["token ids"][0]]).with_format("numpy")
+    rows.save_to_disk(tmp_path / "saved")
+    (example,) = reader.read(path=str(tmp_path / "saved"))
+    assert example.input_ids.tolist() == [40, 41, 42]
+
+
 def test_streamed_rows_leave_no_copy(reader, tmp_path):
     path = str(write_rows(tmp_path, "jsonl"))
     for streaming in (True, None):
@@ -440,25 +457,39 @@ def test_a_folder_has_the_configurations_that_its_description_names(reader, tmp_
         reader.read(path=str(folder))
 
 
-def test_hub_data_sets_are_streamed_unless_a_part_is_asked_for(reader, tmp_path, monkeypatch):
-    """A folder stands for the hub; its files bear the names that the hub's do."""
-    from speculators_core.data_generation import open_dataset
-
-    write_rows(tmp_path, "folder").rename(tmp_path / "name")
-    monkeypatch.setattr(open_dataset, "_data_files", lambda builder: ["hf://datasets/name/a"])
-    monkeypatch.setattr(open_dataset, "_open_local", None)
-    monkeypatch.setattr(open_dataset.Path, "exists", lambda path: False)
-    monkeypatch.chdir(tmp_path)
+def test_hub_data_sets_are_streamed_unless_a_part_is_asked_for(reader, tmp_path):
+    """One that was loaded before stands for the hub, which cannot be reached from here."""
+    builder = load_dataset_builder(str(write_rows(tmp_path, "folder").rename(tmp_path / "name")))
+    builder.download_and_prepare()
+    cached = tmp_path / "cache" / "some___name" / "default" / "0.0.0" / "1"
+    cached.parent.mkdir(parents=True)
+    Path(builder.cache_dir).rename(cached)
     sizes = {}
     for split, streaming in (("train", None), ("train[:2]", None), ("train", False)):
-        (source,) = open_sources(
-            reader.config(path="name", split=split, streaming=streaming), Roots(())
-        )
+        data = reader.config(path="some/name", split=split, streaming=streaming)
+        (source,) = open_sources(data, Roots(()))
         sizes[split, streaming] = source.num_rows
     assert sizes == {("train", None): None, ("train[:2]", None): 2, ("train", False): 10}
-    monkeypatch.setattr(open_dataset, "_data_files", lambda builder: ["/etc/passwd"])
-    with pytest.raises(SpeculatorError, match="takes data from /etc/passwd; expected its own"):
-        open_sources(reader.config(path="name"), Roots(()))
+    assert len(reader.read(path="some/name", name="default")) == 10
+    with pytest.raises(SpeculatorError, match="some/name .*cannot be opened"):
+        reader.read(path="some/name", name="another")
+
+
+def test_a_hub_data_set_has_no_data_from_elsewhere(tmp_path, monkeypatch):
+    write_rows(tmp_path, "folder").rename(tmp_path / "name")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpeculatorError, match="name takes data from /.*expected its own files"):
+        _open_hub(DatasetConfig(path="name"))
+
+
+def test_a_folder_has_no_data_from_elsewhere(reader, tmp_path):
+    fsspec.filesystem("memory").pipe("/elsewhere/rows.jsonl", b'{"text": "hello"}')
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "README.md").write_text(
+        "---\nconfigs:\n- {config_name: a, data_files: 'memory://elsewhere/rows.jsonl'}\n---\n"
+    )
+    with pytest.raises(SpeculatorError, match="takes data from memory:.*expected its own files"):
+        reader.read(path=str(tmp_path / "folder"))
 
 
 def test_reading_is_lazy(reader):
@@ -483,6 +514,9 @@ def test_reading_is_lazy(reader):
         ({"path": "rows.jsonl", "split": "test", "streaming": True}, "Available splits"),
         ({"path": "rows.jsonl", "split": "train[:x]"}, "train"),
         ({"path": "rows.jsonl", "split": "train[:2]", "streaming": True}, "train"),
+        ({"path": "rows.jsonl", "split": "train[:0]"}, "no data"),
+        ({"path": "none.csv", "streaming": True}, "none.csv.*holds no rows"),
+        ({"path": "none.parquet", "streaming": True}, "none.parquet.*holds no rows"),
         ({"path": "rows.jsonl", "name": "main"}, "a file has no configuration 'main'"),
         ({"path": "rows.jsonl", "sample_by": "document"}, "sample_by"),
         ({"path": "rows.jsonl", "columns": {"text": "body"}}, "no column 'body'.*it has text"),
@@ -491,6 +525,7 @@ def test_reading_is_lazy(reader):
         ({"path": "broken.jsonl"}, "broken.jsonl .*cannot be opened"),
         ({"path": "empty.jsonl"}, "empty.jsonl"),
         ({"path": "../beyond.jsonl"}, "lies outside"),
+        ({"path": "../missing.jsonl"}, "lies outside"),
         ({"path": "link.jsonl"}, "lies outside"),
         ({"path": "linked"}, "lies outside"),
         ({"path": "described"}, "lies outside"),
@@ -507,6 +542,8 @@ def test_bad_sources_are_one_line_before_anything_is_read(dataset, message, read
     (reader.folder / "beyond" / "rows.jsonl").rename(reader.folder / "beyond.jsonl")
     (root / "rows.xyz").write_text("a")
     (root / "empty.jsonl").write_text("")
+    (root / "none.csv").write_text("text\n")
+    rows.select([]).to_parquet(root / "none.parquet")
     (root / "other.jsonl").write_text('{"a": 1, "b": 2}')
     (root / "broken.jsonl").write_text('{"text": "a"}\n{"text')
     (root / "link.jsonl").symlink_to(reader.folder / "beyond.jsonl")
