@@ -1,20 +1,22 @@
 """Data generation on vLLM: an engine of our own, or a server that runs already.
 
-forward -> requests, each with a name -> vLLM --> answers --> what came of each example
-                                           |                    ^
-                                           +--> states, formed as they come
+A request has a name, by which its states are known when they come, beside its answer:
+
+    forward -> requests -> vLLM --> answers --> what came of each example
+                             |                    ^
+                             +--> states, formed as they come
 """
 
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig
 
 from speculators_core.data_generation.engines import Failure, InferencePipeline, seed_of
 from speculators_core.data_generation.examples import Example, Schema
@@ -45,6 +47,7 @@ DECIDED = (
 ALLOW_LONG = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 LARGEST_DTYPE = torch.float32
 HEADER_ROOM = 2**16
+DEATH_POLL_S = 0.5
 
 
 class Runner(Protocol):
@@ -126,8 +129,7 @@ class VLLMPipeline(InferencePipeline):
         return [done.get(example.key) or outcomes[example.key] for example in examples]
 
     def _options_of(self, name: str, example: Example) -> dict[str, Any]:
-        engine, extent = self.plan.engine, self.plan.data.states.tokens
-        writes = extent == "all"
+        engine, writes = self.plan.engine, self.goes_on(example)
         samples = writes and engine.temperature > 0
         return {
             "max_tokens": engine.max_new_tokens if writes else 1,
@@ -139,19 +141,9 @@ class VLLMPipeline(InferencePipeline):
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "ignore_eos": True,  # of the tokenizer; these are of the verifier
-            "stop_token_ids": self._end_ids,
-            "kv_transfer_params": {"hidden_states": extent, "name": name},
+            "stop_token_ids": self.end_ids,
+            "kv_transfer_params": {"hidden_states": "all" if writes else "prompt", "name": name},
         }
-
-    @cached_property
-    def _end_ids(self) -> list[int]:
-        """Tokens that end a text for the verifier on Transformers, too."""
-        try:
-            config = GenerationConfig.from_pretrained(self.plan.data.verifier)
-        except OSError:  # it has none
-            config = GenerationConfig.from_model_config(self.verifier_config)
-        found = config.eos_token_id
-        return [] if found is None else [found] if isinstance(found, int) else list(found)
 
     def _form_states(self, example: Example, states: HiddenStates) -> Outcome:
         """Raises SpeculatorError where the states are not those of this plan's verifier."""
@@ -196,6 +188,7 @@ class Engine:
             stack.callback(self._inbox.close)
             arguments = {**arguments, **sink_arguments(self._inbox.endpoint)}
             self._llm = stack.enter_context(offline.loaded(**arguments))
+            stack.enter_context(_waking_on_death(self._llm.llm_engine.engine_core))
             self._stack = stack.pop_all()
 
     def run(
@@ -207,9 +200,9 @@ class Engine:
         from speculators_vllm.hidden_states.connector import drain
 
         self._inbox.arrivals = arrivals
-        for name, example in arrivals.examples.items():
-            self._add(arrivals, name, example, options_of(name, example))
         try:
+            for name, example in arrivals.examples.items():
+                self._add(arrivals, name, example, options_of(name, example))
             self._step(arrivals)
             drain(self._llm)
         except SpeculatorError:
@@ -257,6 +250,30 @@ class Engine:
 
     def close(self) -> None:
         self._stack.close()
+
+
+@contextmanager
+def _waking_on_death(client: Any) -> Iterator[None]:
+    """Ends the wait for an engine whose process was killed.
+
+    vLLM 0.32 sees the death and takes the engine down, but its synchronous client waits on.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    closing = threading.Event()
+
+    def watch() -> None:
+        while not closing.wait(DEATH_POLL_S):
+            if client.resources.engine_dead:
+                client.outputs_queue.put(EngineDeadError())
+                return
+
+    if hasattr(client, "outputs_queue"):
+        threading.Thread(target=watch, name="engine-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        closing.set()
 
 
 def _device_arguments(device: str | None) -> dict[str, Any]:

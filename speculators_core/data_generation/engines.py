@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from xxhash import xxh64_intdigest
 
 from speculators_core.data_generation.examples import Example, GeneratedExample, Schema
@@ -103,6 +103,22 @@ class InferencePipeline(ABC):
     def verifier_config(self) -> Any:
         data = self.plan.data
         return read_verifier_config(data.verifier, data.trust_remote_code)
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """Tokens that end a text."""
+        data = self.plan.data
+        try:
+            config = GenerationConfig.from_pretrained(data.verifier)
+        except OSError:  # it has none
+            config = GenerationConfig.from_model_config(self.verifier_config)
+        found = config.eos_token_id
+        return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+    def goes_on(self, example: Example) -> bool:
+        """Whether the verifier is to write behind a text; not where it has ended."""
+        is_open = self.plan.data.states.tokens == "all"
+        return is_open and int(example.input_ids[-1]) not in self.end_ids
 
     @cached_property
     def head(self) -> VerifierHead:
@@ -241,10 +257,10 @@ class TransformersPipeline(InferencePipeline):
         return {key: formed for example in batch for key, formed in self._run([example]).items()}
 
     def _run_together(self, batch: list[Example]) -> list[GeneratedExample | Failure]:
-        texts = [example.input_ids for example in batch]
-        if self.plan.data.states.tokens == "all":
-            texts = self._continued(batch)
-        rows = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(self.model.device)
+        texts = {example.key: example.input_ids for example in batch}
+        texts |= self._continued([example for example in batch if self.goes_on(example)])
+        rows = torch.nn.utils.rnn.pad_sequence(list(texts.values()), batch_first=True)
+        rows = rows.to(self.model.device)
         ids = self.captured_ids
         with LayerTaps(self.model, ids) as taps:
             self.model.get_decoder()(input_ids=rows, use_cache=False)
@@ -253,15 +269,17 @@ class TransformersPipeline(InferencePipeline):
             )  # [batch, seq, captured, hidden]
         return [
             self.form(example, text, own[: len(text)])
-            for example, text, own in zip(batch, texts, states, strict=True)
+            for example, text, own in zip(batch, texts.values(), states, strict=True)
         ]
 
-    def _continued(self, batch: list[Example]) -> list[Int64[Tensor, "seq"]]:
-        """Each text with what the verifier writes, but its last token.
+    def _continued(self, batch: list[Example]) -> dict[str, Int64[Tensor, "seq"]]:
+        """Each text, by its key, with what the verifier writes, but its last token.
 
         That one was never read by the verifier, and engines that do not read it again have no
         state for it.
         """
+        if not batch:
+            return {}
         engine = self.plan.engine
         longest = max(len(example.input_ids) for example in batch)
         rows = torch.zeros(len(batch), longest, dtype=torch.int64)
@@ -277,18 +295,14 @@ class TransformersPipeline(InferencePipeline):
             input_ids=rows.to(self.model.device),
             attention_mask=mask.to(self.model.device),
             max_new_tokens=engine.max_new_tokens,
+            repetition_penalty=1.0,  # whatever the verifier's generation config wants in a chat
             **settings,
         ).cpu()
-        ends = self._end_ids()
-        return [
-            torch.cat([example.input_ids, _until_end(own[longest:], ends)[:-1]])
+        ends = torch.tensor(self.end_ids, dtype=torch.int64)
+        return {
+            example.key: torch.cat([example.input_ids, _until_end(own[longest:], ends)[:-1]])
             for example, own in zip(batch, output, strict=True)
-        ]
-
-    def _end_ids(self) -> Int64[Tensor, "ends"]:
-        found = self.model.generation_config.eos_token_id
-        ids = found if isinstance(found, list) else [] if found is None else [found]
-        return torch.tensor(ids, dtype=torch.int64)
+        }
 
     def close(self) -> None:
         del self.model

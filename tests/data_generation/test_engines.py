@@ -118,6 +118,14 @@ def test_what_the_verifier_writes_is_kept_but_its_last_token(verifier):
     assert 0 < ended < len(examples)  # some texts end by themselves, some by max_new_tokens
 
 
+def test_nothing_is_written_behind_a_text_that_has_ended(verifier):
+    ended, open_ = example(0, 6), example(1, 6)
+    ended.input_ids[-1], open_.input_ids[-1] = 20, 21
+    results = run(verifier[0], [ended, open_], states={"tokens": "all"})
+    assert results[0].input_ids.tolist() == ended.input_ids.tolist()
+    assert len(results[1].input_ids) > 6
+
+
 def test_sampling_repeats_with_its_seed_and_differs_without(verifier):
     given = [example(0, 5)]
     texts = {}

@@ -1,51 +1,36 @@
-"""Data generation on vLLM: engines in this process, one in its own, and a real server."""
+"""Data generation on vLLM: engines in this process, and one in its own."""
 
-import json
 import os
 import signal
 import threading
-import time
-from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from contextlib import ExitStack
 
 import pytest
 import torch
-import zmq
 
-from speculators_core.data_generation.engines import (
-    Failure,
-    InferencePipeline,
-    TransformersPipeline,
-    schema_of,
-)
-from speculators_core.data_generation.examples import Example
-from speculators_core.data_generation.settings import GenerationPlan
+from speculators_core.data_generation.engines import Failure, InferencePipeline, schema_of
 from speculators_core.errors import SpeculatorError
-from speculators_vllm.arrivals import Arrivals, Inbox
 from speculators_vllm.engine import VLLMPipeline
-from speculators_vllm.hidden_states.files import FileWriter, HiddenStates
-from speculators_vllm.hidden_states.settings import StreamSink, engine_arguments
-from speculators_vllm.hidden_states.stream import StreamWriter, frames_of
-from tests.conftest import make_verifier
-from tests.vllm.serving import SMALL, server
+from tests.vllm.generating import (
+    END_ID,
+    WRITES,
+    WRITTEN,
+    assert_same,
+    examples_of,
+    plan_of,
+    with_transformers,
+    write_verifier,
+)
+from tests.vllm.serving import SMALL
 
 pytestmark = pytest.mark.vllm
 
 POSITIONS = SMALL["max_position_embeddings"]
-END_ID = 17
-TOLERANCE = 1e-5
-WRITES = {"max_new_tokens": 40}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A verifier that ends some of its texts."""
-    folder = tmp_path_factory.mktemp("verifier")
-    make_verifier(**SMALL | {"initializer_range": 0.05, "eos_token_id": END_ID}).save_pretrained(
-        folder
-    )
-    return folder
+    return write_verifier(tmp_path_factory.mktemp("verifier"))
 
 
 @pytest.fixture(scope="module")
@@ -72,63 +57,8 @@ def running():
         yield run
 
 
-def plan_of(folder, states=None, roots=(), seed=0, **engine):
-    return GenerationPlan.model_validate(
-        {
-            "data": {
-                "verifier": str(folder),
-                "datasets": [{"path": "unread"}],
-                "states": states or {"layer_ids": (1, 2, 3)},
-            },
-            "engine": {"engine": "vllm", "dtype": "float32", "max_length": 300, **engine},
-            "sync": {"path": "unwritten", "dtype": "float32"},
-            "run": {"seed": seed, "allowed_roots": roots},
-        }
-    )
-
-
-def examples_of(*lengths, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        Example(
-            key=f"{seed}-{i}",
-            input_ids=torch.randint(20, 128, (length,), generator=generator),
-            loss_mask=torch.rand(length, generator=generator) < 0.5,
-        )
-        for i, length in enumerate(lengths)
-    ]
-
-
-def with_transformers(plan, examples):
-    engine = {"engine": "transformers", "base_url": None, "vllm": {}}
-    plan = plan.model_copy(update={"engine": plan.engine.model_copy(update=engine)})
-    with TransformersPipeline(plan, schema_of(plan)) as pipeline:
-        return pipeline.forward(examples)
-
-
-def assert_same(ours, theirs):
-    assert [one.key for one in ours] == [one.key for one in theirs]
-    for one, other in zip(ours, theirs, strict=True):
-        assert torch.equal(one.input_ids, other.input_ids)
-        assert torch.equal(one.loss_mask, other.loss_mask)
-        assert one.num_prompt_tokens == other.num_prompt_tokens
-        assert_close(one.hidden_states, other.hidden_states)
-        if other.logits is None:
-            assert one.logits is None and one.logit_ids is None
-        else:
-            assert_close(one.logits, other.logits)
-        if other.logit_ids is not None:
-            assert torch.equal(one.logit_ids, other.logit_ids)
-
-
-def assert_close(ours, theirs):
-    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() < TOLERANCE * theirs.abs().max().clamp_min(1)
-
-
 # Values.
 
-WRITTEN = {"tokens": "all", "layer_ids": (1, 2, 3)}
 STATES = {
     "what the verifier writes": {**WRITTEN, "logits": "top-k", "top_k": 3},
     "three layers and the last": {"layer_ids": (1, 2, 3)},
@@ -267,6 +197,7 @@ def test_a_text_may_fill_all_positions_and_settings_reach_vllm(running, folder):
     assert config.model_config.seed == 5
 
 
+@pytest.mark.slow
 def test_an_engine_in_its_own_process_does_the_same_until_it_is_killed(folder, monkeypatch):
     from vllm import envs
 
@@ -279,11 +210,14 @@ def test_an_engine_in_its_own_process_does_the_same_until_it_is_killed(folder, m
             exact = one.hidden_states.bfloat16().float()
             assert torch.equal(one.hidden_states, exact)
             assert (exact - other.hidden_states).abs().max() < 0.02 * exact.abs().max()
-        for process in pipeline._runner._llm.llm_engine.engine_core.resources.engine_manager.processes:
-            os.kill(process.pid, signal.SIGKILL)
-        with pytest.raises(SpeculatorError, match="^vLLM died: ") as death:
-            pipeline.forward(examples)
-        assert "\n" not in str(death.value)
+        client = pipeline._runner._llm.llm_engine.engine_core
+        (process,) = client.resources.engine_manager.processes
+        os.kill(process.pid, signal.SIGSTOP)  # what is asked now waits, when it is killed
+        threading.Timer(1, os.kill, (process.pid, signal.SIGKILL)).start()
+        for _ in range(2):
+            with pytest.raises(SpeculatorError, match="^vLLM died: ") as death:
+                pipeline.forward(examples)
+            assert "\n" not in str(death.value)
 
 
 REFUSED = {
