@@ -87,4 +87,9 @@ ENGINES = Registry(
     "speculators.engines",
     {"transformers": "speculators_core.data_generation.engines:TransformersPipeline"},
 )
+ANSWERERS = Registry(
+    "engine",
+    "speculators.answerers",
+    {"openai": "speculators_core.data_generation.openai_endpoint:OpenAIEndpoint"},
+)
 COMMANDS = Registry("command", "speculators.commands")

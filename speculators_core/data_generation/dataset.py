@@ -84,7 +84,7 @@ class GeneratedDataset(IterableDataset):
         """The examples of this rank and worker, in the order of the epoch.
 
         Raises:
-            SpeculatorError: a shard is damaged, or several workers would read one queue.
+            SpeculatorError: a shard is damaged, or a worker of the loader would read a queue.
         """
         worker = get_worker_info()
         num_workers = worker.num_workers if worker is not None else 1
@@ -92,9 +92,10 @@ class GeneratedDataset(IterableDataset):
         draws = random.Random(f"{self.seed}/{self.epoch}/{consumer}")
         if isinstance(self.source, DiskStore):
             found = self._striped(self.source, consumer, self.num_ranks * num_workers)
-        elif num_workers > 1:
+        elif worker is not None:
             raise SpeculatorError(
-                f"{num_workers} workers of a DataLoader cannot share a queue: set num_workers to 1."
+                "A queue is read in the process that opened it: set the DataLoader's num_workers to "
+                "0. Its source receives in a thread of its own."
             )
         else:
             found = self.source.read()

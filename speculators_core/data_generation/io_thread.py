@@ -23,8 +23,10 @@ class IoThread:
     those that wait on it.
     """
 
-    def __init__(self, heartbeat_s: float) -> None:
+    def __init__(self, heartbeat_s: float, linger_s: float = 0.0) -> None:
+        """Last words may take ``linger_s`` to leave."""
         self.heartbeat_s = heartbeat_s
+        self.linger_s = linger_s
         self.changed = threading.Condition()
         self.fault: BaseException | None = None
         self.context = zmq.Context()
@@ -80,8 +82,8 @@ class IoThread:
         """Whether a peer that was heard then is taken for gone."""
         return time.monotonic() - heard > SILENT_BEATS * self.heartbeat_s
 
-    def stop(self, linger_s: float = 0.0) -> None:
-        """Closes the sockets; last words may take so long to leave. Can be called twice."""
+    def stop(self) -> None:
+        """Closes the sockets. Can be called twice."""
         if self._is_stopped:
             return
         with self.changed:
@@ -91,7 +93,7 @@ class IoThread:
         if self._thread is not None:
             self._thread.join()
         self._is_stopped = True
-        self.context.destroy(linger=int(1000 * linger_s))
+        self._close_sockets()
         os.close(self._bell)
         os.close(self._rope)
 
@@ -115,6 +117,11 @@ class IoThread:
             with self.changed:
                 self.fault = error
                 self.changed.notify_all()
+        finally:
+            self._close_sockets()
+
+    def _close_sockets(self) -> None:
+        self.context.destroy(linger=int(1000 * self.linger_s))
 
     def _silence_bell(self) -> None:
         try:

@@ -100,7 +100,7 @@ class OpenAIEndpoint:
             self._client = httpx.AsyncClient(
                 headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
                 timeout=httpx.Timeout(config.endpoint.timeout_s, connect=CONNECT_WITHIN_S),
-                limits=httpx.Limits(max_connections=config.endpoint.concurrency),
+                limits=httpx.Limits(max_connections=None),  # conversations are counted, below
             )
         try:
             self._model = config.endpoint.model or config.verifier or self._only_model()

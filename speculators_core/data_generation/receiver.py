@@ -118,10 +118,10 @@ class Receiver:
         self._dealt: dict[bytes, None] = {}
         self._settled: deque[Receipt] = deque()
         self._complained: set[bytes] = set()
-        self._io = IoThread(sync.heartbeat_s)
+        self._io = IoThread(sync.heartbeat_s, GOODBYE_S)
         try:
             self._socket = open_socket(self._io.context)
-        except SpeculatorError:
+        except Exception:
             self._io.stop()
             raise
         endpoint = self._socket.last_endpoint
@@ -168,7 +168,7 @@ class Receiver:
 
     def close(self) -> None:
         """Tells the producers, which send to others what was not dealt with."""
-        self._io.stop(GOODBYE_S)
+        self._io.stop()
 
     def _num_active(self) -> int:
         return sum(not producer.has_ended for producer in self._producers.values())

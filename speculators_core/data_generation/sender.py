@@ -86,7 +86,7 @@ class Sender:
         self._is_ending = False
         try:
             self._lines = [Line(url, self._connect(url)) for url in urls]
-        except SpeculatorError:
+        except Exception:
             self._io.stop()
             raise
         self._io.start(self._turn, self._beat)
@@ -247,7 +247,7 @@ class Sender:
 
     def _start_over(self, line: Line, reason: str) -> None:
         """With a new socket: nothing of the old session can come through it."""
-        if line.session is not None:
+        if line.session is not None and not line.is_told:
             logger.warning(
                 "lost %s (%s): %d examples are sent again", line.url, reason, len(line.under_way)
             )

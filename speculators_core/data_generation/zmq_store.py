@@ -18,6 +18,7 @@ from torch import Tensor
 from speculators_core.data_generation.examples import GeneratedExample, Schema
 from speculators_core.data_generation.frames import (
     MAX_BODY_BYTES,
+    FrameError,
     Hello,
     Label,
     checksum,
@@ -113,13 +114,13 @@ def bind(context: zmq.Context, url: str, sync: SyncConfig) -> zmq.Socket:
     socket.setsockopt(zmq.MAXMSGSIZE, max(sync.max_message_bytes, MAX_BODY_BYTES))
     socket.setsockopt(zmq.SNDHWM, 2 * sync.queue_size + 1000)
     if sync.key_file is not None:
-        socket.curve_publickey, socket.curve_secretkey = _read_keys(sync.key_file)
-        socket.curve_server = True
-        if sync.server_key not in (None, socket.curve_publickey.decode()):
+        public, secret = _read_keys(sync.key_file)
+        if sync.server_key not in (None, public.decode()):
             raise SpeculatorError(
-                f"sync.server_key is not the public key in {sync.key_file}: "
-                f"{socket.curve_publickey.decode()}."
+                f"sync.server_key is not the public key in {sync.key_file}: {public.decode()}."
             )
+        socket.curve_publickey, socket.curve_secretkey = public, secret
+        socket.curve_server = True
     elif sync.server_key is not None:
         raise SpeculatorError("sync.key_file is missing: a consumer needs its secret key.")
     try:
@@ -164,6 +165,8 @@ def _load(sync: SyncConfig, label: Label, tensors: dict[str, Shaped[Tensor, "seq
 def _unload(
     schema: Schema, max_bytes: int, label: Label, payload: Sequence[memoryview]
 ) -> Callable[[], GeneratedExample]:
+    if label.file is not None:
+        raise FrameError("an example in a file")
     tensors = unpack_tensors(schema, label, payload, max_bytes)
     example = schema.decode(label.key, label.num_prompt_tokens, tensors, repr(label.key[:80]))
     return lambda: example

@@ -37,9 +37,7 @@ MESSAGES = [
     Message(Kind.WAIT, body=Reason(reason="full")),
     Message(Kind.REFUSED, body=Reason(reason="never")),
     Message(Kind.EXAMPLE, 5, 2, LABEL, (memoryview(b"one"), memoryview(b""))),
-    Message(
-        Kind.EXAMPLE, 5, 3, LABEL.model_copy(update={"file": SharedFile(path="/x", ticket=4)})
-    ),
+    Message(Kind.EXAMPLE, 5, 3, LABEL.model_copy(update={"file": SharedFile(path="/x", ticket=4)})),
     Message(Kind.END, 5, 4),
     Message(Kind.ACK, 5, 4),
     Message(Kind.BEAT, 5),
@@ -217,7 +215,7 @@ def test_compression_makes_smaller_what_repeats():
 
 
 def damaged(label, payload, **changes):
-    payload = tuple(changes.pop("payload", payload))
+    """With the checksum that it should have."""
     return label.model_copy(update={"checksum": checksum(payload), **changes}), payload
 
 
@@ -226,22 +224,20 @@ def test_damaged_tensors_are_refused():
     states, mask = payload[2], payload[1]
     tables = {
         "do not match their checksum": (label, [*payload[:2], states[::-1]]),
-        "7 tokens in 2 tensors": damaged(label, payload, payload=payload[:2]),
-        "hidden_states has 335 bytes, expected 336": damaged(
-            label, payload, payload=[*payload[:2], states[:-1]]
-        ),
+        "7 tokens in 2 tensors": damaged(label, payload[:2]),
+        "hidden_states has 335 bytes, expected 336": damaged(label, [*payload[:2], states[:-1]]),
         "input_ids has 56 bytes, expected 48": damaged(
             label, payload, num_tokens=6, num_prompt_tokens=1
         ),
         "99999999 tokens": damaged(label, payload, num_tokens=99999999),
-        "neither 0 nor 1": damaged(
-            label, payload, payload=[payload[0], memoryview(b"\2" * len(mask)), states]
-        ),
+        "neither 0 nor 1": damaged(label, [payload[0], memoryview(b"\2" * len(mask)), states]),
         "input_ids: ": damaged(label, payload, compression="zstd"),
     }
     for complaint, (bad_label, bad_payload) in tables.items():
         with pytest.raises(FrameError, match=complaint):
-            unpack_tensors(SCHEMA, bad_label, [memoryview(bytes(p)) for p in bad_payload], LIMIT)
+            unpack_tensors(
+                SCHEMA, bad_label, [memoryview(bytearray(p)) for p in bad_payload], LIMIT
+            )
 
 
 def test_what_unpacks_to_more_than_is_allowed_is_refused():
