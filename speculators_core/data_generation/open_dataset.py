@@ -1,6 +1,8 @@
 """Opens a data set of a file, a folder or the hub; runs no code of its own."""
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,7 @@ from speculators_core.data_generation.settings import DatasetConfig
 from speculators_core.errors import SpeculatorError, first_line
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetBuilder, IterableDataset
+    from datasets import Dataset, DatasetBuilder, Features, IterableDataset
 
 FORMATS = {
     ".jsonl": "json",
@@ -67,12 +69,31 @@ def _open_local(config: DatasetConfig, path: Path, roots: Roots) -> "Dataset | I
         raise SpeculatorError(f"{config.path}: a file has no configuration {config.name!r}.")
     else:
         options: dict[str, Any] = {"sample_by": config.sample_by} if is_text else {}
+        if path.suffix == ".jsonl":
+            options["features"] = _any_json(roots.check(path))
         builder = load_dataset_builder(FORMATS[path.suffix], data_files=str(path), **options)
     for file in _data_files(builder):
         if "://" in file:
             raise _foreign(config, file)
         roots.check(file)
     return _take_split(builder, config, is_streamed=bool(config.streaming))
+
+
+def _any_json(path: Path) -> "Features":
+    """Every key of the rows as JSON of any shape.
+
+    `datasets` would take the shapes of the first 10 MB for those of all: a file whose first tool
+    call comes later could not be read.
+    """
+    from datasets import Features, Json
+
+    keys: dict[str, None] = {}
+    with path.open("rb") as lines:
+        for line in lines:
+            with suppress(ValueError):  # what is no JSON, `datasets` itself complains of
+                row = json.loads(line)
+                keys |= dict.fromkeys(row if isinstance(row, dict) else ())
+    return Features({key: Json() for key in keys})
 
 
 def _open_hub(config: DatasetConfig) -> "Dataset | IterableDataset":
