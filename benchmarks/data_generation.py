@@ -211,7 +211,7 @@ def measure_disk(settings: DataSettings) -> Iterator[Line]:
     import torch
     from safetensors.torch import save_file
 
-    from speculators_core.data_generation.disk import DiskStore
+    from speculators_core.data_generation.stores.disk import DiskStore
 
     schema, examples = _examples(settings)
     size_mb = sum(example.size_bytes for example in examples) / 1e6
@@ -397,9 +397,9 @@ class _consumed:
         self.kind, self.schema = kind, schema
 
     def __enter__(self) -> Any:
-        from speculators_core.data_generation.mp_queue import MPQueueStore
+        from speculators_core.data_generation.queues.mp_queue import MPQueueStore
+        from speculators_core.data_generation.queues.zmq_store import ZmqStore
         from speculators_core.data_generation.settings import SyncConfig
-        from speculators_core.data_generation.zmq_store import ZmqStore
 
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -413,9 +413,9 @@ class _consumed:
 
 
 def _consume(kind: QueueKind, schema: Any, connection: Any) -> None:
-    from speculators_core.data_generation.mp_queue import MPQueueStore
+    from speculators_core.data_generation.queues.mp_queue import MPQueueStore
+    from speculators_core.data_generation.queues.zmq_store import ZmqStore
     from speculators_core.data_generation.settings import SyncConfig
-    from speculators_core.data_generation.zmq_store import ZmqStore
 
     sync = SyncConfig(kind=kind)
     if kind == "zmq":

@@ -90,6 +90,6 @@ ENGINES = Registry(
 ANSWERERS = Registry(
     "engine",
     "speculators.answerers",
-    {"openai": "speculators_core.data_generation.openai_endpoint:OpenAIEndpoint"},
+    {"openai": "speculators_core.data_generation.answers.openai_endpoint:OpenAIEndpoint"},
 )
 COMMANDS = Registry("command", "speculators.commands")

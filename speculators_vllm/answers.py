@@ -6,8 +6,8 @@ from contextlib import ExitStack
 from itertools import islice
 from typing import Any
 
-from speculators_core.data_generation.answers import Answer, AnswersConfig, Call
-from speculators_core.data_generation.dialogues import Dialogue
+from speculators_core.data_generation.answers.answerer import Answer, AnswersConfig, Call
+from speculators_core.data_generation.answers.dialogues import Dialogue
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_vllm import offline
 

@@ -16,8 +16,8 @@ from jaxtyping import install_import_hook  # noqa: E402  # after the OpenMP libr
 
 CHECKED = """
 acceptance attention batch chain drafter layers losses masks row_cache training verifier vocabulary
-data_generation.shared_memory data_generation.zmq_store data_generation.mp_queue
-data_generation.queues
+data_generation.queues.shared_memory data_generation.queues.zmq_store
+data_generation.queues.mp_queue data_generation.queues.ends
 """
 install_import_hook([f"speculators_core.{m}" for m in CHECKED.split()], "beartype.beartype")
 

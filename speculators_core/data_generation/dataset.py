@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from speculators_core.batch import PADDING, Batch
-from speculators_core.data_generation.disk import DiskStore
 from speculators_core.data_generation.examples import GeneratedExample, Schema
-from speculators_core.data_generation.stores import DataSource
+from speculators_core.data_generation.protocols import DataSource
+from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
 
 
@@ -94,8 +94,8 @@ class GeneratedDataset(IterableDataset):
             found = self._striped(self.source, consumer, self.num_ranks * num_workers)
         elif worker is not None:
             raise SpeculatorError(
-                "A queue is read in the process that opened it: set the DataLoader's num_workers to "
-                "0. Its source receives in a thread of its own."
+                "A queue is read in the process that opened it: set the DataLoader's num_workers "
+                "to 0. Its source receives in a thread of its own."
             )
         else:
             found = self.source.read()

@@ -105,7 +105,7 @@ def generate_data(plan: GenerationPlan) -> RunReport:
     from speculators_core.data_generation.engines import schema_of
     from speculators_core.data_generation.paths import Roots
     from speculators_core.data_generation.progress import Meter, metered
-    from speculators_core.data_generation.sources import count_rows
+    from speculators_core.data_generation.texts.sources import count_rows
     from speculators_core.data_generation.workers import WorkerDone, run_here
     from speculators_core.provenance import versions
     from speculators_core.registry import ENGINES
@@ -175,7 +175,7 @@ def _check_failures(set_aside: dict[str, str], plan: GenerationPlan) -> None:
 
 def _prepared(plan: GenerationPlan, schema: Any, versions: dict[str, str]) -> Any:
     """The store, made or gone on with; with ``run.repair`` without its damaged shards."""
-    from speculators_core.data_generation.disk import DiskStore
+    from speculators_core.data_generation.stores.disk import DiskStore
 
     assert plan.sync.path is not None
     store = DiskStore.create(
@@ -237,7 +237,7 @@ def _locked(folder: Path | None) -> Iterator[None]:
 
 def _write_provenance(folder: Path, plan: GenerationPlan) -> None:
     """What reruns this run."""
-    from speculators_core.data_generation.disk import write_text
+    from speculators_core.data_generation.stores.disk import write_text
 
     text = yaml.safe_dump(plan.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
     write_text(folder / CONFIG, text)

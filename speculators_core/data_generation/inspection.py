@@ -80,7 +80,7 @@ def summarize(folder: Path, verify: bool = False) -> StoreSummary:
     Raises:
         SpeculatorError: there is no store, or without ``verify`` a shard is damaged.
     """
-    from speculators_core.data_generation.disk import DiskStore
+    from speculators_core.data_generation.stores.disk import DiskStore
 
     store = DiskStore.open(folder)
     damaged = store.find_damage() if verify else {}
@@ -136,7 +136,7 @@ def _print(summary: StoreSummary) -> None:
 
 
 def _print_example(folder: Path, settings: InspectSettings) -> None:
-    from speculators_core.data_generation.disk import DiskStore
+    from speculators_core.data_generation.stores.disk import DiskStore
     from speculators_core.verifier import read_tokenizer
 
     store = DiskStore.open(folder)

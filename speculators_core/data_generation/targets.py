@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
-from speculators_core.data_generation.disk import DiskStore
 from speculators_core.data_generation.engines import Failure
 from speculators_core.data_generation.examples import GeneratedExample
-from speculators_core.data_generation.stores import DataSink
+from speculators_core.data_generation.protocols import DataSink
+from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.data_generation.units import Unit
 from speculators_core.errors import SpeculatorError, first_line
 

@@ -19,16 +19,16 @@ from typing import Any
 
 from pydantic import Field
 
-from speculators_core.data_generation.disk import DiskStore
 from speculators_core.data_generation.engines import Failure, InferencePipeline, schema_of
 from speculators_core.data_generation.examples import GeneratedExample
-from speculators_core.data_generation.mp_queue import MPQueueStore
+from speculators_core.data_generation.queues.mp_queue import MPQueueStore
+from speculators_core.data_generation.queues.zmq_store import ZmqStore
 from speculators_core.data_generation.settings import GenerationPlan
-from speculators_core.data_generation.shards import SUFFIXES, SetAside
-from speculators_core.data_generation.sources import Counts, read_plan_examples
+from speculators_core.data_generation.stores.disk import DiskStore
+from speculators_core.data_generation.stores.shards import SUFFIXES, SetAside
 from speculators_core.data_generation.targets import DiskTarget, QueueTarget, Target
+from speculators_core.data_generation.texts.sources import Counts, read_plan_examples
 from speculators_core.data_generation.units import Unit, ahead, cut_units
-from speculators_core.data_generation.zmq_store import ZmqStore
 from speculators_core.errors import SpeculatorError
 from speculators_core.settings import Settings
 

@@ -3,7 +3,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from speculators_core.data_generation.dataset import GeneratedDataset
-from speculators_core.data_generation.disk import DiskStore
+from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
 from tests.data_generation.making import generated, schema
 

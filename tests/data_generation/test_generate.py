@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 
 from speculators_core.cli import main
 from speculators_core.data_generation.dataset import GeneratedDataset
-from speculators_core.data_generation.disk import DiskStore
 from speculators_core.data_generation.engines import Failure, TransformersPipeline
 from speculators_core.data_generation.generate import generate_data, generate_data_process
-from speculators_core.data_generation.mp_queue import MPQueueStore
+from speculators_core.data_generation.queues.mp_queue import MPQueueStore
+from speculators_core.data_generation.queues.zmq_store import ZmqStore
 from speculators_core.data_generation.settings import GenerationPlan, SyncConfig, read_plan
-from speculators_core.data_generation.zmq_store import ZmqStore
+from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
 from tests.conftest import VOCAB_SIZE, make_verifier
 from tests.vllm.serving import write_tokenizer

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from speculators_core.data_generation.answers import AnswersConfig
-from speculators_core.data_generation.dialogues import Dialogue
+from speculators_core.data_generation.answers.answerer import AnswersConfig
+from speculators_core.data_generation.answers.dialogues import Dialogue
 from speculators_core.errors import SpeculatorError
 from speculators_vllm.answers import VLLMAnswerer
 from tests.conftest import make_verifier
-from tests.data_generation.chat_server import Run
+from tests.data_generation.answers.chat_server import Run
 from tests.vllm.serving import SMALL, server, write_tokenizer
 
 pytestmark = pytest.mark.vllm

@@ -1,0 +1,1 @@
+"""Conversations with the verifier's own answers."""

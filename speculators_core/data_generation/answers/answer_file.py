@@ -1,0 +1,149 @@
+"""The lines of a run of ``speculators regenerate``, gone on with after it was stopped.
+
+answers.jsonl                    what was answered, a conversation a line
+answers.jsonl.set_aside.jsonl    keys of the others, with the reason
+answers.jsonl.yaml               options and versions
+answers.jsonl.log                how it came along
+"""
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from speculators_core.data_generation.answers.dialogues import Dialogue
+from speculators_core.errors import SpeculatorError, first_line
+
+
+class _Line(BaseModel):
+    key: str
+
+
+class AnswerFile:
+    """Keeps dialogues that have ended; what was kept before is in ``done``."""
+
+    def __init__(
+        self, path: Path, options: Mapping[str, Any], run: Mapping[str, Any], resume: bool
+    ) -> None:
+        """``options`` decide the answers: a run that goes on has the same, but for those of
+        ``run``.
+
+        Raises:
+            SpeculatorError: there is an output, and it is not to be gone on with, was made with
+                other options, or is not what such a run writes; or another run is writing it.
+        """
+        from speculators_core.data_generation.stores.disk import write_text
+        from speculators_core.provenance import versions
+
+        self.path = path
+        self.done: set[str] = set()
+        """Keys of what was kept or set aside."""
+        stated, aside = beside(path, "yaml"), beside(path, "set_aside.jsonl")
+        with ExitStack() as opened, _told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._kept = opened.enter_context(path.open("ab", buffering=0))
+            self._aside = opened.enter_context(aside.open("ab", buffering=0))
+            self._lock()
+            if path.stat().st_size or aside.stat().st_size:
+                if not resume:
+                    raise SpeculatorError(
+                        f"{path} is there already. Go on behind it with --resume, or name another."
+                    )
+                _compare(stated, options)
+            content = {"options": dict(options), "run": dict(run), "versions": versions()}
+            write_text(stated, yaml.safe_dump(content, sort_keys=False))
+            for file in (self._kept, self._aside):
+                self.done.update(_whole_lines(file))
+            self._opened = opened.pop_all()
+
+    def keep(self, dialogue: Dialogue) -> None:
+        """Raises:
+        SpeculatorError: it cannot be written.
+        """
+        record: dict[str, Any] = {"key": dialogue.key}
+        if dialogue.fault is None:
+            record |= {"messages": dialogue.messages, "tools": dialogue.tools or None}
+        else:
+            record |= {"reason": dialogue.fault}
+        file = self._kept if dialogue.fault is None else self._aside
+        line = f"{json.dumps(record, ensure_ascii=False)}\n".encode()
+        with _told(file.name):
+            if file.write(line) != len(line):
+                raise OSError("no space left")
+
+    def _lock(self) -> None:
+        """For this process alone; the lock goes with it."""
+        try:
+            fcntl.flock(self._kept, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SpeculatorError(f"{self.path}: another run is writing it.") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+
+@contextmanager
+def _told(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SpeculatorError(f"{path} cannot be written: {first_line(error)}.") from error
+
+
+def beside(path: Path, what: str) -> Path:
+    return path.with_name(f"{path.name}.{what}")
+
+
+def _whole_lines(file: BinaryIO) -> Iterator[str]:
+    """Keys of the lines; a last line that was not finished is removed.
+
+    Raises:
+        SpeculatorError: a line is none of ours.
+    """
+    end = 0
+    with open(file.name, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                yield _Line.model_validate_json(line).key
+            except ValidationError as error:
+                raise SpeculatorError(
+                    f"{file.name}, line {number}: expected a JSON object with a key."
+                ) from error
+            end += len(line)
+    file.truncate(end)
+
+
+def _compare(stated: Path, options: Mapping[str, Any]) -> None:
+    try:
+        earlier = yaml.safe_load(stated.read_text(encoding="utf-8"))["options"]
+        before, now = _flat(earlier), _flat(options)
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise SpeculatorError(
+            f"{stated} does not say with which options its output was made; name another output."
+        ) from error
+    for name in now | before:
+        if before.get(name) != now.get(name):
+            raise SpeculatorError(
+                f"{stated}: made with {name} {before.get(name)!r}, now {now.get(name)!r}. "
+                "Go on with the same options, or name another output."
+            )
+
+
+def _flat(options: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{within}{name}.")
+        else:
+            flat[f"{within}{name}"] = value
+    return flat

@@ -1,0 +1,273 @@
+"""``speculators regenerate``: the verifier's own answers in place of the assistant's."""
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+from pydantic import Field
+
+from speculators_core.console import console
+from speculators_core.data_generation.answers.answerer import Answerer, AnswersConfig
+from speculators_core.data_generation.settings import (
+    DataGenConfig,
+    DatasetConfig,
+    RunConfig,
+    StatesConfig,
+)
+from speculators_core.errors import SpeculatorError
+from speculators_core.settings import Settings
+
+if TYPE_CHECKING:
+    from speculators_core.data_generation.answers.dialogues import Dialogue
+    from speculators_core.data_generation.texts.messages import Message
+    from speculators_core.data_generation.texts.rows import RowParts
+    from speculators_core.data_generation.texts.sources import Source
+
+RUN_ALONE: Any = {
+    "answers": {"endpoint": {"base_url", "concurrency", "retries", "timeout_s"}}
+    | {"offline": {"batch_size"}},
+    "output": True,
+    "resume": True,
+    "max_failures": True,
+    "allowed_roots": True,
+}
+"""Options that do not decide an answer."""
+
+
+class RegenerateSettings(Settings):
+    """Who answers, and what becomes of the answers."""
+
+    output: Path
+    """JSONL file, a conversation a line, which `generate-data` takes as it is."""
+    answers: Annotated[AnswersConfig, Parameter(name="*")] = AnswersConfig()
+    cut: Literal["drop", "keep"] = "drop"
+    """An answer that `max_tokens` cut: the conversation ends before it, or with it, and a template
+    then puts an end behind it that the verifier did not write."""
+    resume: bool = False
+    """Goes on behind what an earlier run wrote; without it an output that is there is refused."""
+    max_failures: int = Field(100, ge=0)
+    """Conversations that may be set aside because they could not be answered; one more ends the
+    run."""
+    allowed_roots: tuple[Path, ...] = ()
+    """Folders below which local data are read and written, links resolved; where there are none,
+    the current directory and the output's."""
+
+
+class RegenerateReport(Settings):
+    """What a run made."""
+
+    num_conversations: int
+    """That were kept."""
+    num_answers: int
+    num_tokens: int
+    num_set_aside: int
+    num_of_earlier_runs: int
+    """Conversations that were there, kept or set aside."""
+    seconds: float
+
+
+def run(
+    data: Annotated[DatasetConfig, Parameter(name="*")],
+    /,
+    *,
+    settings: Annotated[RegenerateSettings, Parameter(name="*")],
+) -> None:
+    """Replaces each turn of the assistant by the verifier's own answer, turn after turn."""
+    report = regenerate(data, settings)
+    console.print(
+        f"wrote {settings.output}: {report.num_conversations} conversations, "
+        f"{report.num_answers} answers, {report.num_tokens} tokens in {report.seconds:.1f} s; "
+        f"{report.num_set_aside} set aside, {report.num_of_earlier_runs} of earlier runs"
+    )
+
+
+def regenerate(data: DatasetConfig, settings: RegenerateSettings) -> RegenerateReport:
+    """Has the verifier answer the conversations of a data set, in their order.
+
+    Nothing heavy starts before options, data and output have been looked at, or where nothing is
+    left to answer.
+
+    Raises:
+        SpeculatorError: options, data, output or verifier are at fault, the server is gone, or more
+            conversations than ``max_failures`` could not be answered.
+    """
+    from speculators_core.data_generation.answers.answer_file import AnswerFile, beside
+    from speculators_core.data_generation.paths import Roots
+    from speculators_core.data_generation.progress import metered
+    from speculators_core.registry import ANSWERERS
+
+    roots = Roots(
+        RunConfig(allowed_roots=settings.allowed_roots).allowed_roots
+        or (Path.cwd(), settings.output.expanduser().absolute().parent)
+    )
+    path = roots.check(settings.output)
+    make_answerer = ANSWERERS.load(settings.answers.engine_name)
+    source = _open(data, settings, roots)
+    with AnswerFile(path, *_options(data, settings), resume=settings.resume) as file:
+        meter = AnswerMeter(source.num_rows, len(file.done))
+        dialogues = _dialogues(source, file.done, settings)
+        with metered(meter, beside(path, "log"), "regenerate") as show:
+            first = next(dialogues, None)
+            if first is None:  # an engine would load for nothing
+                return meter.report()
+            answerer: Answerer = make_answerer(settings.answers)
+            with closing(answerer):
+                for dialogue in answerer.answer(itertools.chain([first], dialogues)):
+                    file.keep(dialogue)
+                    show(dialogue)
+                    _check_failures(meter, settings.max_failures)
+    return meter.report()
+
+
+def _open(data: DatasetConfig, settings: RegenerateSettings, roots: Any) -> "Source":
+    from speculators_core.data_generation.texts.rows import RowKind
+    from speculators_core.data_generation.texts.sources import open_sources
+
+    asked = DataGenConfig(
+        verifier=settings.answers.verifier or "any",
+        datasets=(data,),
+        states=StatesConfig(tokens="all"),  # prompts without completions will do
+    )
+    [source] = open_sources(asked, roots)
+    if source.parts.kind in (RowKind.TOKENS, RowKind.TEXT):
+        raise SpeculatorError(
+            f"{source.describe()}. Expected conversations, or prompts; name columns with --columns."
+        )
+    return source
+
+
+def _options(
+    data: DatasetConfig, settings: RegenerateSettings
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those that decide the answers, and the others; no key is among them."""
+    columns = data.model_dump(mode="json", exclude={"limit", "streaming"})
+    return (
+        {"data": columns, **settings.model_dump(mode="json", exclude=RUN_ALONE)},
+        {
+            "data": data.model_dump(mode="json", include={"limit", "streaming"}),
+            **settings.model_dump(mode="json", include=RUN_ALONE),
+        },
+    )
+
+
+def _dialogues(
+    source: "Source", done: set[str], settings: RegenerateSettings
+) -> Iterator["Dialogue"]:
+    """Of the rows that are not done, in their order.
+
+    Raises:
+        SpeculatorError: there are no rows, or none of the first can be read.
+    """
+    from speculators_core.data_generation.answers.dialogues import Dialogue
+    from speculators_core.data_generation.texts.sources import FIRST_ROWS, rows_of
+    from speculators_core.data_generation.texts.spans import RowSkipped
+
+    seed, keeps_cut = settings.answers.sampling.seed, settings.cut == "keep"
+    unreadable: list[Dialogue] = []
+    """At the start; none is set aside where all the rest are like them."""
+    is_readable, number = bool(done), -1
+    for number, row in enumerate(rows_of(source)):
+        key = f"{source.number}/{number}"
+        if key in done:
+            continue
+        try:
+            turns, tools = _read(row, source.parts)
+        except RowSkipped as skipped:
+            unreadable.append(Dialogue.malformed(key, str(skipped)))
+            if not is_readable and len(unreadable) < FIRST_ROWS:
+                continue
+        else:
+            is_readable = True
+            unreadable.append(Dialogue(key, turns, tools, seed, keeps_cut))
+        if not is_readable:
+            break
+        yield from unreadable
+        unreadable = []
+    if number < 0:
+        raise SpeculatorError(f"{source.name} holds no rows.")
+    if unreadable:
+        raise SpeculatorError(
+            f"{source.describe()}. None of the first {len(unreadable)} rows can be read; the "
+            f"first: {unreadable[0].fault}. Name other columns with --columns."
+        )
+
+
+def _read(
+    row: Mapping[str, Any], parts: "RowParts"
+) -> tuple[list["Message"], list[dict[str, Any]] | None]:
+    """Messages and tools; a prompt is what a user says, a completion what is to be replaced.
+
+    Raises:
+        RowSkipped: there are none.
+    """
+    from speculators_core.data_generation.texts.messages import malformed, read_messages, read_tools
+    from speculators_core.data_generation.texts.rows import RowKind
+
+    main = row[parts.main]
+    try:
+        tools = read_tools(row[parts.tools]) if parts.tools else None
+        if isinstance(main, str) and main and parts.kind is not RowKind.CONVERSATION:
+            return [{"role": "user", "content": main}], tools
+        turns = read_messages(main)
+        if parts.completion and isinstance(completion := row[parts.completion], list):
+            turns += read_messages(completion)
+    except RecursionError as error:
+        raise malformed("nested too deeply") from error
+    return turns, tools
+
+
+class AnswerMeter:
+    """What has been answered since the run began."""
+
+    def __init__(self, total_rows: int | None, num_of_earlier_runs: int) -> None:
+        self.total_rows = total_rows
+        self.rows = num_of_earlier_runs
+        self.num_failed = 0
+        self.last_failure = ""
+        self._num_before = num_of_earlier_runs
+        self._num_kept = 0
+        self._num_answers = 0
+        self._num_tokens = 0
+        self._started = time.monotonic()
+
+    def add(self, dialogue: "Dialogue") -> None:
+        self.rows += 1
+        self._num_tokens += dialogue.num_tokens
+        if dialogue.fault is None:
+            self._num_kept += 1
+            self._num_answers += dialogue.num_answers
+        elif dialogue.has_failed:
+            self.num_failed += 1
+            self.last_failure = f"{dialogue.key}: {dialogue.fault}"
+
+    def report(self) -> RegenerateReport:
+        return RegenerateReport(
+            num_conversations=self._num_kept,
+            num_answers=self._num_answers,
+            num_tokens=self._num_tokens,
+            num_set_aside=self.rows - self._num_before - self._num_kept,
+            num_of_earlier_runs=self._num_before,
+            seconds=time.monotonic() - self._started,
+        )
+
+    def line(self) -> str:
+        """For example ``120 conversations, 260 answers, 81234 tokens, 2400 tokens/s``."""
+        report = self.report()
+        rate = report.num_tokens / max(report.seconds, 1e-9)
+        aside = f", {report.num_set_aside} set aside" if report.num_set_aside else ""
+        return (
+            f"{report.num_conversations} conversations, {report.num_answers} answers, "
+            f"{report.num_tokens} tokens, {rate:.0f} tokens/s{aside}"
+        )
+
+
+def _check_failures(meter: AnswerMeter, max_failures: int) -> None:
+    if meter.num_failed > max_failures:
+        raise SpeculatorError(
+            f"{meter.num_failed} conversations could not be answered, more than --max-failures "
+            f"({max_failures}); the last, {meter.last_failure}."
+        )

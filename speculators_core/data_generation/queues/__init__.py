@@ -1,0 +1,1 @@
+"""Examples from process to process, and from machine to machine."""

@@ -1,0 +1,372 @@
+"""`DiskStore`: a folder of shards.
+
+    store.json              what the examples are and what they were made from
+    shards/000000.safetensors
+    index.parquet           a row an example: its key, shard, place and numbers of tokens
+    report.json             there when the run came to its end
+
+A shard appears under its name when it is whole, and holds the same examples in every run of the
+same plan; so what is there need not be made again. The index can be made from the shards at any
+time.
+"""
+
+import json
+import os
+import re
+import uuid
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+from jaxtyping import Int64
+from pydantic import Field, ValidationError
+
+from speculators_core.data_generation.engines import Failure
+from speculators_core.data_generation.examples import GeneratedExample, Schema
+from speculators_core.data_generation.stores.shards import (
+    SUFFIXES,
+    Shard,
+    ShardHeader,
+    number_of,
+    read_header,
+    write_shard,
+)
+from speculators_core.errors import SpeculatorError, first_fault, first_line
+from speculators_core.settings import Settings
+
+MANIFEST = "store.json"
+INDEX = "index.parquet"
+REPORT = "report.json"
+SHARDS = "shards"
+SHARD_NAME = re.compile(r"(\d{6,9})\.safetensors(\.zst)?")
+OPEN_SHARDS = 16
+"""Shards that one process keeps mapped."""
+
+
+class Manifest(Settings):
+    """What the examples are, and what they were made from."""
+
+    format: str = "speculators-data-1"
+    content: Schema
+    made_from: dict[str, Any] = Field(default_factory=dict)
+    """The options that decide the bytes; a run with others does not go on here."""
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class DiskStore:
+    """Both sides of a store on disk: a `DataSink`, a `DataSource`, and examples by number."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Of a folder that `create` or `open` has looked at."""
+        self.folder = folder
+        self.manifest = manifest
+        self.schema = manifest.content
+        self._open: OrderedDict[Path, Shard] = OrderedDict()
+        self._verified: dict[Path, bytearray] = {}
+        self._places: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._paths: dict[int, Path] = {}
+        self._buffer: list[GeneratedExample] = []
+        self._acknowledged: list[str] = []
+        self.shard_tokens = 65_536
+        """Tokens after which `write` ends a shard."""
+        self.suffix = SUFFIXES["none"]
+
+    # ---- the folder ----
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        schema: Schema,
+        *,
+        made_from: Mapping[str, Any] | None = None,
+        versions: Mapping[str, str] | None = None,
+        resume: bool = False,
+        compression: str = "none",
+        shard_tokens: int = 65_536,
+    ) -> Self:
+        """A new store, or with ``resume`` the one that is there.
+
+        Raises:
+            SpeculatorError: the folder holds something else, or a store that was made otherwise.
+        """
+        manifest = Manifest(
+            content=schema, made_from=dict(made_from or {}), versions=dict(versions or {})
+        )
+        if (folder / MANIFEST).exists():
+            found = cls.open(folder).manifest
+            if not resume:
+                raise SpeculatorError(
+                    f"{folder} holds a store already. Go on with --run.resume, or name another "
+                    "folder."
+                )
+            _check_same(folder, found, manifest)
+        elif folder.exists() and any(_visible(folder)):
+            raise SpeculatorError(f"{folder} is not empty and no store. Name another folder.")
+        else:
+            try:
+                (folder / SHARDS).mkdir(parents=True, exist_ok=True)
+                write_text(folder / MANIFEST, manifest.model_dump_json(indent=2))
+            except OSError as error:
+                raise SpeculatorError(
+                    f"{folder} cannot be made: {error.strerror or first_line(error)}."
+                ) from error
+        store = cls(folder, manifest)
+        store.suffix = SUFFIXES[compression]
+        store.shard_tokens = shard_tokens
+        return store
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """The store in a folder.
+
+        Raises:
+            SpeculatorError: there is none, or its manifest is damaged.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST
+        try:
+            return cls(folder, Manifest.model_validate_json(path.read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise SpeculatorError(f"{folder} holds no {MANIFEST}; not a store.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpeculatorError(f"{path} cannot be read: {first_line(error)}.") from error
+        except ValidationError as error:
+            raise SpeculatorError(f"{path} is damaged: {first_fault(error)}.") from error
+
+    def shard_path(self, number: int) -> Path:
+        return self.folder / SHARDS / f"{number:06d}{self.suffix}"
+
+    def shard_paths(self) -> list[Path]:
+        """The shards that are there, by number.
+
+        Raises:
+            SpeculatorError: one is a link out of the store.
+        """
+        root = (self.folder / SHARDS).resolve()
+        found: dict[int, Path] = {}
+        for path in sorted((self.folder / SHARDS).glob("*.safetensors*")):
+            match = SHARD_NAME.fullmatch(path.name)
+            if match is None:
+                continue
+            if path.resolve().parent != root:
+                raise SpeculatorError(f"{path} is a link out of the store, to {path.resolve()}.")
+            found[int(match[1])] = path
+        return [found[number] for number in sorted(found)]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run that made it came to its end."""
+        return (self.folder / REPORT).exists()
+
+    def complete(self, report: str) -> None:
+        """Notes that the run came to its end, with its report (JSON)."""
+        write_text(self.folder / REPORT, report)
+
+    def headers(self, leave_out: Collection[Path] = ()) -> list[tuple[Path, ShardHeader]]:
+        """What the shards say of themselves, by number.
+
+        Raises:
+            SpeculatorError: one is damaged.
+        """
+        return [(path, read_header(path)) for path in self.shard_paths() if path not in leave_out]
+
+    def set_aside(self) -> dict[str, str]:
+        """Examples that the engine failed on, and why."""
+        return {
+            aside.key: aside.reason for _, header in self.headers() for aside in header.set_aside
+        }
+
+    def clean(self) -> None:
+        """Removes what a killed run left half-written, and the report: a run begins."""
+        (self.folder / REPORT).unlink(missing_ok=True)
+        for path in (self.folder / SHARDS).glob(".*.part"):
+            path.unlink(missing_ok=True)
+
+    def find_damage(self) -> dict[Path, str]:
+        """Damaged shards and what is wrong with them; every byte is read."""
+        found = {}
+        for path in self.shard_paths():
+            try:
+                for _ in Shard(path, self.schema):
+                    pass
+            except SpeculatorError as error:
+                found[path] = str(error)
+        return found
+
+    # ---- writing ----
+
+    def write_shard(
+        self, number: int, results: Sequence[GeneratedExample | Failure]
+    ) -> ShardHeader:
+        """Writes a shard; failures are listed in it.
+
+        Raises:
+            SpeculatorError: it cannot be written.
+        """
+        path = self.shard_path(number)
+        header = write_shard(path, number, self.schema, results)
+        self._open.pop(path, None)
+        self._verified.pop(path, None)
+        self._places = None
+        self._acknowledged += [entry.key for entry in header.entries]
+        return header
+
+    def write(self, example: GeneratedExample) -> None:
+        """Takes an example; it is on disk when its shard is full, or at `close`."""
+        self._buffer.append(example)
+        if sum(len(waiting.input_ids) for waiting in self._buffer) >= self.shard_tokens:
+            self._flush()
+
+    def write_batch(self, examples: Sequence[GeneratedExample]) -> None:
+        for example in examples:
+            self.write(example)
+
+    def take_acknowledged(self) -> list[str]:
+        taken, self._acknowledged = self._acknowledged, []
+        return taken
+
+    def _flush(self) -> None:
+        if not self._buffer:
+            return
+        paths = self.shard_paths()
+        number = number_of(paths[-1]) + 1 if paths else 0
+        self.write_shard(number, self._buffer)
+        self._buffer = []
+
+    def close(self) -> None:
+        """Writes what is left, and the index."""
+        self._flush()
+        self.write_index()
+        self._open.clear()
+
+    # ---- the index ----
+
+    def write_index(self) -> None:
+        """Writes ``index.parquet``.
+
+        Raises:
+            SpeculatorError: a shard is damaged, or there is no room.
+        """
+        temporary = self.folder / f".{uuid.uuid4().hex}.part"
+        try:
+            parquet.write_table(self._table(), temporary)
+            os.replace(temporary, self.folder / INDEX)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise SpeculatorError(f"{self.folder / INDEX}: {first_line(error)}.") from error
+
+    def _table(self) -> pa.Table:
+        """A row an example, from the shards' headers."""
+        rows = [(header.number, e) for _, header in self.headers() for e in header.entries]
+        columns = {
+            "key": pa.array([entry.key for _, entry in rows], pa.string()),
+            "shard": pa.array([number for number, _ in rows], pa.int32()),
+            "start": pa.array([entry.start for _, entry in rows], pa.int64()),
+        }
+        for name in ("num_tokens", "num_prompt_tokens", "num_trained"):
+            columns[name] = pa.array([getattr(entry, name) for _, entry in rows], pa.int32())
+        return pa.table(columns, metadata={"shards": self._listing()})
+
+    def _listing(self) -> str:
+        """Names and sizes of the shards: another listing means another index."""
+        return json.dumps([(path.name, path.stat().st_size) for path in self.shard_paths()])
+
+    @property
+    def index(self) -> pa.Table:
+        """Examples in order; of ``index.parquet`` where that fits the shards that are there."""
+        try:
+            table = parquet.read_table(self.folder / INDEX)
+        except (OSError, pa.ArrowInvalid):
+            return self._table()
+        is_current = (table.schema.metadata or {}).get(b"shards") == self._listing().encode()
+        return table if is_current else self._table()
+
+    # ---- reading ----
+
+    def shard(self, path: Path) -> Shard:
+        """An open shard; the last few stay open.
+
+        Raises:
+            SpeculatorError: it is damaged.
+        """
+        if path not in self._open:
+            self._open[path] = Shard(path, self.schema, self._verified.get(path))
+            self._verified[path] = self._open[path].verified
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(path)
+        return self._open[path]
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, "examples"]:
+        """Tokens of each example."""
+        return self._read_places()[2]
+
+    def _read_places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Shard of each example, its number within it, and its tokens."""
+        if self._places is None:
+            index = self.index
+            shards = index.column("shard").to_numpy().astype(np.int64)
+            first = np.searchsorted(shards, shards)
+            lengths = index.column("num_tokens").to_numpy().astype(np.int64)
+            self._places = (shards, np.arange(len(shards)) - first, lengths)
+            self._paths = {number_of(path): path for path in self.shard_paths()}
+        return self._places
+
+    def __len__(self) -> int:
+        return len(self._read_places()[0])
+
+    def __getitem__(self, number: int) -> GeneratedExample:
+        shards, within, _ = self._read_places()
+        return self.shard(self._paths[int(shards[number])]).read(int(within[number]))
+
+    def read(self) -> Iterator[GeneratedExample]:
+        """Every example, in the order of the run."""
+        for path in self.shard_paths():
+            yield from self.shard(path)
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _check_same(folder: Path, found: Manifest, expected: Manifest) -> None:
+    """Raises SpeculatorError unless a run with these options would make the same bytes."""
+    if found.content != expected.content:
+        pairs = (found.content.model_dump(), expected.content.model_dump())
+    else:
+        pairs = (flat(found.made_from), flat(expected.made_from))
+    for key in sorted(pairs[0].keys() | pairs[1].keys()):
+        before, now = pairs[0].get(key), pairs[1].get(key)
+        if before != now:
+            raise SpeculatorError(
+                f"{folder} was made with {key} {before!r:.80}, now it is {now!r:.80}: the shards "
+                "would not fit together. Run with the same options, or name another folder."
+            )
+
+
+def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their full names: ``{"a": {"b": 1}}`` is ``{"a.b": 1}``."""
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
+
+
+def write_text(path: Path, text: str) -> None:
+    """Under a temporary name first."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Texts of data sets as token ids with exact loss masks."""

@@ -1,0 +1,246 @@
+"""Conversations as token ids, with an exact loss mask on every turn of the assistant.
+
+What a verifier writes in a turn is found by rendering the conversation twice: up to the turn with
+the generation prompt, and with the turn. What the second has more, up to the stop token, the
+verifier wrote; the newline that a template puts behind it, it did not.
+
+    <user> hi <assistant>                     prompt
+    <user> hi <assistant> hello <end> \\n      answered
+                          └─ written ┘
+
+Many templates rewrite history: Qwen3 drops the thoughts of earlier turns, gpt-oss their analysis.
+A turn is learned behind the history that the verifier saw when it wrote it. Turns whose history
+still reads the same at the end of the conversation share one sequence; another gets its own.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from speculators_core.data_generation.paths import Roots
+from speculators_core.data_generation.settings import DataGenConfig
+from speculators_core.data_generation.texts.messages import Message
+from speculators_core.data_generation.texts.spans import (
+    RowSkipped,
+    SkipReason,
+    Span,
+    SpanTokenizer,
+    TokenSequence,
+)
+from speculators_core.errors import SpeculatorError, first_line
+
+RENDERING_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+"""What a template can come to on messages that it was not written for."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages and the tools that they may call."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    num_given: int = 0
+    """Messages at the start that are not learned."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a verifier's conversations are written."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: frozenset[int]
+    template: str | None = None
+    """Jinja; the tokenizer's own where None."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """More variables of the template."""
+
+    def __post_init__(self) -> None:
+        known = inspect.signature(self.tokenizer.apply_chat_template).parameters
+        for name in self.options:
+            if name in known:
+                raise SpeculatorError(
+                    f"data.template_options.{name}: not a variable of a chat template but an "
+                    "option of `apply_chat_template`, which is set here."
+                )
+
+    @cached_property
+    def spans(self) -> SpanTokenizer:
+        return SpanTokenizer(self.tokenizer, self.stop_ids)
+
+    @cached_property
+    def stop_tokens(self) -> list[str]:
+        return [str(t) for t in self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)) if t]
+
+    def render(self, conversation: Conversation, num_messages: int, prompt: bool) -> str:
+        """The text of the first messages; with ``prompt``, up to where an answer begins.
+
+        Raises:
+            RowSkipped: the template refuses them.
+            SpeculatorError: the template is no Jinja.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                conversation.messages[:num_messages],
+                tools=conversation.tools,
+                chat_template=self.template,
+                add_generation_prompt=prompt,
+                tokenize=False,
+                **self.options,
+            )
+        except TemplateSyntaxError as error:
+            raise SpeculatorError(
+                f"the chat template is no Jinja: {first_line(error)} (line {error.lineno})."
+            ) from error
+        except RENDERING_ERRORS as error:
+            raise RowSkipped(SkipReason.TEMPLATE, first_line(error)) from error
+
+    def tokenize(self, conversation: Conversation, is_open: bool = False) -> list[TokenSequence]:
+        """Every turn of the assistant once, the last in the first sequence.
+
+        ``is_open``: a conversation that ends with another's turn ends with the generation prompt,
+        for the verifier to go on; otherwise what follows the last answer is left off.
+
+        Raises:
+            RowSkipped: there is no answer, the template refuses the conversation, or no mask of it
+                is exact.
+        """
+        roles = [message["role"] for message in conversation.messages]
+        texts: list[tuple[str, list[Span]]] = []
+        if is_open and roles[-1] != "assistant":
+            texts.append((self.render(conversation, len(roles), prompt=True), []))
+        for turn in reversed(range(conversation.num_given, len(roles))):
+            if roles[turn] == "assistant":
+                prompt, written = self._split(conversation, turn)
+                if not written:
+                    continue
+                answered = prompt + written
+                spans = next((spans for text, spans in texts if text.startswith(answered)), None)
+                if spans is None:
+                    texts.append((answered, spans := []))
+                spans.append(Span(len(prompt), len(answered)))
+        if not texts:
+            raise RowSkipped(SkipReason.NO_ANSWER, f"its turns are {', '.join(roles)}")
+        return [self.spans.tokenize(*text) for text in texts]
+
+    def _split(self, conversation: Conversation, turn: int) -> tuple[str, str]:
+        """The text before a turn, and what the verifier wrote in it."""
+        prompt = self.render(conversation, turn, prompt=True)
+        answered = self.render(conversation, turn + 1, prompt=False)
+        written = answered.removeprefix(prompt)
+        if not answered.startswith(prompt):
+            written = self._behind_rewritten(conversation, turn, prompt, answered)
+        stops = [written.find(stop) + len(stop) for stop in self.stop_tokens if stop in written]
+        written = written[: min(stops)] if stops else written.rstrip()
+        return prompt, written
+
+    def _behind_rewritten(
+        self, conversation: Conversation, turn: int, prompt: str, answered: str
+    ) -> str:
+        """The text of a turn that changes the history before it.
+
+        gpt-oss drops the analysis of a tool call once there is an answer. Behind the text of the
+        message before, which a change of that message shows, the generation prompt comes first.
+        """
+        *earlier, before = conversation.messages[:turn]
+        mark = "y" if before["content"].endswith("x") else "x"
+        changed = [*earlier, before | {"content": before["content"] + mark}]
+        other = replace(conversation, messages=[*changed, conversation.messages[turn]])
+        other_answered = self.render(other, turn + 1, prompt=False)
+        ends = commonprefix([answered[::-1], other_answered[::-1]])[::-1]
+        opening = prompt.removeprefix(self.render(conversation, turn, prompt=False))
+        if ends == answered or opening in ("", prompt) or opening not in ends:
+            raise RowSkipped(SkipReason.REWRITTEN, f"{prompt[-40:]!r} before message {turn + 1}")
+        return ends.partition(opening)[2]
+
+
+def load_tokenizer(data: DataGenConfig) -> PreTrainedTokenizerBase:
+    """The verifier's tokenizer, with the configuration's overrides.
+
+    Raises:
+        SpeculatorError: there is none, or it cannot say which characters a token stands for.
+    """
+    tokenizer = _read_tokenizer(
+        data.verifier, trust_remote_code=data.trust_remote_code, **data.tokenizer_options
+    )
+    if not tokenizer.is_fast:
+        raise SpeculatorError(
+            f"{data.verifier}: {type(tokenizer).__name__} does not say which characters a token "
+            "stands for; expected a tokenizer with a `tokenizer.json`."
+        )
+    return tokenizer
+
+
+def load_chat_template(
+    data: DataGenConfig, tokenizer: PreTrainedTokenizerBase, roots: Roots
+) -> ChatTemplate | None:
+    """The chat template of a configuration; None where the verifier's is asked for and has none.
+
+    Raises:
+        SpeculatorError: the template cannot be found, or its options are not its own.
+    """
+    template = None
+    if data.chat_template is not None:
+        template = resolve_chat_template(data.chat_template, roots)
+    elif tokenizer.chat_template is None:
+        return None
+    stop_ids = _stop_ids(data.verifier, tokenizer)
+    return ChatTemplate(tokenizer, stop_ids, template, data.template_options)
+
+
+def resolve_chat_template(given: str, roots: Roots) -> str:
+    """The Jinja of a template that is given as such, as a file, or as a tokenizer that has one.
+
+    Raises:
+        SpeculatorError: there is no such file or tokenizer, or the tokenizer has no template.
+    """
+    if "{{" in given or "{%" in given:
+        return given
+    path = Path(given).expanduser()
+    if path.is_file():
+        try:
+            return roots.check(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpeculatorError(f"{path} cannot be read: {first_line(error)}.") from error
+    if path.suffix in (".jinja", ".jinja2", ".j2"):
+        raise SpeculatorError(f"{path}: no such file, given as data.chat_template.")
+    tokenizer = _read_tokenizer(str(roots.check(path)) if path.is_dir() else given)
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise SpeculatorError(
+            f"{given} has no chat template of its own: {first_line(error)}"
+        ) from error
+
+
+def _read_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # of Transformers, tokenizers, the hub, and of options it passes on
+        raise SpeculatorError(
+            f"{name}: its tokenizer cannot be loaded: {first_line(error)}"
+        ) from error
+
+
+def _stop_ids(verifier: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """What ends an answer: of the verifier's generation config, and the tokenizer's own."""
+    try:
+        found = GenerationConfig.from_pretrained(verifier).eos_token_id
+    except (OSError, ValueError):  # it has none
+        found = None
+    stops = {found} if isinstance(found, int) else set(found or ())
+    return frozenset(stops | {tokenizer.eos_token_id} - {None})
