@@ -61,6 +61,11 @@ class GeneratedDataset(IterableDataset):
         self.seed = seed
         self.dtype = dtype
         self.epoch = 0
+        if shuffle_buffer and not isinstance(self.source, DiskStore):
+            raise SpeculatorError(
+                "A queue is not shuffled: what would wait in the buffer has been acknowledged, and "
+                "is lost with this process. Shuffle the data sets, or generate to disk."
+            )
         self.slots = _slots(self.source.schema, layer_ids)
         self.rank, self.num_ranks = _place(rank, num_ranks)
 
@@ -167,6 +172,8 @@ def _slots(schema: Schema, layer_ids: Sequence[int] | None) -> tuple[list[int], 
 def _place(rank: int | None, num_ranks: int | None) -> tuple[int, int]:
     if rank is None and num_ranks is None and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if (rank is None) != (num_ranks is None):
+        raise ValueError(f"rank {rank} of {num_ranks}: both or neither")
     rank, num_ranks = rank or 0, num_ranks or 1
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank {rank} of {num_ranks}")

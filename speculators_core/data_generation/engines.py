@@ -150,18 +150,21 @@ class InferencePipeline(ABC):
         schema, num_given = self.schema, len(example.input_ids)
         if not torch.equal(token_ids[:num_given], example.input_ids):
             return Failure(example.key, "the engine read other tokens than it was given")
-        if not states.isfinite().all():
-            return Failure(example.key, "the verifier's states are not finite")
         logits, logit_ids = (None, None) if schema.logits == "none" else self._logits(states[:, -1])
+        kept = self._reduced(states[:, : len(schema.layer_ids)]).to(schema.real_dtype)
+        logits = None if logits is None else logits.to(schema.real_dtype)
+        for what, tensor in (("states", kept), ("logits", logits)):
+            if tensor is not None and not tensor.isfinite().all():
+                dtype = str(schema.real_dtype).removeprefix("torch.")
+                return Failure(example.key, f"the verifier's {what} are not finite in {dtype}")
         written = torch.ones(len(token_ids) - num_given, dtype=torch.bool)
-        kept = self._reduced(states[:, : len(schema.layer_ids)])
         return GeneratedExample(
             key=example.key,
             input_ids=token_ids,
             loss_mask=torch.cat([example.loss_mask, written]),
             num_prompt_tokens=num_given,
-            hidden_states=kept.to(schema.real_dtype).to("cpu"),
-            logits=None if logits is None else logits.to("cpu", schema.real_dtype),
+            hidden_states=kept.to("cpu"),
+            logits=None if logits is None else logits.to("cpu"),
             logit_ids=None if logit_ids is None else logit_ids.to("cpu"),
         )
 

@@ -1,15 +1,11 @@
 """``speculators generate-data``: texts through a verifier, to a store or a queue."""
 
-import fcntl
+import atexit
 import multiprocessing
-import shlex
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-import yaml
 from cyclopts import Parameter
 from pydantic import Field
 from rich.table import Table
@@ -22,17 +18,15 @@ from speculators_core.data_generation.settings import (
     SyncConfig,
     read_plan,
 )
-from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.errors import SpeculatorError
 from speculators_core.settings import Settings
 
-CONFIG = "config.yaml"
-COMMAND = "command.txt"
 LOG = "generate.log"
-LOCK = ".lock"
+FAULT = b"fault:"
 
 
 class RunReport(Settings):
-    """What a run made, and what it left out."""
+    """What a run made, without that of an earlier one, and what was left out."""
 
     num_examples: int = 0
     num_tokens: int = 0
@@ -44,7 +38,7 @@ class RunReport(Settings):
     engine_s: float = 0.0
     """Of all workers' engines together."""
     set_aside: dict[str, str] = Field(default_factory=dict)
-    """Examples on which the engine failed, and why; of an earlier run too."""
+    """Examples on which the engine failed, and why; of a store on disk in earlier runs too."""
     counts: dict[str, Any] = Field(default_factory=dict)
     """Rows that were read, and what became of them."""
     versions: dict[str, str] = Field(default_factory=dict)
@@ -67,26 +61,16 @@ def run(
     as_json
         Print the report as JSON.
     """
+    from speculators_core.data_generation.preparation import placed
+
     plan = read_plan(config, {"engine": engine, "sync": sync, "run": run})
-    plan = _with_roots(plan, config.resolve().parent)
+    plan = placed(plan, config.resolve().parent)
     if as_json:
         with result_alone_on_stdout():
             report = generate_data(plan)
         print(report.model_dump_json(indent=2))
     else:
         print_report(generate_data(plan), plan)
-
-
-def _with_roots(plan: GenerationPlan, *more: Path) -> GenerationPlan:
-    """The plan with the folders that it may read and write, if it names none."""
-    if plan.run.allowed_roots:
-        return plan
-    folders = [Path.cwd(), *more]
-    if plan.sync.path is not None:
-        folders.append(plan.sync.path.expanduser().absolute())
-    roots = dict.fromkeys(folder.resolve() for folder in folders)
-    run = plan.run.model_copy(update={"allowed_roots": tuple(roots)})
-    return plan.model_copy(update={"run": run})
 
 
 def generate_data(plan: GenerationPlan) -> RunReport:
@@ -102,28 +86,23 @@ def generate_data(plan: GenerationPlan) -> RunReport:
         SpeculatorError: plan, data, engine or store are at fault, or more examples failed than
             ``run.max_failures``.
     """
-    from speculators_core.data_generation.engines import schema_of
-    from speculators_core.data_generation.paths import Roots
+    from speculators_core.data_generation.preparation import locked, placed, prepare
     from speculators_core.data_generation.progress import Meter, metered
     from speculators_core.data_generation.texts.sources import count_rows
-    from speculators_core.data_generation.workers import WorkerDone, run_here
+    from speculators_core.data_generation.workers import WorkerDone
     from speculators_core.provenance import versions
     from speculators_core.registry import ENGINES
 
-    plan = _with_roots(plan)
-    roots = Roots(plan.run.allowed_roots)
+    plan = placed(plan)
     ENGINES.load(plan.engine.engine)
-    schema = schema_of(plan)
     meter = Meter(count_rows(plan))
-    folder = None if plan.sync.path is None else roots.check(plan.sync.path)
-    with _locked(folder):
-        store = _prepared(plan, schema, versions()) if plan.sync.kind == "disk" else None
-        if folder is not None:
-            _write_provenance(folder, plan)
+    with locked(plan.sync.path):
+        store = prepare(plan)
+        if store is not None:
+            meter.set_aside = store.set_aside()
         counts: dict[str, Any] = {}
-        log_file = _log_file(plan, roots)
-        with metered(meter, log_file) as show:
-            for told in _workers(plan, run_here):
+        with metered(meter, _log_file(plan)) as show:
+            for told in _workers(plan):
                 if isinstance(told, WorkerDone):
                     counts = told.counts
                     continue
@@ -137,28 +116,29 @@ def generate_data(plan: GenerationPlan) -> RunReport:
             num_units_kept=meter.num_units_kept,
             seconds=meter.elapsed_s,
             engine_s=meter.engine_s,
-            set_aside=meter.set_aside if store is None else store.set_aside(),
+            set_aside=meter.set_aside,
             counts=counts,
             versions=versions(),
         )
         if store is not None:
+            store.check_numbers(below=meter.num_units)
             store.close()
             store.complete(report.model_dump_json(indent=2))
     return report
 
 
-def _workers(plan: GenerationPlan, run_here: Any) -> Iterator[Any]:
+def _workers(plan: GenerationPlan) -> Iterator[Any]:
     if plan.run.backend == "ray":
         from speculators_core.data_generation.ray_workers import run_on_ray
 
         return run_on_ray(plan)
+    from speculators_core.data_generation.workers import run_here
+
     return run_here(plan)
 
 
-def _log_file(plan: GenerationPlan, roots: Any) -> Path | None:
-    if plan.run.log_file is not None:
-        return roots.check(plan.run.log_file)
-    return None if plan.sync.path is None else plan.sync.path / LOG
+def _log_file(plan: GenerationPlan) -> Path | None:
+    return plan.run.log_file or (plan.sync.path and plan.sync.path / LOG)
 
 
 def _check_failures(set_aside: dict[str, str], plan: GenerationPlan) -> None:
@@ -170,85 +150,14 @@ def _check_failures(set_aside: dict[str, str], plan: GenerationPlan) -> None:
         )
 
 
-# ---- the folder ----
-
-
-def _prepared(plan: GenerationPlan, schema: Any, versions: dict[str, str]) -> Any:
-    """The store, made or gone on with; with ``run.repair`` without its damaged shards."""
-    from speculators_core.data_generation.stores.disk import DiskStore
-
-    assert plan.sync.path is not None
-    store = DiskStore.create(
-        plan.sync.path,
-        schema,
-        made_from=decides_bytes(plan),
-        versions=versions,
-        resume=plan.run.resume or plan.run.repair,
-        compression=plan.sync.compression,
-        shard_tokens=plan.sync.shard_tokens,
-    )
-    store.clean()
-    if plan.run.repair:
-        for path, what in store.find_damage().items():
-            console.print(f"makes {path.name} again: {what}")
-            path.unlink()
-    store.headers()
-    return store
-
-
-def decides_bytes(plan: GenerationPlan) -> dict[str, Any]:
-    """The options that decide what is in each shard."""
-    content = plan.model_dump(mode="json")
-    engine = {
-        key: value
-        for key, value in content["engine"].items()
-        if key not in ("device", "base_url", "api_key")
-    }
-    return {
-        "data": content["data"],
-        "engine": engine,
-        "sync": {key: content["sync"][key] for key in ("shard_tokens", "dtype", "compression")},
-        "run": {key: content["run"][key] for key in ("limit", "seed")},
-    }
-
-
-@contextmanager
-def _locked(folder: Path | None) -> Iterator[None]:
-    """One run at a time in a folder; the lock goes with the process.
-
-    Raises:
-        SpeculatorError: another run has it.
-    """
-    if folder is None:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("w")
-    except OSError as error:
-        raise SpeculatorError(f"{folder} cannot be made: {first_line(error)}.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SpeculatorError(f"{folder}: another run is writing there.") from error
-        yield
-
-
-def _write_provenance(folder: Path, plan: GenerationPlan) -> None:
-    """What reruns this run."""
-    from speculators_core.data_generation.stores.disk import write_text
-
-    text = yaml.safe_dump(plan.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
-    write_text(folder / CONFIG, text)
-    write_text(folder / COMMAND, f"{shlex.join(sys.argv)}\n")
-
-
 # ---- a process of its own ----
 
 
 class GenerationProcess:
-    """A run in a process of its own, beside the one that trains."""
+    """A run in a process of its own, beside the one that trains; it ends with that one at last.
+
+    As a context it is stopped at the end.
+    """
 
     def __init__(self, plan: GenerationPlan) -> None:
         from speculators_core.data_generation.workers import to_json
@@ -258,6 +167,8 @@ class GenerationProcess:
         self._process = context.Process(target=_generate, args=(theirs, to_json(plan)))
         self._process.start()
         theirs.close()
+        self._message: bytes | None = None
+        atexit.register(self.stop)  # or Python would wait for it, and it for us to take examples
 
     def report(self) -> RunReport:
         """What the run made, when it has ended.
@@ -267,25 +178,33 @@ class GenerationProcess:
         """
         from speculators_core.data_generation.workers import end_of
 
-        try:
-            message = self._ours.recv_bytes()
-        except EOFError as error:
+        if self._message is None:
+            try:
+                self._message = self._ours.recv_bytes()
+            except EOFError as error:
+                self._process.join()
+                end = end_of(self._process.exitcode or 0)
+                raise SpeculatorError(f"The run {end}. Go on with run.resume.") from error
             self._process.join()
-            end = end_of(self._process.exitcode or 0)
-            raise SpeculatorError(f"The run {end}. Go on with run.resume.") from error
-        self._process.join()
-        if message.startswith(b"fault:"):
-            raise SpeculatorError(message.decode().removeprefix("fault:"))
-        return RunReport.model_validate_json(message)
+        if self._message.startswith(FAULT):
+            raise SpeculatorError(self._message.removeprefix(FAULT).decode())
+        return RunReport.model_validate_json(self._message)
 
     @property
     def pid(self) -> int | None:
         return self._process.pid
 
     def stop(self) -> None:
-        """Ends the run where it stands; what it made is kept."""
+        """Ends the run where it stands, if it has not ended; what it made is kept."""
         self._process.terminate()
         self._process.join()
+        atexit.unregister(self.stop)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
 
 
 def generate_data_process(plan: GenerationPlan) -> GenerationProcess:
@@ -301,7 +220,7 @@ def _generate(connection: Any, plan: str) -> None:
         report = generate_data(GenerationPlan.model_validate_json(plan))
         connection.send_bytes(report.model_dump_json().encode())
     except SpeculatorError as error:
-        connection.send_bytes(f"fault:{error}".encode())
+        connection.send_bytes(FAULT + str(error).encode())
 
 
 def print_report(report: RunReport, plan: GenerationPlan) -> None:

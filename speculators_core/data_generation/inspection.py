@@ -1,6 +1,7 @@
 """``speculators inspect``: what a store holds."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,18 +85,26 @@ def summarize(folder: Path, verify: bool = False) -> StoreSummary:
 
     store = DiskStore.open(folder)
     damaged = store.find_damage() if verify else {}
-    headers = [header for path, header in store.headers(leave_out=damaged)]
-    entries = [entry for header in headers for entry in header.entries]
-    num_tokens = sum(entry.num_tokens for entry in entries)
+    totals: Counter[str] = Counter()
+    longest = 0
+    set_aside: dict[str, str] = {}
+    for _, header in store.headers(leave_out=damaged):
+        set_aside |= {aside.key: aside.reason for aside in header.set_aside}
+        for entry in header.entries:
+            longest = max(longest, entry.num_tokens)
+            totals["examples"] += 1
+            totals["tokens"] += entry.num_tokens
+            totals["prompt"] += entry.num_prompt_tokens
+            totals["trained"] += entry.num_trained
     return StoreSummary(
         folder=str(folder),
         verifier=store.schema.verifier,
         is_complete=store.is_complete,
-        num_examples=len(entries),
-        num_tokens=num_tokens,
-        num_trained=sum(entry.num_trained for entry in entries),
-        num_written=num_tokens - sum(entry.num_prompt_tokens for entry in entries),
-        longest=max((entry.num_tokens for entry in entries), default=0),
+        num_examples=totals["examples"],
+        num_tokens=totals["tokens"],
+        num_trained=totals["trained"],
+        num_written=totals["tokens"] - totals["prompt"],
+        longest=longest,
         num_shards=len(store.shard_paths()),
         size_bytes=sum(path.stat().st_size for path in store.shard_paths()),
         token_bytes=store.schema.token_bytes,
@@ -104,13 +113,13 @@ def summarize(folder: Path, verify: bool = False) -> StoreSummary:
             name: f"{str(spec.dtype).removeprefix('torch.')} {list(spec.tail)}"
             for name, spec in store.schema.fields.items()
         },
-        set_aside={aside.key: aside.reason for header in headers for aside in header.set_aside},
+        set_aside=set_aside,
         damaged={path.name: what for path, what in damaged.items()},
     )
 
 
 def _print(summary: StoreSummary) -> None:
-    table = Table(title=summary.folder, show_header=False)
+    table = Table(title=Text(summary.folder), show_header=False)
     mean = summary.num_tokens / max(summary.num_examples, 1)
     trained = summary.num_trained / max(summary.num_tokens, 1)
     lines: dict[str, Any] = {
@@ -127,12 +136,12 @@ def _print(summary: StoreSummary) -> None:
         "set aside": len(summary.set_aside),
     }
     for name, value in lines.items():
-        table.add_row(name, str(value))
+        table.add_row(name, Text(str(value)))
     console.print(table)
     for key, reason in list(summary.set_aside.items())[:10]:
-        console.print(f"set aside {key}: {reason}", highlight=False)
+        console.print(f"set aside {key}: {reason}", highlight=False, markup=False)
     for what in summary.damaged.values():
-        console.print(f"[red]{what}[/]", highlight=False)
+        console.print(what, style="red", highlight=False, markup=False)
 
 
 def _print_example(folder: Path, settings: InspectSettings) -> None:
@@ -151,8 +160,9 @@ def _print_example(folder: Path, settings: InspectSettings) -> None:
         tokenizer = None  # the store may have been moved away from its verifier
     console.print(
         f"example {settings.example}, key {example.key}: {len(example.input_ids)} tokens; "
-        "[green]green[/] are to be learnt",
+        "green ones are to be learnt",
         highlight=False,
+        markup=False,
     )
     ids = example.input_ids[: settings.max_shown_tokens].tolist()
     mask = example.loss_mask[: settings.max_shown_tokens].tolist()

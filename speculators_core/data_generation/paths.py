@@ -1,7 +1,9 @@
 """Where local data may be read and written."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from speculators_core.errors import SpeculatorError, first_line
 
@@ -36,3 +38,13 @@ def _follow(path: str | Path) -> Path:
         return Path(path).expanduser().resolve()
     except (RuntimeError, ValueError, OSError) as error:  # a loop, no home, a zero byte
         raise SpeculatorError(f"{path!r} is no usable path: {first_line(error)}.") from error
+
+
+def open_own(path: Path) -> IO[str]:
+    """A file of ours to append to; one that is a link is not followed.
+
+    Raises:
+        OSError: it is one, or cannot be written.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    return open(os.open(path, flags, 0o644), "a", encoding="utf-8")

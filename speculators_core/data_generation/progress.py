@@ -1,5 +1,7 @@
 """How a run comes along: a bar on a terminal, and a line every half minute in a log file."""
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,10 +11,13 @@ from typing import Protocol, TypeVar
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from speculators_core.console import LINE_EVERY_S, console
+from speculators_core.data_generation.paths import open_own
 from speculators_core.data_generation.workers import UnitDone
 from speculators_core.errors import SpeculatorError, first_line
 
 Done = TypeVar("Done", contravariant=True)
+
+logger = logging.getLogger(__name__)
 
 
 class Meter:
@@ -104,33 +109,51 @@ def metered(
         def show(done: Done) -> None:
             meter.add(done)
             bar.update(task, completed=meter.rows, description=meter.line())
-            if log.is_due():
-                log.write(meter.line())
-                if not console.is_terminal:
-                    console.print(meter.line())
+
+        def tick() -> None:
+            log.write(meter.line())
+            if not console.is_terminal:
+                console.print(meter.line())
 
         try:
-            yield show
+            with _every(LINE_EVERY_S, tick):
+                yield show
         except BaseException as error:
             log.write(f"stopped: {first_line(error)}; {meter.line()}")
             raise
     log.write(f"ended: {meter.line()}")
 
 
+@contextmanager
+def _every(seconds: float, tick: Callable[[], None]) -> Iterator[None]:
+    """Calls it from a thread, however long a unit takes."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(seconds):
+            try:
+                tick()
+            except SpeculatorError as error:
+                logger.warning("%s", error)
+
+    thread = threading.Thread(target=run, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 class _Log:
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._last = time.monotonic()
-
-    def is_due(self) -> bool:
-        return time.monotonic() - self._last >= LINE_EVERY_S
 
     def write(self, line: str) -> None:
-        self._last = time.monotonic()
         if self.path is None:
             return
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            with open_own(self.path) as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         except OSError as error:
             raise SpeculatorError(f"log file {self.path}: {first_line(error)}.") from error

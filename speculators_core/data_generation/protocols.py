@@ -28,6 +28,9 @@ class DataSink(Protocol):
     def close(self) -> None:
         """Returns when everything that was written has arrived; then nothing more can be."""
 
+    def abort(self) -> None:
+        """Lets go of what has not arrived, at once and from any thread; a waiting `write` ends."""
+
 
 @runtime_checkable
 class DataSource(Protocol):

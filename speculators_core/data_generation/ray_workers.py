@@ -37,7 +37,8 @@ def run_on_ray(plan: GenerationPlan) -> Iterator[Told]:
             "run.backend ray: Ray is not installed. Install speculators-vllm[ray]."
         ) from error
     try:
-        if not ray.is_initialized():
+        is_ours = not ray.is_initialized()
+        if is_ours:
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise SpeculatorError(f"No Ray cluster can be reached: {first_line(error)}") from error
@@ -51,6 +52,8 @@ def run_on_ray(plan: GenerationPlan) -> Iterator[Told]:
     finally:
         for generator in running:
             ray.cancel(generator, force=True)
+        if is_ours:
+            ray.shutdown()
 
 
 def _work(plan: str, worker: int) -> Iterator[bytes]:
@@ -75,9 +78,16 @@ def _listen(running: list[Any], ray: Any) -> Iterator[Told]:
 
 
 def _num_gpus(plan: GenerationPlan, ray: Any) -> int:
-    """One a worker where the cluster has some and the plan does not say cpu."""
-    wants = plan.engine.device is None or plan.engine.device.startswith("cuda")
-    return int(wants and ray.cluster_resources().get("GPU", 0) > 0)
+    """Of a worker: as many as its engine spreads over, none where the plan says cpu.
+
+    Raises:
+        SpeculatorError: the plan names a GPU by its number, which Ray chooses.
+    """
+    device, over = plan.engine.device, plan.engine.vllm.get("tensor_parallel_size", 1)
+    if device is not None and ":" in device:
+        raise SpeculatorError(f"engine.device {device}: on Ray say cuda, Ray chooses which.")
+    wants = device in (None, "cuda") and ray.cluster_resources().get("GPU", 0) > 0
+    return int(over) if wants and isinstance(over, int) else 0
 
 
 def _absolute(plan: GenerationPlan) -> GenerationPlan:
@@ -92,8 +102,8 @@ def _absolute(plan: GenerationPlan) -> GenerationPlan:
             ),
         }
     )
-    path = plan.sync.path
-    sync = plan.sync.model_copy(update={"path": path and path.expanduser().absolute()})
+    key_file = plan.sync.key_file
+    sync = plan.sync.model_copy(update={"key_file": key_file and key_file.expanduser().absolute()})
     return plan.model_copy(update={"data": data, "sync": sync})
 
 

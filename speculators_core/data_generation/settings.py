@@ -144,7 +144,8 @@ class SyncConfig(Settings):
     shard_tokens: int = Field(65_536, ge=1)
     """Tokens of a shard, or of a unit of work; an example longer than that has one for itself."""
     dtype: StoredDtype = "bfloat16"
-    """Of stored states and logits; float8 with a scale for each token."""
+    """Of stored states and logits; of float8 states have a scale for each token, logits are
+    bfloat16."""
     compression: Literal["none", "zstd"] = "none"
     """Of shards and messages; a compressed shard is not mapped into memory."""
     queue_size: int = Field(64, ge=1)
@@ -176,7 +177,8 @@ class RunConfig(Settings):
     limit: int | None = Field(None, ge=1)
     """Examples in all, at most."""
     max_failures: int = Field(100, ge=0)
-    """Examples that may be set aside because the engine failed on them; one more ends the run."""
+    """Examples that may be set aside because the engine failed on them, in all runs of a store; one
+    more ends the run. They are not tried again."""
     seed: int = Field(0, ge=0)
     """Of sampling."""
     allowed_roots: tuple[Path, ...] = ()
@@ -205,6 +207,8 @@ class GenerationPlan(Settings):
             raise ValueError("sync.path is missing: the folder that the shards go to")
         if self.sync.kind != "disk" and not self.sync.urls:
             raise ValueError("sync.urls is missing: where the consumers of the queue are")
+        if self.sync.kind != "disk" and self.sync.path is None and self.run.resume:
+            raise ValueError("sync.path is missing: where an earlier run kept its journal")
         states = self.data.states
         if not states.last and states.layer_ids == () and states.logits == "none":
             raise ValueError("data.states keeps nothing: no layer, not the last state, no logits")
@@ -241,7 +245,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise SpeculatorError(f"{file} cannot be read: {first_line(error)}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise SpeculatorError(f"{file} is no YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise SpeculatorError(f"{file} holds a {type(content).__name__}; expected sections.")

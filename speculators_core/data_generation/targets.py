@@ -4,12 +4,14 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from speculators_core.data_generation.engines import Failure
 from speculators_core.data_generation.examples import GeneratedExample
+from speculators_core.data_generation.paths import open_own
 from speculators_core.data_generation.protocols import DataSink
 from speculators_core.data_generation.stores.disk import DiskStore
+from speculators_core.data_generation.stores.shards import read_header
 from speculators_core.data_generation.units import Unit
 from speculators_core.errors import SpeculatorError, first_line
 
@@ -30,6 +32,9 @@ class Target(Protocol):
     def close(self) -> None:
         """Returns when everything has arrived."""
 
+    def abort(self) -> None:
+        """Lets go of everything at once, after an error; from any thread."""
+
 
 class DiskTarget:
     """A shard a unit."""
@@ -38,15 +43,27 @@ class DiskTarget:
         self.disk = store
 
     def has(self, unit: Unit) -> bool:
-        return self.disk.shard_path(unit.number).exists()
+        """Raises SpeculatorError where the shard was made of other texts."""
+        path = self.disk.shard_path(unit.number)
+        if not path.exists():
+            return False
+        if read_header(path).unit_digest != unit.digest:
+            raise SpeculatorError(
+                f"{path} was made of other texts than its place now has: the data have changed. "
+                "Name another folder."
+            )
+        return True
 
     def store(self, unit: Unit, results: Sequence[GeneratedExample | Failure]) -> int:
-        self.disk.write_shard(unit.number, results)
+        self.disk.write_shard(unit.number, results, unit.digest)
         self.disk.take_acknowledged()
         return self.disk.shard_path(unit.number).stat().st_size
 
     def close(self) -> None:
         """The run itself writes the index, of all workers' shards."""
+
+    def abort(self) -> None:
+        """A shard is written to its end, or not at all."""
 
 
 class QueueTarget:
@@ -74,6 +91,8 @@ class QueueTarget:
         for example in made:
             self._unit_of[example.key] = unit.number
         self._under_way[unit.number] = len(made)
+        if not made:
+            self._write([{"unit": unit.number}])
         for example in made:
             self.sink.write(example)
             self._note_arrived()
@@ -83,17 +102,25 @@ class QueueTarget:
         self.sink.close()
         self._note_arrived()
 
+    def abort(self) -> None:
+        self.sink.abort()
+        self._note_arrived()
+
     def _note_arrived(self) -> None:
         lines = []
         for key in self.sink.take_acknowledged():
             unit = self._unit_of.pop(key)
             self._under_way[unit] -= 1
             lines.append({"unit": unit, "key": key} if self._under_way[unit] else {"unit": unit})
+        self._write(lines)
+
+    def _write(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Each line begins with a newline: the one before it may be half-written."""
         if not lines or self._file is None:
             return
         try:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write("".join(f"{json.dumps(line)}\n" for line in lines))
+            with open_own(self._file) as file:
+                file.write("".join(f"\n{json.dumps(line)}" for line in lines))
         except OSError as error:
             raise SpeculatorError(f"{self._file}: {first_line(error)}.") from error
 
@@ -120,7 +147,7 @@ class Arrived:
                     continue
                 if key is None:
                     found.units.add(unit)
-                else:
+                elif isinstance(key, str):
                     keys[key] = unit
         found.keys = {key for key, unit in keys.items() if unit not in found.units}
         return found

@@ -3,7 +3,10 @@
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
+
+from xxhash import xxh3_64
 
 from speculators_core.data_generation.examples import Example
 from speculators_core.data_generation.settings import GenerationPlan
@@ -18,6 +21,16 @@ class Unit:
     number: int
     examples: tuple[Example, ...]
 
+    @property
+    def digest(self) -> str:
+        """Of its texts: where the data have changed, a shard of that number is another."""
+        digest = xxh3_64()
+        for example in self.examples:
+            digest.update(f"{example.key} {len(example.input_ids)}".encode())
+            digest.update(example.input_ids.numpy().data)
+            digest.update(example.loss_mask.numpy().data)
+        return digest.hexdigest()
+
 
 def cut_units(examples: Iterable[Example], plan: GenerationPlan) -> Iterator[Unit]:
     """Examples in units of at most ``sync.shard_tokens`` tokens, those to be written included.
@@ -27,9 +40,7 @@ def cut_units(examples: Iterable[Example], plan: GenerationPlan) -> Iterator[Uni
     written = plan.engine.max_new_tokens if plan.data.states.tokens == "all" else 0
     unit: list[Example] = []
     number, num_tokens = 0, 0
-    for count, example in enumerate(examples):
-        if plan.run.limit is not None and count == plan.run.limit:
-            break
+    for example in islice(examples, plan.run.limit):
         length = len(example.input_ids) + written
         if unit and num_tokens + length > plan.sync.shard_tokens:
             yield Unit(number, tuple(unit))

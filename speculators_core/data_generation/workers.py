@@ -65,6 +65,8 @@ Told = UnitDone | WorkerDone
 def generate_data_worker(plan: GenerationPlan, worker: int = 0) -> Iterator[Told]:
     """Runs worker ``worker`` of ``run.workers``, and tells of each unit when it has been stored.
 
+    The plan is one that `preparation.placed` gave, its folder one that `preparation.prepare` made.
+
     Raises:
         SpeculatorError: the engine, the data or the store are at fault.
     """
@@ -73,6 +75,7 @@ def generate_data_worker(plan: GenerationPlan, worker: int = 0) -> Iterator[Told
     target = _target(plan, worker)
     with ExitStack() as stack:
         thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="store"))
+        stack.push(_aborting(target))  # before the thread is waited for: it may wait for a consumer
         engine: InferencePipeline | None = None
         storing: Future[UnitDone] | None = None
         for unit, rows in ahead(_own_units(plan, worker, counts)):
@@ -94,6 +97,16 @@ def generate_data_worker(plan: GenerationPlan, worker: int = 0) -> Iterator[Told
             yield storing.result()
     target.close()  # not after an error: a queue would tell its consumers that this was all
     yield WorkerDone(worker=worker, counts=counts.as_dict())
+
+
+def _aborting(target: Target) -> Callable[..., None]:
+    """What an exit calls: lets go of the target where there was an error."""
+
+    def end(kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            target.abort()
+
+    return end
 
 
 def _own_units(plan: GenerationPlan, worker: int, counts: Counts) -> Iterator[tuple[Unit, int]]:
@@ -133,9 +146,10 @@ def _on_device(plan: GenerationPlan, worker: int) -> GenerationPlan:
     import torch
 
     device = plan.engine.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cuda" or plan.run.workers == 1 or plan.run.backend != "local":
+    num_devices = torch.cuda.device_count()
+    if device != "cuda" or plan.run.backend != "local" or min(plan.run.workers, num_devices) < 2:
         return plan
-    device = f"cuda:{worker % torch.cuda.device_count()}"
+    device = f"cuda:{worker % num_devices}"
     return plan.model_copy(update={"engine": plan.engine.model_copy(update={"device": device})})
 
 

@@ -131,6 +131,17 @@ def test_a_queue_is_consumed_as_it_comes(states):
     assert next(queue.waiting).key == "0/5"  # the first row is full, and the next one has begun
 
 
+def test_a_queue_is_not_shuffled():
+    with pytest.raises(SpeculatorError, match="A queue is not shuffled"):
+        GeneratedDataset(Queue([]), shuffle_buffer=4)
+
+
+def test_a_rank_comes_with_the_number_of_ranks(states):
+    for place in ({"num_ranks": 4}, {"rank": 1}, {"rank": 4, "num_ranks": 4}):
+        with pytest.raises(ValueError, match="rank"):
+            GeneratedDataset(states[0], **place)
+
+
 def test_workers_of_a_loader_do_not_read_a_queue(states):
     with pytest.raises(SpeculatorError, match="num_workers to 0"):
         list(DataLoader(GeneratedDataset(Queue([])), batch_size=None, num_workers=1))

@@ -186,8 +186,18 @@ def test_states_that_are_no_numbers_are_set_aside(verifier):
         odd, even = example(0, 5), example(1, 5)
         odd.input_ids[0], even.input_ids[:] = 3, 4
         results = pipeline.forward([odd, even])
-    assert results[0] == Failure("0/0", "the verifier's states are not finite")
+    assert results[0] == Failure("0/0", "the verifier's states are not finite in float32")
     assert not isinstance(results[1], Failure)
+
+
+def test_states_that_the_store_cannot_hold_are_set_aside(verifier):
+    plan = plan_of(verifier[0], sync={"path": "states", "dtype": "float16"})
+    with InferencePipeline.from_config(plan) as pipeline:
+        pipeline.model.get_input_embeddings().weight.data[3] = 1e5
+        odd = example(0, 5)
+        odd.input_ids[0] = 3
+        (result,) = pipeline.forward([odd])
+    assert result == Failure("0/0", "the verifier's states are not finite in float16")
 
 
 def test_the_verifiers_type_is_the_one_that_is_asked_for(verifier):

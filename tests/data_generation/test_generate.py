@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,12 +17,16 @@ from torch.utils.data import DataLoader
 
 from speculators_core.cli import main
 from speculators_core.data_generation.dataset import GeneratedDataset
-from speculators_core.data_generation.engines import Failure, TransformersPipeline
+from speculators_core.data_generation.engines import Failure, TransformersPipeline, schema_of
 from speculators_core.data_generation.generate import generate_data, generate_data_process
+from speculators_core.data_generation.preparation import placed, prepare, without_secrets
+from speculators_core.data_generation.progress import Meter
 from speculators_core.data_generation.queues.mp_queue import MPQueueStore
 from speculators_core.data_generation.queues.zmq_store import ZmqStore
 from speculators_core.data_generation.settings import GenerationPlan, SyncConfig, read_plan
 from speculators_core.data_generation.stores.disk import DiskStore
+from speculators_core.data_generation.targets import Arrived, QueueTarget
+from speculators_core.data_generation.workers import UnitDone, _on_device, run_here, to_json
 from speculators_core.errors import SpeculatorError
 from tests.conftest import VOCAB_SIZE, make_verifier
 from tests.vllm.serving import write_tokenizer
@@ -294,8 +299,7 @@ class FailingOn(TransformersPipeline):
 
 @pytest.fixture
 def failing(monkeypatch):
-    target = "speculators_core.data_generation.engines:TransformersPipeline"
-    assert target  # the table names the class by its module, where it is replaced
+    # The table of engines names the class by its module, where it is replaced.
     monkeypatch.setattr("speculators_core.data_generation.engines.TransformersPipeline", FailingOn)
 
 
@@ -320,9 +324,16 @@ def test_more_failures_than_allowed_end_the_run(given, tmp_path, failing):
     assert not DiskStore.open(tmp_path / "store").is_complete
 
 
+def test_failures_of_all_runs_count(given, tmp_path, failing):
+    plan = plan_of(given, tmp_path / "store", run={"max_failures": 1, "resume": True})
+    for _ in range(2):
+        with pytest.raises(SpeculatorError, match=r"examples failed.*\(1\)"):
+            generate_data(plan)
+
+
 def test_a_limit_ends_the_run_early(given, undisturbed, tmp_path):
     report = generate_data(plan_of(given, tmp_path / "store", run={"limit": 7}))
-    assert report.num_examples == 7
+    assert report.num_examples == report.counts["rows"] == 7
     found = [example.key for example in DiskStore.open(tmp_path / "store").read()]
     assert found == [f"0/{number}" for number in range(7)]
 
@@ -346,14 +357,187 @@ def test_two_runs_do_not_write_to_one_folder(given, tmp_path):
         with pytest.raises(SpeculatorError, match="another run is writing there"):
             generate_data(plan_of(given, tmp_path / "store"))
         assert process.report().num_examples == NUM_ROWS
+        assert process.report().num_examples == NUM_ROWS
     finally:
         process.stop()
 
 
 def test_a_run_in_a_process_tells_its_fault(given, tmp_path):
-    process = generate_data_process(plan_of(given, tmp_path / "store", rows="nowhere.jsonl"))
-    with pytest.raises(SpeculatorError, match="nowhere.jsonl"):
+    plan = plan_of(given, tmp_path / "store", rows="nowhere.jsonl")
+    with (
+        generate_data_process(plan) as process,
+        pytest.raises(SpeculatorError, match="nowhere.jsonl"),
+    ):
         process.report()
+
+
+def changed_options(plan):
+    engine = plan.engine.model_copy(update={"batch_size": 3})
+    return plan.model_copy(update={"engine": engine})
+
+
+def changed_data(plan):
+    path = Path(plan.data.datasets[0].path)
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    return plan
+
+
+def shortened_data(plan):
+    path = Path(plan.data.datasets[0].path)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    return plan
+
+
+def changed_verifier(plan):
+    make_verifier(initializer_range=0.3).save_pretrained(plan.data.verifier)
+    return plan
+
+
+CHANGES = {
+    changed_options: "made with engine.batch_size None, now it is 3",
+    changed_data: "was made of other texts",
+    shortened_data: "was made of other texts",
+    changed_verifier: "made with weights",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_does_not_go_on_with_something_else(given, tmp_path, change):
+    shutil.copytree(given, tmp_path / "given")
+    plan = plan_of(tmp_path / "given", tmp_path / "store", run={"resume": True})
+    generate_data(plan)
+    before = contents(tmp_path / "store")
+    with pytest.raises(SpeculatorError, match=CHANGES[change]):
+        generate_data(change(plan))
+    assert contents(tmp_path / "store") == before
+
+
+def test_shards_that_no_unit_is_are_refused(given, tmp_path):
+    """Data that lost their end, cut where a unit ended."""
+    shutil.copytree(given, tmp_path / "given")
+    plan = plan_of(tmp_path / "given", tmp_path / "store", run={"resume": True})
+    generate_data(plan)
+    (_, first), *_ = DiskStore.open(tmp_path / "store").headers()
+    rows = tmp_path / "given" / "rows.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[: len(first.entries)]))
+    with pytest.raises(SpeculatorError, match="000001.* is not of this run, which has 1 units"):
+        generate_data(plan)
+
+
+def test_a_queue_is_gone_on_with_when_that_is_asked_for(given, tmp_path):
+    sync = {"kind": "zmq", "urls": ["tcp://127.0.0.1:9"]}
+    plan = plan_of(given, tmp_path / "journal", sync=sync)
+    prepare(placed(plan))
+    with pytest.raises(SpeculatorError, match="holds the journal of a run.*--run.resume"):
+        generate_data(plan)
+    other = plan_of(given, tmp_path / "journal", sync=sync | {"dtype": "float16"})
+    run = {"resume": True, "allowed_roots": ["/"]}
+    with pytest.raises(SpeculatorError, match="made with dtype 'float32', now it is 'float16'"):
+        generate_data(GenerationPlan.read(other.model_dump() | {"run": run}, "test"))
+    with pytest.raises(SpeculatorError, match="sync.path is missing"):
+        plan_of(given, tmp_path, sync=sync | {"path": None}, run={"resume": True})
+
+
+def test_after_an_error_nothing_waits_for_a_consumer(given, tmp_path, monkeypatch):
+    def broken(self, examples):
+        raise SpeculatorError("the engine broke")
+
+    monkeypatch.setattr(TransformersPipeline, "forward", broken)
+    source = ZmqStore.source(
+        schema_of(plan_of(given, tmp_path)), SyncConfig(kind="zmq"), "tcp://127.0.0.1:*"
+    )
+    sync = {"kind": "zmq", "urls": [source.url], "path": None}
+    with pytest.raises(SpeculatorError, match="the engine broke"):
+        generate_data(plan_of(given, tmp_path, sync=sync))
+    source.close()
+    assert not [t for t in threading.enumerate() if t.name == "example-queue"]
+
+
+@pytest.mark.slow
+def test_a_run_that_waits_for_a_consumer_can_be_interrupted(given, tmp_path):
+    source = ZmqStore.source(
+        schema_of(plan_of(given, tmp_path)),
+        SyncConfig(kind="zmq", queue_size=2, heartbeat_s=0.4),
+        "tcp://127.0.0.1:*",
+    )
+    sync = {"kind": "zmq", "urls": [source.url], "path": None, "heartbeat_s": 0.4}
+    plan = plan_of(given, tmp_path, sync=sync)
+    command = command_of(plan, tmp_path)[:-1]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    examples = source.read()
+    next(examples)  # the run has begun, and now waits
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    source.close()
+
+
+def test_each_worker_has_its_share(given, tmp_path):
+    plan = placed(plan_of(given, tmp_path / "store", run={"workers": 2}))
+    prepare(plan)
+    told = list(run_here(plan))
+    units = [(one.worker, one.unit) for one in told if isinstance(one, UnitDone)]
+    assert {worker for worker, _ in units} == {0, 1}
+    assert all(unit % 2 == worker for worker, unit in units)
+
+
+def test_workers_take_gpus_in_turn(given, tmp_path, monkeypatch):
+    def devices(count, **options):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        plan = plan_of(given, tmp_path, run={"workers": 3}, **options)
+        return [_on_device(plan, worker).engine.device for worker in range(3)]
+
+    assert devices(2, engine={"device": "cuda"}) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert devices(0, engine={"device": "cuda"}) == ["cuda"] * 3
+    assert devices(2, engine={"device": "cpu"}) == ["cpu"] * 3
+
+
+def test_a_servers_key_reaches_workers_and_no_file(given, tmp_path):
+    plan = plan_of(given, tmp_path, engine={"api_key": "sk-1"})
+    assert GenerationPlan.model_validate_json(to_json(plan)).engine.api_key == "sk-1"
+    shown = without_secrets(["x", "--engine.api-key", "sk-1", "--engine.api_key=sk-1", "--y", "z"])
+    assert shown == ["x", "--engine.api-key", "***", "--engine.api_key=***", "--y", "z"]
+
+
+@pytest.mark.parametrize("name", ["shards", ".lock", "generate.log"])
+def test_links_out_of_the_store_are_not_followed(given, tmp_path, name):
+    outside = tmp_path / "outside"
+    outside.mkdir() if name == "shards" else outside.write_text("dear")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / name).symlink_to(outside)
+    roots = [str(given), str(tmp_path / "store")]
+    with pytest.raises(SpeculatorError):
+        generate_data(plan_of(given, tmp_path / "store", run={"allowed_roots": roots}))
+    assert not list(outside.iterdir()) if name == "shards" else outside.read_text() == "dear"
+
+
+def test_a_log_line_comes_however_long_a_unit_takes(given, tmp_path, monkeypatch):
+    monkeypatch.setattr("speculators_core.data_generation.progress.LINE_EVERY_S", 0.02)
+    forward = TransformersPipeline.forward
+    monkeypatch.setattr(
+        TransformersPipeline, "forward", lambda self, e: (time.sleep(0.3), forward(self, e))[1]
+    )
+    generate_data(plan_of(given, tmp_path / "store", run={"limit": 2}))
+    assert len((tmp_path / "store" / "generate.log").read_text().splitlines()) > 5
+
+
+def test_the_time_left_goes_by_the_rows():
+    meter = Meter(total_rows=100)
+    assert meter.left_s is None
+    meter.started -= 10
+    for rows in (20, 60):
+        meter.add(UnitDone(worker=0, unit=0, rows=rows, num_tokens=1))
+    assert meter.left_s == pytest.approx(10, rel=0.1)
+    assert "s left" in meter.line()
+
+
+def test_a_torn_line_of_a_journal_costs_that_line_alone(tmp_path):
+    journal = tmp_path / "arrived-000.jsonl"
+    journal.write_text('\n{"unit": 0}\n{"unit": 1, "key": "0/3"}\n{"unit": 2, "key": [1]}\n{"uni')
+    target = QueueTarget(None, tmp_path, worker=0)
+    target._write([{"unit": 4}])
+    arrived = Arrived.read(tmp_path)
+    assert arrived.units == {0, 4} and arrived.keys == {"0/3"}
 
 
 def test_what_lies_outside_of_the_roots_is_not_touched(given, tmp_path):

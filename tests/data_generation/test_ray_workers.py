@@ -1,6 +1,8 @@
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,22 +31,39 @@ def given(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """A Ray cluster of this machine, as an administrator starts one."""
-    session = tmp_path_factory.mktemp("ray")
-    start = [RAY, "start", "--head", "--port=0", "--num-cpus=2", "--num-gpus=0"]
-    start += [
-        "--include-dashboard=false",
-        "--object-store-memory=100000000",
-        "--disable-usage-stats",
-    ]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    start = [RAY, "start", "--head", "--block", f"--port={address.split(':')[1]}"]
+    start += ["--node-ip-address=127.0.0.1", "--num-cpus=2", "--num-gpus=0"]
+    start += ["--include-dashboard=false", "--object-store-memory=100000000"]
     before = os.environ.copy()
-    os.environ |= {"OMP_NUM_THREADS": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-    subprocess.run(start, check=True, capture_output=True, cwd=session)
-    os.environ["RAY_ADDRESS"] = "auto"
+    os.environ |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    head = subprocess.Popen(
+        start,
+        cwd=tmp_path_factory.mktemp("ray"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    os.environ["RAY_ADDRESS"] = address
+    _wait_until_up(head)
     yield
-    ray.shutdown()
-    subprocess.run([RAY, "stop", "--force"], check=True, capture_output=True)
+    head.terminate()  # ends all that it started, and no other cluster's processes
+    head.wait(60)
     os.environ.clear()
     os.environ.update(before)
+
+
+def _wait_until_up(head, timeout_s=60):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and head.poll() is None:
+        status = subprocess.run(
+            [RAY, "status"], capture_output=True, text=True, env=os.environ.copy()
+        )
+        if status.returncode == 0 and "Active" in status.stdout:
+            return
+    raise AssertionError("Ray did not start")
 
 
 @pytest.mark.slow
@@ -54,8 +73,14 @@ def test_workers_of_a_cluster_make_the_bytes_that_one_makes(cluster, given, tmp_
     plan = plan_of(given, "there", run={"workers": 2, "backend": "ray"})
     datasets = [{"path": "rows.jsonl"}]
     data = plan.data.model_dump() | {"datasets": datasets, "verifier": "verifier"}
+    pids = []
+    monkeypatch.setattr(
+        "speculators_core.data_generation.workers.generate_data_worker",
+        lambda *_: pids.append(os.getpid()) or iter(()),
+    )  # in this process, where nothing is to run
     report = generate_data(GenerationPlan.read(plan.model_dump() | {"data": data}, "test"))
     assert report.num_examples == 30 and report.counts["rows"] == 30
+    assert not pids
     assert contents(given / "there") == contents(tmp_path / "here")
 
 
@@ -65,3 +90,6 @@ def test_a_fault_in_a_cluster_is_one_line(cluster, given, tmp_path):
     plan = plan_of(given, tmp_path / "store", "none.jsonl", run={"backend": "ray"})
     with pytest.raises(SpeculatorError, match="None of the first 1 rows can be used"):
         generate_data(plan)
+    device = plan_of(given, tmp_path / "s", run={"backend": "ray"}, engine={"device": "cuda:1"})
+    with pytest.raises(SpeculatorError, match="on Ray say cuda"):
+        generate_data(device)

@@ -72,6 +72,7 @@ REFUSED = {
         WHOLE.replace("data:", "data:\n  states: {layer_ids: [], last: false}"),
         "keeps nothing",
     ),
+    "no date": ("data: 2001-99-99", "is no YAML"),
     "python": ("data: !!python/object/apply:os.getcwd []", "is no YAML"),
 }
 

@@ -79,6 +79,11 @@ class QueueSink:
         finally:
             self._clean_up()
 
+    def abort(self) -> None:
+        """Consumers are not told that this was all."""
+        self._sender.stop()
+        self._clean_up()
+
 
 class QueueSource:
     """A `DataSource`. An example is acknowledged when the next one is asked for.

@@ -128,6 +128,10 @@ class Sender:
         finally:
             self._io.stop()
 
+    def stop(self) -> None:
+        """At once; who waits for room learns of it."""
+        self._io.stop()
+
     def _room(self) -> int:
         """Negative where a consumer's examples wait for another one."""
         there = (line for line in self._lines if line.session is not None)

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -45,17 +45,39 @@ REPORT = "report.json"
 SHARDS = "shards"
 SHARD_NAME = re.compile(r"(\d{6,9})\.safetensors(\.zst)?")
 OPEN_SHARDS = 16
-"""Shards that one process keeps mapped."""
+"""Shards that one process keeps mapped; of compressed ones, which lie in memory, one."""
+INDEX_SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "shard": pa.int32(),
+        "start": pa.int64(),
+        "num_tokens": pa.int32(),
+        "num_prompt_tokens": pa.int32(),
+        "num_trained": pa.int32(),
+    }
+)
 
 
 class Manifest(Settings):
     """What the examples are, and what they were made from."""
 
-    format: str = "speculators-data-1"
+    format: Literal["speculators-data-1"] = "speculators-data-1"
     content: Schema
     made_from: dict[str, Any] = Field(default_factory=dict)
     """The options that decide the bytes; a run with others does not go on here."""
     versions: dict[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def read_file(cls, path: Path) -> Self:
+        """Raises:
+        SpeculatorError: it cannot be read, or is damaged.
+        """
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpeculatorError(f"{path} cannot be read: {first_line(error)}.") from error
+        except ValidationError as error:
+            raise SpeculatorError(f"{path} is damaged: {first_fault(error)}.") from error
 
 
 class DiskStore:
@@ -105,7 +127,7 @@ class DiskStore:
                     f"{folder} holds a store already. Go on with --run.resume, or name another "
                     "folder."
                 )
-            _check_same(folder, found, manifest)
+            check_same(folder, found, manifest)
         elif folder.exists() and any(_visible(folder)):
             raise SpeculatorError(f"{folder} is not empty and no store. Name another folder.")
         else:
@@ -129,15 +151,9 @@ class DiskStore:
             SpeculatorError: there is none, or its manifest is damaged.
         """
         folder = Path(folder)
-        path = folder / MANIFEST
-        try:
-            return cls(folder, Manifest.model_validate_json(path.read_text(encoding="utf-8")))
-        except FileNotFoundError as error:
-            raise SpeculatorError(f"{folder} holds no {MANIFEST}; not a store.") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise SpeculatorError(f"{path} cannot be read: {first_line(error)}.") from error
-        except ValidationError as error:
-            raise SpeculatorError(f"{path} is damaged: {first_fault(error)}.") from error
+        if not (folder / MANIFEST).exists():
+            raise SpeculatorError(f"{folder} holds no {MANIFEST}; not a store.")
+        return cls(folder, Manifest.read_file(folder / MANIFEST))
 
     def shard_path(self, number: int) -> Path:
         return self.folder / SHARDS / f"{number:06d}{self.suffix}"
@@ -168,13 +184,22 @@ class DiskStore:
         """Notes that the run came to its end, with its report (JSON)."""
         write_text(self.folder / REPORT, report)
 
-    def headers(self, leave_out: Collection[Path] = ()) -> list[tuple[Path, ShardHeader]]:
+    def headers(self, leave_out: Collection[Path] = ()) -> Iterator[tuple[Path, ShardHeader]]:
         """What the shards say of themselves, by number.
 
         Raises:
             SpeculatorError: one is damaged.
         """
-        return [(path, read_header(path)) for path in self.shard_paths() if path not in leave_out]
+        return ((path, read_header(path)) for path in self.shard_paths() if path not in leave_out)
+
+    def check_numbers(self, below: int) -> None:
+        """Raises SpeculatorError where there is a shard that no unit of the run is."""
+        for path in self.shard_paths():
+            if number_of(path) >= below:
+                raise SpeculatorError(
+                    f"{path} is not of this run, which has {below} units: the data have changed. "
+                    "Name another folder."
+                )
 
     def set_aside(self) -> dict[str, str]:
         """Examples that the engine failed on, and why."""
@@ -185,8 +210,9 @@ class DiskStore:
     def clean(self) -> None:
         """Removes what a killed run left half-written, and the report: a run begins."""
         (self.folder / REPORT).unlink(missing_ok=True)
-        for path in (self.folder / SHARDS).glob(".*.part"):
-            path.unlink(missing_ok=True)
+        for folder in (self.folder, self.folder / SHARDS):
+            for path in folder.glob(".*.part"):
+                path.unlink(missing_ok=True)
 
     def find_damage(self) -> dict[Path, str]:
         """Damaged shards and what is wrong with them; every byte is read."""
@@ -202,15 +228,18 @@ class DiskStore:
     # ---- writing ----
 
     def write_shard(
-        self, number: int, results: Sequence[GeneratedExample | Failure]
+        self,
+        number: int,
+        results: Sequence[GeneratedExample | Failure],
+        unit_digest: str = "",
     ) -> ShardHeader:
-        """Writes a shard; failures are listed in it.
+        """Writes a shard; failures are listed in it, and of what texts it was made.
 
         Raises:
             SpeculatorError: it cannot be written.
         """
         path = self.shard_path(number)
-        header = write_shard(path, number, self.schema, results)
+        header = write_shard(path, number, self.schema, results, unit_digest)
         self._open.pop(path, None)
         self._verified.pop(path, None)
         self._places = None
@@ -264,15 +293,17 @@ class DiskStore:
 
     def _table(self) -> pa.Table:
         """A row an example, from the shards' headers."""
-        rows = [(header.number, e) for _, header in self.headers() for e in header.entries]
-        columns = {
-            "key": pa.array([entry.key for _, entry in rows], pa.string()),
-            "shard": pa.array([number for number, _ in rows], pa.int32()),
-            "start": pa.array([entry.start for _, entry in rows], pa.int64()),
-        }
-        for name in ("num_tokens", "num_prompt_tokens", "num_trained"):
-            columns[name] = pa.array([getattr(entry, name) for _, entry in rows], pa.int32())
-        return pa.table(columns, metadata={"shards": self._listing()})
+        batches = [pa.RecordBatch.from_pylist(rows, INDEX_SCHEMA) for rows in self._rows()]
+        table = pa.Table.from_batches(batches, INDEX_SCHEMA)
+        return table.replace_schema_metadata({"shards": self._listing()})
+
+    def _rows(self) -> Iterator[list[dict[str, Any]]]:
+        """Of the index, shard by shard."""
+        for _, header in self.headers():
+            yield [
+                {"shard": header.number, **entry.model_dump(exclude={"checksum"})}
+                for entry in header.entries
+            ]
 
     def _listing(self) -> str:
         """Names and sizes of the shards: another listing means another index."""
@@ -299,7 +330,8 @@ class DiskStore:
         if path not in self._open:
             self._open[path] = Shard(path, self.schema, self._verified.get(path))
             self._verified[path] = self._open[path].verified
-            if len(self._open) > OPEN_SHARDS:
+            most = 1 if path.suffix == ".zst" else OPEN_SHARDS
+            while len(self._open) > most:
                 self._open.popitem(last=False)
         self._open.move_to_end(path)
         return self._open[path]
@@ -337,7 +369,7 @@ def _visible(folder: Path) -> Iterator[Path]:
     return (path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _check_same(folder: Path, found: Manifest, expected: Manifest) -> None:
+def check_same(folder: Path, found: Manifest, expected: Manifest) -> None:
     """Raises SpeculatorError unless a run with these options would make the same bytes."""
     if found.content != expected.content:
         pairs = (found.content.model_dump(), expected.content.model_dump())

@@ -81,6 +81,8 @@ class ShardHeader(Settings):
     number: int = Field(ge=0)
     fields_digest: str
     """Of the schema; shards of other schemas do not belong to the store."""
+    unit_digest: str = ""
+    """Of the texts that it was made of."""
     entries: tuple[Entry, ...]
     set_aside: tuple[SetAside, ...] = ()
 
@@ -121,6 +123,7 @@ def write_shard(
     number: int,
     schema: Schema,
     results: Sequence[GeneratedExample | Failure],
+    unit_digest: str = "",
 ) -> ShardHeader:
     """Writes a shard under a temporary name, then renames it; ``.zst`` is compressed.
 
@@ -144,6 +147,7 @@ def write_shard(
         format=FORMAT,
         number=number,
         fields_digest=digest_of(schema),
+        unit_digest=unit_digest,
         entries=tuple(entries),
         set_aside=tuple(
             SetAside(key=result.key, reason=result.reason)
@@ -215,9 +219,9 @@ def read_header(path: Path) -> ShardHeader:
             return _header_in(_metadata_of_compressed(path), path)
         with safe_open(path, "pt") as file:
             return _header_in(file.metadata(), path)
-    except (OSError, SafetensorError, ValueError, struct.error) as error:
-        if isinstance(error, SpeculatorError):
-            raise
+    except SpeculatorError:
+        raise
+    except (OSError, SafetensorError, ValueError, RecursionError, struct.error) as error:
         raise damaged(path, first_line(error)) from error
 
 
@@ -226,7 +230,8 @@ def _metadata_of_compressed(path: Path) -> Any:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"a header of {length} bytes")
-        return json.loads(file.read(length)).get("__metadata__")
+        described = json.loads(file.read(length))
+    return described.get("__metadata__") if isinstance(described, dict) else None
 
 
 def _header_in(metadata: Any, path: Path) -> ShardHeader:
@@ -266,8 +271,7 @@ class Shard:
     def tensors(self) -> dict[str, Shaped[Tensor, "tokens ..."]]:
         try:
             if self.path.suffix == ".zst":
-                with pa.input_stream(str(self.path), compression="zstd") as file:
-                    tensors = load(file.read())
+                tensors = load(self._decompressed())
             else:
                 with safe_open(self.path, "pt") as file:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -278,6 +282,16 @@ class Shard:
         ):
             raise damaged(self.path, "its tensors are not those that its header lists")
         return {name: tensors[name] for name in self.schema.fields}
+
+    def _decompressed(self) -> bytes:
+        """All of the file; one that would grow beyond what its header tells is damaged."""
+        data_bytes = self.header.num_tokens * self.schema.token_bytes
+        with pa.input_stream(str(self.path), compression="zstd") as file:
+            (length,) = struct.unpack("<Q", start := file.read(8))
+            rest = file.read(length + data_bytes + 1)
+        if len(rest) != length + data_bytes:
+            raise damaged(self.path, "it holds more or less than its header tells")
+        return start + rest
 
     def __len__(self) -> int:
         return len(self.header.entries)
@@ -297,6 +311,8 @@ class Shard:
             if entry.checksum_with(own) != entry.checksum:
                 raise damaged(self.path, f"example {entry.key!r} has another checksum")
             self.verified[index] = True
+        if self.path.suffix == ".zst":  # a view would keep all of the shard in memory
+            own = {name: tensor.clone() for name, tensor in own.items()}
         return self.schema.decode(entry.key, entry.num_prompt_tokens, own, str(self.path))
 
     def __iter__(self) -> Iterator[GeneratedExample]:

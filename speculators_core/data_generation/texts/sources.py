@@ -131,14 +131,14 @@ def read_plan_examples(plan: GenerationPlan, counts: Counts) -> Iterator[Example
 
 
 def count_rows(plan: GenerationPlan) -> int | None:
-    """Rows of all data sets; None where one is streamed."""
+    """Rows of all data sets, `run.limit` of them at most; None where one is streamed."""
     sources = open_sources(plan.data, Roots(plan.run.allowed_roots))
     total = 0
     for source in sources:
         if source.num_rows is None:
             return None
         total += source.num_rows
-    return total
+    return min(total, plan.run.limit or total)
 
 
 class _Sieve:

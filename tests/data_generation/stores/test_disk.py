@@ -1,13 +1,17 @@
 import json
+import shutil
+import struct
 import subprocess
 import sys
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from speculators_core.data_generation.engines import Failure
-from speculators_core.data_generation.stores.disk import INDEX, MANIFEST, DiskStore
+from speculators_core.data_generation.stores.disk import INDEX, MANIFEST, OPEN_SHARDS, DiskStore
 from speculators_core.data_generation.stores.shards import read_header
 from speculators_core.errors import SpeculatorError
 from tests.data_generation.making import assert_same, generated, schema
@@ -92,10 +96,39 @@ def test_safetensors_itself_reads_a_shard(filled):
 def test_examples_are_views_of_the_file(filled):
     """A reader of a large store keeps none of it in memory of its own."""
     store = DiskStore.open(filled[0])
-    one, two = list(store.shard(store.shard_paths()[0]))
-    assert one.hidden_states.untyped_storage().data_ptr() == (
-        two.hidden_states.untyped_storage().data_ptr()
-    )
+    path = store.shard_paths()[0]
+    example = store[0]
+    address = example.hidden_states.data_ptr()
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [row[0].split("-") for row in mapped if row[-1] == str(path.resolve())]
+    assert any(int(start, 16) <= address < int(end, 16) for start, end in spans)
+
+
+@pytest.mark.parametrize(("compression", "most"), [("none", OPEN_SHARDS), ("zstd", 1)])
+def test_a_reader_keeps_few_shards_open(tmp_path, compression, most):
+    store = DiskStore.create(tmp_path / "s", schema(), compression=compression, shard_tokens=1)
+    store.write_batch([generated(i, 2, schema()) for i in range(OPEN_SHARDS + 4)])
+    store.close()
+    reader = DiskStore.open(store.folder)
+    assert len(list(reader.read())) == OPEN_SHARDS + 4
+    assert len(reader._open) == most
+
+
+def test_a_checksum_is_compared_once(filled):
+    store = DiskStore.open(filled[0])
+    shard = store.shard(store.shard_paths()[0])
+    shard.read(0)
+    entry = shard.header.entries[0].model_copy(update={"checksum": "another"})
+    for verified in (True, False):
+        shard.verified[0] = verified
+        shard.header = shard.header.model_copy(
+            update={"entries": (entry, *shard.header.entries[1:])}
+        )
+        if verified:
+            shard.read(0)
+        else:
+            with pytest.raises(SpeculatorError, match="another checksum"):
+                shard.read(0)
 
 
 def test_the_same_examples_give_the_same_bytes(tmp_path):
@@ -139,12 +172,6 @@ DAMAGE = {
         lambda content: content.replace(b'\\"start\\":9', b'\\"start\\":8'),
         "does not follow",
     ),
-    "another schema": (
-        lambda content: content.replace(
-            b'fields_digest\\":\\"', b'fields_digest\\":\\"0', 1
-        ).replace(b'"}', b'"}', 1),
-        "",
-    ),
 }
 
 
@@ -161,6 +188,49 @@ def test_a_damaged_shard_is_found_and_named(filled, what):
     assert found[0] == path and words in found[1] and str(path) in found[1]
     with pytest.raises(SpeculatorError, match="damaged"):
         list(DiskStore.open(folder).read())
+
+
+def test_shards_of_another_place_or_store_are_found(filled, tmp_path):
+    folder, _ = filled
+    store = DiskStore.open(folder)
+    first, second = store.shard_paths()
+    shutil.copy(first, second)
+    assert "it is shard 0" in store.find_damage()[second]
+    other = DiskStore.create(tmp_path / "other", schema(layer_ids=(1, 3, 4)))
+    other.write_shard(0, [generated(0, 5, schema())])
+    shutil.copy(other.shard_path(0), first)
+    assert "another schema" in store.find_damage()[first]
+
+
+def compressed(content):
+    return pa.compress(content, codec="zstd", asbytes=True)
+
+
+FORGED = {
+    "a list": compressed(struct.pack("<Q", 3) + b"[1]"),
+    "a number": compressed(struct.pack("<Q", 1) + b"3"),
+    "depth": compressed(struct.pack("<Q", 200_000) + b"[" * 200_000),
+    "a long header": compressed(struct.pack("<Q", 2**40)),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_forged_compressed_shard_is_one_line(tmp_path, what):
+    store = DiskStore.create(tmp_path / "store", schema(), compression="zstd")
+    store.shard_path(0).write_bytes(FORGED[what])
+    (found,) = store.find_damage().values()
+    assert "is damaged" in found
+
+
+def test_a_compressed_shard_grows_no_further_than_its_header_tells(tmp_path):
+    store = DiskStore.create(tmp_path / "store", schema(), compression="zstd")
+    store.write_shard(0, [generated(0, 5, schema())])
+    path = store.shard_path(0)
+    with pa.input_stream(str(path), compression="zstd") as file:
+        content = file.read()
+    path.write_bytes(compressed(content + bytes(10**6)))
+    (found,) = store.find_damage().values()
+    assert "more or less than its header tells" in found
 
 
 def test_every_flipped_bit_of_a_shard_is_noticed(filled):
@@ -225,6 +295,9 @@ def test_a_damaged_manifest_is_one_line(filled):
     content["content"]["layer_ids"] = [4, 1]
     (folder / MANIFEST).write_text(json.dumps(content))
     with pytest.raises(SpeculatorError, match="store.json is damaged: content: layer_ids"):
+        DiskStore.open(folder)
+    (folder / MANIFEST).write_text(json.dumps(content | {"format": "speculators-data-2"}))
+    with pytest.raises(SpeculatorError, match="format: .*speculators-data-1"):
         DiskStore.open(folder)
 
 
