@@ -42,12 +42,16 @@ def run_on_ray(plan: GenerationPlan) -> Iterator[Told]:
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise SpeculatorError(f"No Ray cluster can be reached: {first_line(error)}") from error
-    work = ray.remote(
-        num_cpus=1, num_gpus=_num_gpus(plan, ray), max_retries=MAX_RETRIES, num_returns="streaming"
-    )(_work)
-    plan_text = to_json(_absolute(plan))
-    running = [work.remote(plan_text, worker) for worker in range(plan.run.workers)]
+    running: list[Any] = []
     try:
+        work = ray.remote(
+            num_cpus=1,
+            num_gpus=_num_gpus(plan, ray),
+            max_retries=MAX_RETRIES,
+            num_returns="streaming",
+        )(_work)
+        plan_text = to_json(_absolute(plan))
+        running += [work.remote(plan_text, worker) for worker in range(plan.run.workers)]
         yield from _listen(running, ray)
     finally:
         for generator in running:

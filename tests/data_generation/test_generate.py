@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,6 @@ from speculators_core.data_generation.engines import Failure, TransformersPipeli
 from speculators_core.data_generation.generate import generate_data, generate_data_process
 from speculators_core.data_generation.preparation import placed, prepare, without_secrets
 from speculators_core.data_generation.progress import Meter
-from speculators_core.data_generation.queues.mp_queue import MPQueueStore
 from speculators_core.data_generation.queues.zmq_store import ZmqStore
 from speculators_core.data_generation.settings import GenerationPlan, SyncConfig, read_plan
 from speculators_core.data_generation.stores.disk import DiskStore
@@ -29,6 +28,8 @@ from speculators_core.data_generation.targets import Arrived, QueueTarget
 from speculators_core.data_generation.workers import UnitDone, _on_device, run_here, to_json
 from speculators_core.errors import SpeculatorError
 from tests.conftest import VOCAB_SIZE, make_verifier
+from tests.data_generation.processes import processes
+from tests.data_generation.running import consume, run_slowly
 from tests.vllm.serving import write_tokenizer
 
 NUM_ROWS = 40
@@ -140,14 +141,14 @@ KILLS = 20
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_makes_the_same_bytes(given, tmp_path):
-    """At random moments. The runs are forked: to import torch twenty times takes minutes."""
+    """At random moments; most of them while it makes its shards."""
     folder = tmp_path / "store"
     small = {"shard_tokens": 30}
     plan = plan_of(given, folder, run={"resume": True}, sync=small)
     draw = random.Random(1)
     for _ in range(KILLS):
-        with forked(_run_slowly, plan):
-            time.sleep(draw.uniform(0.02, 0.3))
+        with running(run_slowly, plan.model_dump_json()):
+            time.sleep(draw.uniform(0.05, 0.3))
     made = len(contents(folder))
     generate_data(plan)
     whole = contents(folder)
@@ -157,50 +158,16 @@ def test_a_run_that_is_killed_again_and_again_makes_the_same_bytes(given, tmp_pa
     assert [e.key for e in DiskStore.open(folder).read()] == [f"0/{i}" for i in range(NUM_ROWS)]
 
 
-def _run_slowly(plan):
-    forward = TransformersPipeline.forward
-
-    def slow(self, examples):
-        time.sleep(0.08)
-        return forward(self, examples)
-
-    TransformersPipeline.forward = slow
-    generate_data(plan)
-
-
-def _consume(kind, schema, folder, name):
-    """Notes each example when it has been dealt with, in a process of its own."""
-    sync = SyncConfig(kind=kind, queue_size=4, heartbeat_s=0.4)
-    if kind == "zmq":
-        source = ZmqStore.source(schema, sync, "tcp://127.0.0.1:*")
-    else:
-        source = MPQueueStore.source(schema, sync)
-    (folder / f"{name}.part").write_text(source.url)
-    (folder / f"{name}.part").rename(folder / f"{name}.url")
-    with (folder / f"{name}.jsonl").open("w") as file:
-        for example in source.read():
-            ids, states = example.input_ids.tolist(), example.hidden_states
-            told = {"key": example.key, "ids": ids, "sum": float(states.double().sum())}
-            print(json.dumps(told), file=file, flush=True)
-    source.close()
-
-
 @contextmanager
-def forked(work, *arguments):
-    """The id of a process that does it; killed at the end if it has not ended by then."""
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)
-        try:
-            work(*arguments)
-        finally:
-            os._exit(0)
+def running(work, *arguments):
+    """A process that does it; killed at the end if it has not ended by then."""
+    process = processes.Process(target=work, args=arguments)
+    process.start()
     try:
-        yield child
+        yield process
     finally:
-        with suppress(ChildProcessError, ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+        process.kill()
+        process.join()
 
 
 def wait_for(is_so, timeout_s=60):
@@ -231,13 +198,13 @@ def test_a_queue_gets_every_example_though_runs_and_a_consumer_are_killed(
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}")]
 
-    with forked(_consume, kind, schema, tmp_path, "first"):
+    with running(consume, kind, schema.model_dump_json(), tmp_path, "first"):
         for count in (5, 15):  # two runs are killed, and the consumer with the second
-            with forked(_run_slowly, plan("first")):
+            with running(run_slowly, plan("first").model_dump_json()):
                 wait_for(lambda least=count: len(arrived("first")) >= least)
-    with forked(_consume, kind, schema, tmp_path, "second") as consumer:
+    with running(consume, kind, schema.model_dump_json(), tmp_path, "second") as consumer:
         report = generate_data(plan("second"))
-        os.waitpid(consumer, 0)
+        consumer.join(60)
     first, second = arrived("first"), arrived("second")
     keys = [told["key"] for told in first]
     assert len(set(keys)) == len(keys)  # the same consumer never gets one twice
@@ -463,7 +430,12 @@ def test_a_run_that_waits_for_a_consumer_can_be_interrupted(given, tmp_path):
     sync = {"kind": "zmq", "urls": [source.url], "path": None, "heartbeat_s": 0.4}
     plan = plan_of(given, tmp_path, sync=sync)
     command = command_of(plan, tmp_path)[:-1]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it
+    )
     examples = source.read()
     next(examples)  # the run has begun, and now waits
     time.sleep(0.5)

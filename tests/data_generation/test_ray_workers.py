@@ -49,6 +49,7 @@ def cluster(tmp_path_factory):
     os.environ["RAY_ADDRESS"] = address
     _wait_until_up(head)
     yield
+    assert not ray.is_initialized()  # a driver that is left behind is ended by Ray itself
     head.terminate()  # ends all that it started, and no other cluster's processes
     head.wait(60)
     os.environ.clear()

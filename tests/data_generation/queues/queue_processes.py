@@ -1,7 +1,6 @@
 """Examples whose every byte follows from their number, and processes that send and receive them."""
 
 import hashlib
-import multiprocessing
 import os
 import time
 from contextlib import closing
@@ -13,6 +12,7 @@ from speculators_core.data_generation.examples import GeneratedExample, Schema
 from speculators_core.data_generation.queues.mp_queue import MPQueueStore
 from speculators_core.data_generation.queues.zmq_store import ZmqStore
 from speculators_core.data_generation.settings import SyncConfig
+from tests.data_generation.processes import processes
 
 STORES = {"zmq": ZmqStore, "mp_queue": MPQueueStore}
 SCHEMA = Schema(
@@ -24,9 +24,6 @@ SCHEMA = Schema(
     dtype="bfloat16",
 )
 HEARTBEAT_S = 0.4
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload([__name__])
 
 
 def make_sync(kind: str = "zmq", url: str | None = None, **options) -> SyncConfig:
