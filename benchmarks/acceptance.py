@@ -234,7 +234,7 @@ def _check_inputs(settings: AcceptanceSettings) -> _Checked:
     for draft in drafts:
         _check_draft(draft, named, verifier_config)
     longest = offline.longest_text(verifier_config, settings.engine_args)
-    longest = min(longest, *(server.max_model_len for server in servers.values()))
+    longest = min([longest, *(server.max_model_len for server in servers.values())])
     return _Checked(named, drafts, tokenize(prompts, read_tokenizer(named), longest), servers)
 
 
