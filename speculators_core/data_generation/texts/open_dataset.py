@@ -70,7 +70,7 @@ def _open_local(config: DatasetConfig, path: Path, roots: Roots) -> "Dataset | I
     else:
         options: dict[str, Any] = {"sample_by": config.sample_by} if is_text else {}
         if path.suffix == ".jsonl":
-            options["features"] = _any_json(roots.check(path))
+            options["features"] = _features(roots.check(path))
         builder = load_dataset_builder(FORMATS[path.suffix], data_files=str(path), **options)
     for file in _data_files(builder):
         if "://" in file:
@@ -79,21 +79,28 @@ def _open_local(config: DatasetConfig, path: Path, roots: Roots) -> "Dataset | I
     return _take_split(builder, config, is_streamed=bool(config.streaming))
 
 
-def _any_json(path: Path) -> "Features":
-    """Every key of the rows as JSON of any shape.
+def _features(path: Path) -> "Features":
+    """The types of all rows' values; lists and objects as JSON of any shape.
 
     `datasets` would take the shapes of the first 10 MB for those of all: a file whose first tool
     call comes later could not be read.
     """
-    from datasets import Features, Json
+    from datasets import Features, Json, Value
 
-    keys: dict[str, None] = {}
+    kinds: dict[str, set[type]] = {}
     with path.open("rb") as lines:
         for line in lines:
             with suppress(ValueError):  # what is no JSON, `datasets` itself complains of
                 row = json.loads(line)
-                keys |= dict.fromkeys(row if isinstance(row, dict) else ())
-    return Features({key: Json() for key in keys})
+                for key, value in row.items() if isinstance(row, dict) else ():
+                    kinds.setdefault(key, set()).add(type(value))
+    plain = {str: "string", int: "int64", float: "float64", bool: "bool"}
+    features: dict[str, Any] = {}
+    for key, found in kinds.items():
+        (kind, *others) = (found - {type(None)}) or {str}
+        # A text such as "9" would be read as a number if it were taken for JSON.
+        features[key] = Value(plain[kind]) if kind in plain and not others else Json()
+    return Features(features)
 
 
 def _open_hub(config: DatasetConfig) -> "Dataset | IterableDataset":

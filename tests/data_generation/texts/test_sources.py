@@ -78,6 +78,21 @@ def reader(tmp_path) -> Reader:
 
 # ---- what rows are ----
 
+
+@pytest.mark.parametrize("text", ["9", "true", "null", "[1]", '{"a": 1}', '"quoted"'])
+def test_texts_that_look_like_json_are_texts(reader, text):
+    assert reader.texts([{"text": f"{text} and more"}, {"text": text}])[1].endswith(text)
+
+
+def test_rows_may_take_other_shapes_late_in_a_file(reader):
+    """Behind the part of which `datasets` learns what rows look like."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    rows = [{"messages": [USER, ANSWER], "n": n, "filling": "x" * 1000} for n in range(11_000)]
+    rows.append({"messages": [USER, call, {"role": "tool", "content": "1"}, ANSWER], "tools": []})
+    reader.read(rows, data={"deduplicate": False})
+    assert reader.counts.rows == 11_001
+
+
 PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 TOOL_CALL = {"name": "weather", "arguments": {"city": "Paris"}}
 CALLED = '{"name": "weather", "parameters": {"city": "Paris"}}<|eot_id|>'
