@@ -8,18 +8,16 @@ interpreter's standard library.
 import json
 import multiprocessing
 import resource
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from pydantic import BaseModel, Field
-from rich.table import Table
+from pydantic import Field
 
+from benchmarks.ratios import Line, alternate, in_process, print_lines
 from speculators_core.settings import Settings
 
 QueueKind = Literal["mp_queue", "zmq"]
@@ -52,27 +50,8 @@ class DataSettings(Settings):
     """Of the states in it, four to a token."""
 
 
-class Line(BaseModel):
-    """One ratio."""
-
-    what: str
-    unit: str
-    ours: float
-    beside: str
-    """What the other rate is of."""
-    reference: float
-    target: float | None
-    """The least that the ratio should be."""
-
-    @property
-    def ratio(self) -> float:
-        return self.ours / self.reference
-
-
 def run(*, settings: Annotated[DataSettings | None, Parameter(name="*")] = None) -> None:
     """Measures engines, stores and queues of data generation."""
-    from speculators_core.console import console
-
     settings = settings or DataSettings()
     measures: dict[str, Callable[[DataSettings], Iterator[Line]]] = {
         "engine": measure_engine,
@@ -80,32 +59,9 @@ def run(*, settings: Annotated[DataSettings | None, Parameter(name="*")] = None)
         "queues": measure_queues,
         "memory": measure_memory,
     }
-    table = Table(title="data generation", title_justify="left")
-    for column in ("what", "ours", "beside", "reference", "ratio", "target"):
-        table.add_column(column, no_wrap=True)
-    for part in settings.parts:
-        for line in measures[part](settings):
-            table.add_row(
-                line.what,
-                f"{line.ours:.0f} {line.unit}",
-                line.beside,
-                f"{line.reference:.0f} {line.unit}",
-                f"{line.ratio:.2f}",
-                "-" if line.target is None else f"{line.target:.2f}",
-            )
-    console.print(table)
-
-
-def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function gives, called in a fresh process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def alternate(runs: int, *measures: Callable[[], float]) -> list[float]:
-    """The median of each measurement, all taken in turns."""
-    taken = [[measure() for measure in measures] for _ in range(runs)]
-    return [statistics.median(values) for values in zip(*taken, strict=True)]
+    print_lines(
+        "data generation", (line for part in settings.parts for line in measures[part](settings))
+    )
 
 
 # ---- the engine ----

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
@@ -92,6 +93,7 @@ class InputLayer(nn.Module):
         self.hidden_norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = layer.post_attention_layernorm
         self.norm_before_residual = norm_before_residual
+        self.gradient_checkpointing = False  # Transformers switches it, as in its own layers
 
     def forward(self, embedding: Hidden, hidden: Hidden, rotary: Rotary, attend: Attend) -> Hidden:
         normed = self.hidden_norm(hidden)
@@ -100,14 +102,27 @@ class InputLayer(nn.Module):
             [self.input_layernorm(embedding), normed], dim=-1
         )  # [batch, seq, 2 hidden]
         hidden = residual + attention(self.self_attn, 0, both, rotary, attend)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return hidden + feed_forward(self, hidden)
+
+
+def feed_forward(layer: Any, hidden: Hidden) -> Hidden:
+    """Norm and MLP of a layer; what lies inside them is computed again in the backward pass where
+    gradient checkpointing is on.
+    """
+    if layer.gradient_checkpointing and layer.training:
+        return checkpoint(_feed_forward, layer, hidden, use_reentrant=False)
+    return _feed_forward(layer, hidden)
+
+
+def _feed_forward(layer: Any, hidden: Hidden) -> Hidden:
+    return layer.mlp(layer.post_attention_layernorm(hidden))
 
 
 def decoder_layer(layer: Any, index: int, hidden: Hidden, rotary: Rotary, attend: Attend) -> Hidden:
     """An ordinary pre-norm layer."""
     normed = layer.input_layernorm(hidden)
     hidden = hidden + attention(layer.self_attn, index, normed, rotary, attend)
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return hidden + feed_forward(layer, hidden)
 
 
 def attention(

@@ -49,6 +49,7 @@ class SpeculatorModel(PreTrainedModel):
     """Options of `get_trainer_kwargs`."""
     main_input_name = "input_ids"
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     def __init__(
         self,
@@ -174,6 +175,16 @@ class SpeculatorModel(PreTrainedModel):
             head = read_verifier_head(resolved, self.dtype, trust_remote_code)
             self._attached = [head.to(self.device).eval()]
         self.fill_unset()
+
+    def move_verifier(self, device: torch.device) -> None:
+        """Moves the attached verifier, or its head."""
+        for module in self._attached:
+            module.to(device)
+
+    def share_verifier(self, other: "SpeculatorModel") -> None:
+        """Attaches what is attached to another draft for the same verifier."""
+        self._attached = list(other._attached)
+        self.unset = set()
 
     def detach_verifier(self) -> None:
         """Lets go of the verifier, and of its memory where nobody else holds it."""

@@ -55,23 +55,41 @@ class Reading:
     shift: int = 0
     """They are those of the token this many places further on."""
 
-    def states(self, text: SeenText) -> Float[Tensor, "seq aux"]:
+    def step_through(self, text: SeenText) -> "Stepper":
         layer_ids = self.drafter.aux_layer_ids if self.layer_ids is None else self.layer_ids
-        return text.aux_states(layer_ids, self.shift).to(self.drafter.device, self.drafter.dtype)
+        return Stepper(self.drafter, text.token_ids, text.aux_states(layer_ids, self.shift))
 
 
-class _Stepper:
+READ_AT_ONCE = 2048
+"""Tokens that a draft is told of at one time: attention among them takes their square."""
+
+
+class Stepper:
     """Tells a draft of a text, piece by piece."""
 
-    def __init__(self, reading: Reading, text: SeenText):
-        self.drafter, self.states = reading.drafter, reading.states(text)
-        self.token_ids = text.token_ids.to(self.drafter.device)
-        self.positions = torch.arange(len(self.token_ids), device=self.drafter.device)
-        self.state = self.drafter.start_drafting()
+    def __init__(
+        self,
+        drafter: Drafter,
+        token_ids: Int[Tensor, "seq"],
+        states: Float[Tensor, "seq aux_hidden"],
+    ):
+        self.drafter = drafter
+        self.token_ids = token_ids.to(drafter.device)
+        self.states = states.to(drafter.device, drafter.dtype)
+        self.positions = torch.arange(len(token_ids), device=drafter.device)
+        self.state = drafter.start_drafting()
         self.first = 0
 
     def propose(self, bonus: int, num_tokens: int, choose: Chooser) -> Int[Tensor, "draft"]:
-        """What the draft says after the token at place ``bonus``, the last that it knows."""
+        """What the draft says after the token at place ``bonus``, the last that it knows.
+
+        Places are asked for in ascending order.
+        """
+        while bonus - self.first > READ_AT_ONCE:
+            self._propose(self.first + READ_AT_ONCE, 1, Chooser())
+        return self._propose(bonus, num_tokens, choose)
+
+    def _propose(self, bonus: int, num_tokens: int, choose: Chooser) -> Int[Tensor, "draft"]:
         news = slice(self.first, bonus)
         confirmed = Confirmed(
             self.token_ids[None, self.first : bonus + 1],
@@ -87,7 +105,7 @@ def replay(reading: Reading, text: SeenText, num_tokens: int) -> AcceptanceCount
 
     Drafts whose last token would lie behind the text's end are left out.
     """
-    counts, stepper = AcceptanceCounts(num_tokens), _Stepper(reading, text)
+    counts, stepper = AcceptanceCounts(num_tokens), reading.step_through(text)
     bonus = text.prompt_length
     while bonus + num_tokens + 1 < len(text.token_ids):
         drafted = stepper.propose(bonus, num_tokens, Chooser())
@@ -132,7 +150,7 @@ def first_token_log_probs(reading: Reading, text: SeenText) -> Float[Tensor, "pl
 
     A finer measure than what is kept. The answer's first token comes from prefill.
     """
-    stepper, log_probs = _Stepper(reading, text), []
+    stepper, log_probs = reading.step_through(text), []
     for bonus in range(text.prompt_length, len(text.token_ids) - 1):
         choose = _FirstLogits()
         stepper.propose(bonus, 1, choose)

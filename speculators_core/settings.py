@@ -1,11 +1,14 @@
-"""Options that a caller hands in as keywords, checked by pydantic."""
+"""Options that a caller hands in as keywords or in a YAML file, checked by pydantic."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from speculators_core.errors import SpeculatorError, first_fault
+from speculators_core.errors import SpeculatorError, first_fault, first_line
+from speculators_core.registry import did_you_mean
 
 
 class Settings(BaseModel):
@@ -24,3 +27,41 @@ class Settings(BaseModel):
             return cls.model_validate(options)
         except ValidationError as error:
             raise SpeculatorError(f"{where}: {first_fault(error)}") from error
+
+
+def read_sections(
+    file: Path | None, plan: type[Settings], flags: Mapping[str, Settings | None]
+) -> dict[str, Any]:
+    """The sections of a YAML file, with the options that flags set in their place.
+
+    ``plan`` has a field a section; ``flags`` are sections by name, and what was not set in them
+    counts as absent.
+
+    Raises:
+        SpeculatorError: the file cannot be read, or has a section that the plan has not.
+    """
+    sections = {} if file is None else _read_yaml(file, list(plan.model_fields))
+    for name, given in flags.items():
+        stated = {key: getattr(given, key) for key in given.model_fields_set} if given else {}
+        if stated:
+            below = sections.get(name) or {}
+            sections[name] = {**below, **stated} if isinstance(below, Mapping) else stated
+    return sections
+
+
+def _read_yaml(file: Path, known: list[str]) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpeculatorError(f"{file} cannot be read: {first_line(error)}.") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        raise SpeculatorError(f"{file} is no YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise SpeculatorError(f"{file} holds a {type(content).__name__}; expected sections.")
+    for name in content:
+        if name not in known:
+            raise SpeculatorError(
+                f"{file}: unknown section {name!r}; expected {', '.join(known)}."
+                f"{did_you_mean(str(name), known)}"
+            )
+    return content

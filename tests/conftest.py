@@ -15,7 +15,8 @@ os.environ.update(
 from jaxtyping import install_import_hook  # noqa: E402  # after the OpenMP library
 
 CHECKED = """
-acceptance attention batch chain drafter layers losses masks row_cache training verifier vocabulary
+acceptance attention batch chain drafter layers losses masks row_cache verifier vocabulary
+training.batches training.evaluation training.metrics training.trainer
 data_generation.queues.shared_memory data_generation.queues.zmq_store
 data_generation.queues.mp_queue data_generation.queues.ends
 """

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from speculators_core.batch import PADDING, Batch
-from speculators_core.data_generation.examples import GeneratedExample, Schema
-from speculators_core.data_generation.protocols import DataSource
+from speculators_core.batch import Batch
+from speculators_core.data_generation.examples import GeneratedExample
+from speculators_core.data_generation.packing import RowLayout, rows_held
+from speculators_core.data_generation.protocols import DataSource, HoldingSource
 from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
 
@@ -19,8 +19,14 @@ class GeneratedDataset(IterableDataset):
     """Packed rows of generated examples, for a `DataLoader` with ``batch_size=None``.
 
     Of a store on disk each example comes exactly once an epoch, over all ranks and all workers of
-    the loader together: of the epoch's order, consumer i of n takes every n-th example. A queue is
-    consumed as it comes.
+    the loader together: of the epoch's order, consumer i of n takes every n-th example. So ranks
+    have numbers of examples that differ by one at most, and numbers of packed rows that may differ
+    by more: who steps in all ranks at the same time, as DDP does, ends an epoch with the rank that
+    ends first, or trains within `torch.nn.parallel.DistributedDataParallel.join`.
+
+    A queue is consumed as it comes. An example has been dealt with when the row after its own is
+    asked for; what a process had not dealt with when it was lost goes to another. A loader that
+    asks for rows ahead of the training counts as the one that asks.
 
         dataset = GeneratedDataset("states", row_length=2048, shuffle_buffer=1000)
         for epoch in range(3):
@@ -45,28 +51,25 @@ class GeneratedDataset(IterableDataset):
         ``row_length``: tokens of a row, filled with whole examples and padded; an example longer
         than a row is cut. None: an example a row, without padding.
         ``layer_ids``: the aux layers that the draft reads; all that are stored where None.
-        ``shuffle_buffer``: examples of which the next one is drawn; 0 keeps the order.
+        ``shuffle_buffer``: examples of which the next one is drawn; 0 keeps the order. Of a queue
+        fewer than its `capacity`, since what waits in the buffer has not been dealt with.
         ``dtype``: of the states; as they are stored where None.
         ``rank``, ``num_ranks``: `torch.distributed`'s where None.
 
         Raises:
-            SpeculatorError: there is no such store, or it lacks a state that training needs.
+            SpeculatorError: there is no such store, it lacks a state that training needs, or the
+                queue is too small for ``shuffle_buffer``.
         """
         super().__init__()
         self.source: DataSource = (
             DiskStore.open(source) if isinstance(source, str | Path) else source
         )
-        self.row_length = row_length
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
-        self.dtype = dtype
         self.epoch = 0
-        if shuffle_buffer and not isinstance(self.source, DiskStore):
-            raise SpeculatorError(
-                "A queue is not shuffled: what would wait in the buffer has been acknowledged, and "
-                "is lost with this process. Shuffle the data sets, or generate to disk."
-            )
-        self.slots = _slots(self.source.schema, layer_ids)
+        if shuffle_buffer:
+            _check_shuffled(self.source, shuffle_buffer)
+        self.layout = RowLayout.of(self.source.schema, layer_ids, row_length, dtype)
         self.rank, self.num_ranks = _place(rank, num_ranks)
 
     def set_epoch(self, epoch: int) -> None:
@@ -74,19 +77,20 @@ class GeneratedDataset(IterableDataset):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        row: list[GeneratedExample] = []
-        used = 0
-        for example in self.examples():
-            if row and (self.row_length is None or used + len(example.input_ids) > self.row_length):
-                yield self._row_of(row)
-                row, used = [], 0
-            row.append(example)
-            used += len(example.input_ids)
-        if row:
-            yield self._row_of(row)
+        for row in self._rows():
+            yield self.layout.pack(row)
+
+    def _rows(self) -> Iterator[list[GeneratedExample]]:
+        if not isinstance(self.source, HoldingSource):
+            return self.layout.rows(self.examples())
+        _check_alone()
+        draws = self._draws(self.rank)
+        return rows_held(self.source, lambda found: self.layout.rows(self._ordered(found, draws)))
 
     def examples(self) -> Iterator[GeneratedExample]:
         """The examples of this rank and worker, in the order of the epoch.
+
+        Of a queue, asking for the next one says that the one before has been dealt with.
 
         Raises:
             SpeculatorError: a shard is damaged, or a worker of the loader would read a queue.
@@ -94,16 +98,22 @@ class GeneratedDataset(IterableDataset):
         worker = get_worker_info()
         num_workers = worker.num_workers if worker is not None else 1
         consumer = self.rank * num_workers + (worker.id if worker is not None else 0)
-        draws = random.Random(f"{self.seed}/{self.epoch}/{consumer}")
+        draws = self._draws(consumer)
         if isinstance(self.source, DiskStore):
             found = self._striped(self.source, consumer, self.num_ranks * num_workers)
-        elif worker is not None:
-            raise SpeculatorError(
-                "A queue is read in the process that opened it: set the DataLoader's num_workers "
-                "to 0. Its source receives in a thread of its own."
-            )
-        else:
-            found = self.source.read()
+            return self._ordered(found, draws)
+        _check_alone()
+        if not isinstance(self.source, HoldingSource):
+            return self.source.read()
+        ones = rows_held(self.source, lambda held: ([e] for e in self._ordered(held, draws)))
+        return (example for (example,) in ones)
+
+    def _draws(self, consumer: int) -> random.Random:
+        return random.Random(f"{self.seed}/{self.epoch}/{consumer}")
+
+    def _ordered(
+        self, found: Iterator[GeneratedExample], draws: random.Random
+    ) -> Iterator[GeneratedExample]:
         return _shuffled(found, self.shuffle_buffer, draws) if self.shuffle_buffer else found
 
     def _striped(self, store: DiskStore, consumer: int, count: int) -> Iterator[GeneratedExample]:
@@ -118,55 +128,28 @@ class GeneratedDataset(IterableDataset):
                 yield shard.read(within)
             number += len(shard)
 
-    def _row_of(self, examples: Sequence[GeneratedExample]) -> Batch:
-        """One row of these examples, end to end."""
-        length = self.row_length or sum(len(example.input_ids) for example in examples)
-        states = examples[0].hidden_states
-        dtype = self.dtype or states.dtype
-        aux_slots, last_slot = self.slots
-        width = states.shape[-1]
-        ids = torch.zeros(length, dtype=torch.int64)
-        documents = torch.full((length,), PADDING, dtype=torch.int64)
-        positions = torch.arange(length)
-        mask = torch.zeros(length, dtype=torch.bool)
-        aux = torch.zeros(length, len(aux_slots), width, dtype=dtype)
-        last = torch.zeros(length, width, dtype=dtype)
-        start = 0
-        for number, example in enumerate(examples):
-            end = min(start + len(example.input_ids), length)
-            own = slice(start, end)
-            num_tokens = end - start
-            ids[own] = example.input_ids[:num_tokens]
-            documents[own] = number
-            positions[own] = torch.arange(num_tokens)
-            mask[own] = example.loss_mask[:num_tokens]
-            for place, slot in enumerate(aux_slots):
-                aux[own, place] = example.hidden_states[:num_tokens, slot].to(dtype)
-            last[own] = example.hidden_states[:num_tokens, last_slot].to(dtype)
-            start = end
-        positions[start:] = torch.arange(length - start)
-        row: list[Tensor] = [ids, documents, positions, mask, aux.flatten(1), last]
-        return Batch(*(tensor[None] for tensor in row))
+
+def _check_shuffled(source: DataSource, shuffle_buffer: int) -> None:
+    if isinstance(source, DiskStore):
+        return
+    if not isinstance(source, HoldingSource):
+        raise SpeculatorError(
+            "This source is not shuffled: what would wait in the buffer counts as dealt with, and "
+            "is lost with this process. Shuffle the data sets, or generate to disk."
+        )
+    if shuffle_buffer >= source.capacity:
+        raise SpeculatorError(
+            f"shuffle_buffer {shuffle_buffer}: the queue holds {source.capacity} examples. Make "
+            "sync.queue_size larger than both the buffer and a row."
+        )
 
 
-def _slots(schema: Schema, layer_ids: Sequence[int] | None) -> tuple[list[int], int]:
-    """Where the aux states and the last state lie among an example's states."""
-    if not schema.has_last:
+def _check_alone() -> None:
+    if get_worker_info() is not None:
         raise SpeculatorError(
-            "The store holds no last state, which every draft learns from: generate it with "
-            "data.states.last."
+            "A queue is read in the process that opened it: set the DataLoader's num_workers to 0. "
+            "Its source receives in a thread of its own."
         )
-    num_aux = schema.num_states - 1
-    if layer_ids is None:
-        return list(range(num_aux)), num_aux
-    stored = list(schema.layer_ids[:-1])
-    if schema.reduce != "none" or not set(layer_ids) <= set(stored):
-        what = "their mean alone" if schema.reduce != "none" else f"layers {stored}"
-        raise SpeculatorError(
-            f"The draft reads layers {list(layer_ids)}, the store holds {what}. Generate it with "
-            "data.states.layer_ids."
-        )
-    return [stored.index(layer_id) for layer_id in sorted(layer_ids)], num_aux
 
 
 def _place(rank: int | None, num_ranks: int | None) -> tuple[int, int]:

@@ -4,7 +4,7 @@ import atexit
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from cyclopts import Parameter
 from pydantic import Field
@@ -21,8 +21,19 @@ from speculators_core.data_generation.settings import (
 from speculators_core.errors import SpeculatorError
 from speculators_core.settings import Settings
 
+if TYPE_CHECKING:
+    from speculators_core.data_generation.stores.disk import DiskStore
+
 LOG = "generate.log"
 FAULT = b"fault:"
+
+
+class StoreTotals(Settings):
+    """What a store on disk holds, of all runs."""
+
+    num_examples: int
+    num_tokens: int
+    size_bytes: int
 
 
 class RunReport(Settings):
@@ -41,6 +52,8 @@ class RunReport(Settings):
     """Examples on which the engine failed, and why; of a store on disk in earlier runs too."""
     counts: dict[str, Any] = Field(default_factory=dict)
     """Rows that were read, and what became of them."""
+    store: StoreTotals | None = None
+    """None where examples went to a queue."""
     versions: dict[str, str] = Field(default_factory=dict)
 
 
@@ -123,6 +136,7 @@ def generate_data(plan: GenerationPlan) -> RunReport:
         if store is not None:
             store.check_numbers(below=meter.num_units)
             store.close()
+            report = report.model_copy(update={"store": _totals(store)})
             store.complete(report.model_dump_json(indent=2))
     return report
 
@@ -135,6 +149,14 @@ def _workers(plan: GenerationPlan) -> Iterator[Any]:
     from speculators_core.data_generation.workers import run_here
 
     return run_here(plan)
+
+
+def _totals(store: "DiskStore") -> StoreTotals:
+    return StoreTotals(
+        num_examples=len(store),
+        num_tokens=int(store.lengths.sum()),
+        size_bytes=store.size_bytes,
+    )
 
 
 def _log_file(plan: GenerationPlan) -> Path | None:
@@ -238,6 +260,12 @@ def print_report(report: RunReport, plan: GenerationPlan) -> None:
         "units of an earlier run": report.num_units_kept,
         "examples set aside": len(report.set_aside),
     }
+    if report.store is not None:
+        lines |= {
+            "examples in the store": report.store.num_examples,
+            "tokens in the store": report.store.num_tokens,
+            "bytes in the store": report.store.size_bytes,
+        }
     for name, value in lines.items():
         table.add_row(name, str(value))
     for name, value in _flat_counts(report.counts):

@@ -83,8 +83,8 @@ def locked(folder: Path | None) -> Iterator[None]:
 def prepare(plan: GenerationPlan) -> DiskStore | None:
     """Makes the folder of a run, or looks whether the one that is there can be gone on with.
 
-    With ``run.repair`` damaged shards are taken out. A scheduler of one's own calls it once, then
-    `generate_data_worker` for each worker.
+    With ``run.repair`` shards that are to be made again are taken out. A scheduler of one's own
+    calls it once, then `generate_data_worker` for each worker.
 
     Raises:
         SpeculatorError: the folder holds something else, or was made from other options.
@@ -115,7 +115,9 @@ def prepare(plan: GenerationPlan) -> DiskStore | None:
 def _look_at_shards(store: DiskStore, repair: bool) -> None:
     store.clean()
     if repair:
-        for path, what in store.find_damage().items():
+        wrong = store.find_damage()
+        wrong |= store.find_set_aside(leave_out=wrong)
+        for path, what in wrong.items():
             console.print(f"makes {path.name} again: {what}", markup=False)
             path.unlink()
     for _ in store.headers():

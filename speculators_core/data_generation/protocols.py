@@ -1,6 +1,6 @@
 """What every store does: take examples on one side and give them on the other."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from speculators_core.data_generation.examples import GeneratedExample, Schema
@@ -46,3 +46,24 @@ class DataSource(Protocol):
         Raises:
             SpeculatorError: an example is damaged.
         """
+
+
+@runtime_checkable
+class HoldingSource(DataSource, Protocol):
+    """A source whose examples are the reader's alone until it has dealt with them: a queue."""
+
+    capacity: int
+    """Examples that can be with the reader and on their way to it, at most."""
+
+    def hold(self) -> Iterator[GeneratedExample]:
+        """Examples, until no more come before some of them have been dealt with.
+
+        Only `done` says that they have been. A call begins with those that an earlier one gave and
+        that were not; one that gives none says that there are no more.
+
+        Raises:
+            SpeculatorError: an example is damaged.
+        """
+
+    def done(self, keys: Iterable[str]) -> None:
+        """The reader has dealt with these examples; keys that it does not hold are skipped."""

@@ -10,14 +10,11 @@ A YAML file holds the four sections, flags of the command line win over it:
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import yaml
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from speculators_core.errors import SpeculatorError, first_line
-from speculators_core.registry import did_you_mean
-from speculators_core.settings import Settings
+from speculators_core.settings import Settings, read_sections
 
 StoredDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]
 
@@ -149,7 +146,8 @@ class SyncConfig(Settings):
     compression: Literal["none", "zstd"] = "none"
     """Of shards and messages; a compressed shard is not mapped into memory."""
     queue_size: int = Field(64, ge=1)
-    """Examples that wait for a consumer, at most; then the engine waits."""
+    """Examples that a consumer has not dealt with, at most, those in its row and shuffle buffer
+    included; then the engine waits."""
     urls: tuple[Annotated[str, Field(pattern="^(tcp|ipc)://.+")], ...] = ()
     """Consumers of a queue, one each: `tcp://host:port` of zmq, and what a source of mp_queue says
     of itself."""
@@ -173,12 +171,13 @@ class RunConfig(Settings):
     resume: bool = False
     """Goes on where an earlier run stopped; without it a store that is there is refused."""
     repair: bool = False
-    """Makes damaged shards of the store again."""
+    """Makes damaged shards of a store on disk again, and those with examples set aside: the engine
+    tries these once more."""
     limit: int | None = Field(None, ge=1)
     """Examples in all, at most."""
     max_failures: int = Field(100, ge=0)
     """Examples that may be set aside because the engine failed on them, in all runs of a store; one
-    more ends the run. They are not tried again."""
+    more ends the run. They are tried again with `repair` alone."""
     seed: int = Field(0, ge=0)
     """Of sampling."""
     allowed_roots: tuple[Path, ...] = ()
@@ -225,35 +224,5 @@ def read_plan(
     Raises:
         SpeculatorError: the file cannot be read, or an option is unknown or out of bounds.
     """
-    sections = {} if file is None else _read_yaml(file)
-    for name, given in (flags or {}).items():
-        stated = {key: getattr(given, key) for key in given.model_fields_set} if given else {}
-        if stated:
-            sections[name] = _overlaid(sections.get(name) or {}, stated)
-    where = "flags" if file is None else str(file)
-    return GenerationPlan.read(sections, where)
-
-
-def _overlaid(below: Any, above: Mapping[str, Any]) -> Any:
-    if not isinstance(below, Mapping):
-        return above
-    return {**below, **above}
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpeculatorError(f"{file} cannot be read: {first_line(error)}.") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        raise SpeculatorError(f"{file} is no YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict):
-        raise SpeculatorError(f"{file} holds a {type(content).__name__}; expected sections.")
-    for name in content:
-        if name not in GenerationPlan.model_fields:
-            known = list(GenerationPlan.model_fields)
-            raise SpeculatorError(
-                f"{file}: unknown section {name!r}; expected {', '.join(known)}."
-                f"{did_you_mean(str(name), known)}"
-            )
-    return content
+    sections = read_sections(file, GenerationPlan, flags or {})
+    return GenerationPlan.read(sections, "flags" if file is None else str(file))

@@ -126,6 +126,7 @@ class MTPLayer(nn.Module):
         self.post_attention_layernorm = block.post_attention_layernorm
         self.mlp = block.mlp
         self.final_layernorm = family.norm(hidden, eps=norm_eps)
+        self.gradient_checkpointing = False  # Transformers switches it, as in its own layers
 
     def forward(self, embedding: Hidden, hidden: Hidden, rotary: Rotary, attend: Attend) -> Hidden:
         both = [self.token_layernorm(embedding), self.hidden_layernorm(hidden)]

@@ -1,11 +1,31 @@
 """Muon for the matrices inside a model and AdamW for all else, as one optimizer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 ADAMW_BETAS = (0.9, 0.95)
+
+
+def adamw(
+    model: PreTrainedModel, learning_rate: float, weight_decay: float = 0.1
+) -> torch.optim.AdamW:
+    """AdamW for all weights; vectors do not decay."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    return _adamw(trained, learning_rate, weight_decay)
+
+
+def _adamw(
+    weights: Sequence[torch.nn.Parameter], learning_rate: float, weight_decay: float
+) -> torch.optim.AdamW:
+    groups: list[dict[str, Any]] = [
+        {"params": [w for w in weights if w.ndim >= 2]},
+        {"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.0},
+    ]
+    filled = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(filled, lr=learning_rate, betas=ADAMW_BETAS, weight_decay=weight_decay)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -32,18 +52,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 )
             )
         if others:
-            groups: list[dict[str, Any]] = [
-                {"params": [w for w in others if w.ndim >= 2]},
-                {"params": [w for w in others if w.ndim < 2], "weight_decay": 0.0},
-            ]
-            self.parts.append(
-                torch.optim.AdamW(
-                    groups,
-                    lr=learning_rate,
-                    betas=ADAMW_BETAS,
-                    weight_decay=weight_decay,
-                )
-            )
+            self.parts.append(_adamw(others, learning_rate, weight_decay))
         super().__init__([{"params": trained}], {"lr": learning_rate})
         self._share_groups()
 

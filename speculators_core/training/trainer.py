@@ -1,7 +1,11 @@
-"""`transformers.Trainer` for drafts whose verifier runs in the same process."""
+"""`transformers.Trainer` for drafts: its loop, with our loss, evaluation and saved states."""
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +13,19 @@ from datasets import Dataset
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from speculators_core.batch import Batch
 from speculators_core.errors import SpeculatorError
 from speculators_core.model import SpeculatorModel
+from speculators_core.training import state as saved
 from speculators_core.training.batches import PackedTokens, fill_rows, pack
+from speculators_core.training.evaluation import name_teacher_forced
+from speculators_core.training.faults import describe_fault
+from speculators_core.training.metrics import WeightedMeans
+from speculators_core.training.sharding import gather_draft, is_sharded
+from speculators_core.training.state_folder import rotate_states
 from speculators_core.verifier import LayerTaps
 
 
@@ -107,8 +119,8 @@ class VerifiedDocuments(torch.utils.data.Dataset):
 class SpeculatorTrainer(Trainer):
     """Trains a speculator; the loss is the algorithm's own.
 
-    The model must have its verifier attached in full. ``train_kwargs`` and ``eval_kwargs`` are what
-    `SpeculatorModel.get_trainer_kwargs` gives: they go to the model's ``forward``.
+    Batches count by the tokens that they train, over accumulation steps and ranks. A gradient that
+    is not finite ends the run before it reaches a weight.
     """
 
     def __init__(
@@ -118,8 +130,16 @@ class SpeculatorTrainer(Trainer):
         *,
         train_kwargs: Mapping[str, Any],
         eval_kwargs: Mapping[str, Any],
+        measure: Callable[[SpeculatorModel], dict[str, float]] | None = None,
+        keep: int = 1,
         **kwargs: Any,  # Trainer's own, passed on as they are
     ):
+        """``train_kwargs`` and ``eval_kwargs`` are what `SpeculatorModel.get_trainer_kwargs` gives:
+        they go to the model's ``forward``.
+
+        ``measure`` gives more figures at each evaluation, of a draft that is whole on each rank;
+        ``acceptance_length`` among them tells the best state. ``keep``: saved states, beside it.
+        """
         SpeculatorModel.verify_training_compatible(model)
         if args.train_batch_size != 1 or args.eval_batch_size != 1:
             raise SpeculatorError(
@@ -127,16 +147,27 @@ class SpeculatorTrainer(Trainer):
                 "batch is one packed row. Several GPUs take one process each (torchrun)."
             )
         super().__init__(model, args, data_collator=_only, **kwargs)
+        self.remove_callback(PrinterCallback)
+        # Transformers then leaves placement and the sum of gradients to the model's own shards.
+        self.is_distributed_loading_by_transformers |= is_sharded(model)
         self.model_accepts_loss_kwargs = True  # compute_loss weighs batches; Trainer must not
+        self.speculator = model
         self.train_kwargs = train_kwargs
         self.eval_kwargs = eval_kwargs
-        self._metrics: dict[bool, dict[str, list[float]]] = {
-            is_training: defaultdict(list) for is_training in (True, False)
-        }
-        model.verifier.to(self.args.device)
+        self.measure = measure
+        self.keep = keep
+        self._means = WeightedMeans()
+        self._step_batches: list[dict[str, Any]] = []
+        self._step_losses: list[Tensor] = []
+        model.move_verifier(self.args.device)
+
+    # ---- the loss ----
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Trained tokens of one optimizer step: over its batches, and over all ranks."""
+        self._step_batches, self._step_losses = batch_samples, []
+        if not batch_samples:  # a stream has ended
+            return torch.zeros((), device=device)
         count = torch.stack([batch["loss_mask"].sum() for batch in batch_samples]).sum().to(device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
@@ -152,50 +183,146 @@ class SpeculatorTrainer(Trainer):
         Batches of few tokens count little, on whatever rank they are; the ranks' gradients are
         averaged afterwards, hence their number as a factor.
         """
-        speculator = self.accelerator.unwrap_model(model)
-        batch = (
-            Batch(**inputs).to(dtype=speculator.dtype)
-            if "hidden_states" in inputs
-            else run_verifier(
-                speculator.verifier,
-                PackedTokens(**inputs),
-                speculator.aux_layer_ids,
-                speculator.dtype,
-            )
-        )
+        batch = self._batch(inputs)
         kwargs = self.train_kwargs if model.training else self.eval_kwargs
         _, loss, metrics = model(batch, **kwargs)
-        for name, value in metrics.items():
-            self._metrics[model.training][name].append(float(value))
+        num_trained = batch.loss_mask.sum()
+        self._means.add(name_teacher_forced(metrics), num_trained)
+        self._step_losses.append(loss.detach())
         if num_items_in_batch is not None:
-            share = batch.loss_mask.sum() / num_items_in_batch.clamp_min(1)
+            share = num_trained / num_items_in_batch.clamp_min(1)
             loss = loss * share * self.args.world_size
         return (loss, metrics) if return_outputs else loss
 
-    def prediction_step(
-        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, None, None]:
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+    def _batch(self, inputs: Mapping[str, Any]) -> Batch:
+        tensors = {name: tensor for name, tensor in inputs.items() if name != "row"}
+        dtype = torch.bfloat16 if self.args.bf16 else self.speculator.dtype
+        if "hidden_states" in tensors:
+            return Batch(**tensors).to(dtype=dtype)
+        draft = self.speculator
+        return run_verifier(draft.verifier, PackedTokens(**tensors), draft.aux_layer_ids, dtype)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Raises SpeculatorError where a gradient is not finite, and says of which batch."""
+        norm = float(super()._get_grad_norm(model, grad_norm))
+        if not math.isfinite(norm):
+            keys_of = getattr(self.train_dataset, "keys_of", _no_keys)
+            step = self.state.global_step + 1
+            raise SpeculatorError(
+                describe_fault(step, norm, self._step_batches, self._step_losses, keys_of)
+            )
+        return norm
+
+    # ---- evaluation ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Losses and teacher-forced figures over held-out rows, and what ``measure`` finds.
+
+        Rows are split over the ranks; each has as many passes, those too many without weight.
+        Random generators go on as if there had been none.
+        """
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        start, model = time.monotonic(), self.model_wrapped
+        was_training = model.training
+        model.eval()
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(self.args.seed)  # a draft that draws its rows draws the same ones
+            found = self._evaluate_rows(model, rows)
+            if self.measure is not None:
+                found |= self.measure(self.whole_draft())
+        model.train(was_training)
+        found["runtime"] = time.monotonic() - start
+        self._note_best(found)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _evaluate_rows(self, model: nn.Module, rows: Any) -> dict[str, float]:
+        means, world, rank = WeightedMeans(), self.args.world_size, self.args.process_index
+        for first in range(0, len(rows), world):
+            number = first + rank
+            batch = self._batch(self._prepare_inputs(_only([rows[min(number, len(rows) - 1)]])))
+            with self.compute_loss_context_manager():
+                _, loss, metrics = model(batch, **self.eval_kwargs)
+            weight = batch.loss_mask.sum() * (number < len(rows))
+            means.add({"loss": loss, **name_teacher_forced(metrics)}, weight)
+        return means.take()
+
+    def _note_best(self, found: Mapping[str, float]) -> None:
+        """A longer acceptance length is better; of equal ones that of the lower loss."""
+        if "acceptance_length" not in found:
+            return
+        score = [found["acceptance_length"], -found.get("loss", 0.0)]
+        if self.state.best_metric is None or score > self.state.best_metric:
+            self.state.best_metric = score
+            self.state.best_global_step = self.state.global_step
+            self.control.should_save = self.is_in_train
+
+    def whole_draft(self) -> SpeculatorModel:
+        """The draft as it is now, whole on each rank, with its verifier; every rank calls it."""
+        return gather_draft(self.speculator) if is_sharded(self.speculator) else self.speculator
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the algorithm's metrics, averaged over the batches since the last such line."""
-        is_training = not any(key.startswith("eval_") for key in logs)
-        prefix = "" if is_training else "eval_"
-        metrics = self._metrics[is_training]
-        logs |= {f"{prefix}{name}": sum(v) / len(v) for name, v in metrics.items()}
-        metrics.clear()
+        """Adds the teacher-forced figures, averaged over the tokens since the last such line.
+
+        Of the summary at the end only the times stay: its loss is of this process's steps alone.
+        """
+        if "loss" in logs:
+            logs |= self._means.take()
+        for name in ("train_loss", "total_flos"):
+            logs.pop(name, None)
         super().log(logs, start_time)
+
+    # ---- saved states ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run, step = Path(self.args.output_dir), self.state.global_step
+        saved.write_state(
+            run / f"{PREFIX_CHECKPOINT_DIR}-{step}",
+            model=self.speculator,
+            optimizer=self.optimizer,
+            scheduler=self.lr_scheduler,
+            trainer_state=json.dumps(dataclasses.asdict(self.state), indent=1),
+            is_writer=self.args.should_save,
+        )
+        if self.args.should_save:
+            rotate_states(run, self.keep, self.state.best_global_step)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Weights come with the optimizer, when it has been made."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            saved.read_state(
+                Path(checkpoint),
+                model=self.speculator,
+                optimizer=self.optimizer,
+                scheduler=self.lr_scheduler,
+            )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            saved.restore_rng(Path(checkpoint), self.args.process_index, self.args.world_size)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The checkpoint alone: Trainer would add its arguments as a pickle."""
         self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
 
-    def floating_point_ops(self, inputs: Any) -> int:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0
 
 
-def _only(rows: list[PackedTokens] | list[Batch]) -> dict[str, Tensor]:
+def _no_keys(row: int) -> list[str]:
+    return []
+
+
+def _only(rows: Sequence[Any]) -> dict[str, Tensor]:
+    """A row as it is: a batch has one."""
     (row,) = rows
-    return dict(vars(row))
+    return row if isinstance(row, dict) else dict(vars(row))

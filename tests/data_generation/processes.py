@@ -4,5 +4,9 @@ import multiprocessing
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
-    ["tests.data_generation.queues.queue_processes", "tests.data_generation.running"]
+    [
+        "tests.data_generation.queues.queue_processes",
+        "tests.data_generation.running",
+        "tests.training.running",
+    ]
 )

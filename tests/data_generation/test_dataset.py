@@ -94,7 +94,7 @@ def test_a_draft_reads_its_own_layers_in_its_own_type(states):
 REFUSED = {
     "no last state": ({"has_last": False}, {}, "no last state"),
     "layer not stored": ({}, {"layer_ids": [3]}, r"reads layers \[3\], the store holds layers"),
-    "mean alone": ({"reduce": "mean"}, {"layer_ids": [1]}, "the store holds their mean alone"),
+    "mean alone": ({"reduce": "mean"}, {"layer_ids": [1]}, r"holds layers \[4\] and the mean of"),
 }
 
 
@@ -126,13 +126,15 @@ class Queue:
 def test_a_queue_is_consumed_as_it_comes(states):
     _, examples = states
     queue = Queue(examples)
-    rows = GeneratedDataset(queue, row_length=10)
-    next(iter(rows))
-    assert next(queue.waiting).key == "0/5"  # the first row is full, and the next one has begun
+    rows = iter(GeneratedDataset(queue, row_length=10))
+    next(rows)
+    assert next(queue.waiting).key == "0/4"  # the first row is full
+    next(rows)
+    assert next(queue.waiting).key == "0/7"  # 0/6 did not fit
 
 
-def test_a_queue_is_not_shuffled():
-    with pytest.raises(SpeculatorError, match="A queue is not shuffled"):
+def test_a_source_that_does_not_give_back_is_not_shuffled():
+    with pytest.raises(SpeculatorError, match="This source is not shuffled"):
         GeneratedDataset(Queue([]), shuffle_buffer=4)
 
 

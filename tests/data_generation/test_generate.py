@@ -18,7 +18,12 @@ from torch.utils.data import DataLoader
 from speculators_core.cli import main
 from speculators_core.data_generation.dataset import GeneratedDataset
 from speculators_core.data_generation.engines import Failure, TransformersPipeline, schema_of
-from speculators_core.data_generation.generate import generate_data, generate_data_process
+from speculators_core.data_generation.generate import (
+    RunReport,
+    generate_data,
+    generate_data_process,
+    print_report,
+)
 from speculators_core.data_generation.preparation import placed, prepare, without_secrets
 from speculators_core.data_generation.progress import Meter
 from speculators_core.data_generation.queues.zmq_store import ZmqStore
@@ -283,6 +288,22 @@ def test_an_example_that_fails_is_set_aside_with_its_reason(given, undisturbed, 
     assert report.num_examples == NUM_ROWS - len(expected)
     again = generate_data(plan_of(given, folder, run={"resume": True}))
     assert again.set_aside == expected
+
+
+def test_examples_set_aside_are_tried_again_with_repair(given, tmp_path, failing, monkeypatch):
+    folder, small = tmp_path / "store", {"shard_tokens": 40}
+    failed = generate_data(plan_of(given, folder, sync=small)).set_aside
+    with_failures = [p for p, header in DiskStore.open(folder).headers() if header.set_aside]
+    assert 0 < len(with_failures) < len(contents(folder))
+    monkeypatch.undo()
+    resumed = generate_data(plan_of(given, folder, sync=small, run={"resume": True}))
+    assert resumed.set_aside == failed and resumed.num_units == resumed.num_units_kept
+    tight = {"repair": True, "max_failures": 0}  # those that are tried again do not count
+    repaired = generate_data(plan_of(given, folder, sync=small, run=tight))
+    assert repaired.set_aside == {}
+    assert repaired.num_units - repaired.num_units_kept == len(with_failures)
+    generate_data(plan_of(given, tmp_path / "never failed", sync=small))
+    assert contents(folder) == contents(tmp_path / "never failed")
 
 
 def test_more_failures_than_allowed_end_the_run(given, tmp_path, failing):
@@ -567,6 +588,29 @@ def test_inspect_tells_what_is_inside(undisturbed, inspect):
     assert f"{len(tokens) - 2} more tokens" in shortened
     told = json.loads(inspect(undisturbed, "--json")[1])
     assert told["num_examples"] == NUM_ROWS and told["is_complete"]
+
+
+def test_the_report_tells_what_the_store_holds_beside_what_the_run_made(
+    given, undisturbed, tmp_path, inspect, capsys
+):
+    folder = tmp_path / "store"
+    shutil.copytree(undisturbed, folder)
+    (folder / "shards" / "000002.safetensors").unlink()
+    plan = plan_of(given, folder, run={"resume": True})
+    report = generate_data(plan)
+    assert report == RunReport.model_validate_json((folder / "report.json").read_text())
+    capsys.readouterr()
+    found = json.loads(inspect(folder, "--json")[1])
+    held = report.store.model_dump()
+    assert held == {name: found[name] for name in held}
+    assert held["num_examples"] == NUM_ROWS
+    _, made = list(DiskStore.open(folder).headers())[2]
+    assert report.num_examples == len(made.entries) < NUM_ROWS
+    assert report.num_tokens == made.num_tokens < held["num_tokens"]
+    assert 0 < report.size_bytes < held["size_bytes"]
+    print_report(report, plan)
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "examples in the store" in x]
+    assert str(NUM_ROWS) in line
 
 
 def test_inspect_finds_damage_where_every_byte_is_read(undisturbed, inspect, tmp_path):

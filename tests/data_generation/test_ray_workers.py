@@ -1,17 +1,21 @@
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from speculators_core.data_generation.generate import generate_data
 from speculators_core.data_generation.settings import GenerationPlan
+from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
 from tests.conftest import VOCAB_SIZE, make_verifier
-from tests.data_generation.test_generate import contents, plan_of, write_rows
+from tests.data_generation.test_generate import children_of, contents, plan_of, write_rows
 from tests.vllm.serving import write_tokenizer
 
 ray = pytest.importorskip("ray")
@@ -30,7 +34,7 @@ def given(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A Ray cluster of this machine, as an administrator starts one."""
+    """A Ray cluster of this machine, as an administrator starts one; the id of its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -48,7 +52,7 @@ def cluster(tmp_path_factory):
     )
     os.environ["RAY_ADDRESS"] = address
     _wait_until_up(head)
-    yield
+    yield head.pid
     assert not ray.is_initialized()  # a driver that is left behind is ended by Ray itself
     head.terminate()  # ends all that it started, and no other cluster's processes
     head.wait(60)
@@ -83,6 +87,65 @@ def test_workers_of_a_cluster_make_the_bytes_that_one_makes(cluster, given, tmp_
     assert report.num_examples == 30 and report.counts["rows"] == 30
     assert not pids
     assert contents(given / "there") == contents(tmp_path / "here")
+
+
+def working(pid):
+    """Processes below this one in which Ray runs a worker."""
+    found = []
+    for child in children_of(pid):
+        found += working(child)
+        with suppress(FileNotFoundError):
+            if Path(f"/proc/{child}/cmdline").read_bytes().startswith(b"ray::_work"):
+                found.append(child)
+    return found
+
+
+@contextmanager
+def killing(head, shards, times):
+    """Kills so many workers of the cluster, each when it has made a shard; yields their ids."""
+    killed, is_over, num_before = [], threading.Event(), {}
+
+    def kill():
+        while len(killed) < times and not is_over.wait(0.01):
+            for pid in set(working(head)) - set(killed):
+                num_shards = len(list(shards.glob("*.safetensors")))
+                if num_shards > num_before.setdefault(pid, num_shards):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        is_over.set()
+        thread.join()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_run_again_and_in_the_end_the_run_says_so(
+    cluster, given, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("speculators_core.data_generation.ray_workers.MAX_RETRIES", 1)
+    rows = [
+        {"input_ids": [(7 * row + t * t) % VOCAB_SIZE for t in range(20)]} for row in range(200)
+    ]
+    write_rows(given / "many.jsonl", rows)
+
+    def plan(folder, **run):
+        options = {"sync": {"shard_tokens": 20}, "data": {"deduplicate": False}, "run": run}
+        return plan_of(given, tmp_path / folder, "many.jsonl", **options)
+
+    lost = "^A worker on Ray was lost: [^\n]* Go on with --run.resume.$"
+    with killing(cluster, tmp_path / "store" / "shards", times=2) as killed:
+        with pytest.raises(SpeculatorError, match=lost):
+            generate_data(plan("store", backend="ray"))
+    assert len(killed) == 2
+    assert not DiskStore.open(tmp_path / "store").is_complete
+    report = generate_data(plan("store", resume=True))
+    assert report.num_units == 200 and 2 <= report.num_units_kept < 200
+    generate_data(plan("undisturbed"))
+    assert contents(tmp_path / "store") == contents(tmp_path / "undisturbed")
 
 
 @pytest.mark.slow

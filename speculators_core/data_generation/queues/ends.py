@@ -3,14 +3,14 @@
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from jaxtyping import Shaped
 from torch import Tensor
 
 from speculators_core.data_generation.examples import GeneratedExample, Schema
 from speculators_core.data_generation.queues.frames import Label
-from speculators_core.data_generation.queues.receiver import Receiver
+from speculators_core.data_generation.queues.receiver import Arrival, Receiver
 from speculators_core.data_generation.queues.sender import Parcel, Sender
 from speculators_core.errors import SpeculatorError
 
@@ -86,9 +86,9 @@ class QueueSink:
 
 
 class QueueSource:
-    """A `DataSource`. An example is acknowledged when the next one is asked for.
+    """A `HoldingSource`: producers forget an example when the reader has dealt with it.
 
-    One that a reader leaves the loop with is given again by the next `read`. It goes to another
+    What it has not dealt with is given again by the next `read` or `hold`. It goes to another
     consumer if this one is closed or lost.
     """
 
@@ -97,7 +97,9 @@ class QueueSource:
     ) -> None:
         self.schema = schema
         self.url = receiver.url
+        self.capacity = receiver.room * receiver.num_producers
         self._receiver = receiver
+        self._held: dict[str, Arrival] = {}
         self._clean_up = clean_up
 
     @property
@@ -111,15 +113,27 @@ class QueueSource:
         Raises:
             SpeculatorError: none of the others is there.
         """
-        while (arrival := self._receiver.take()) is not None:
+        for example in self.hold():
+            yield example
+            self.done([example.key])
+
+    def hold(self) -> Iterator[GeneratedExample]:
+        """Raises SpeculatorError as `read`."""
+        for left in reversed(self._held.values()):
+            self._receiver.put_back(left)
+        self._held.clear()
+        while (arrival := self._receiver.take(is_holding=bool(self._held))) is not None:
             example = arrival.load()
-            if example is not None:
-                try:
-                    yield example
-                except GeneratorExit:
-                    self._receiver.put_back(arrival)
-                    raise
-            self._receiver.settle(arrival)
+            if example is None:
+                self._receiver.settle(arrival)
+                continue
+            self._held[example.key] = arrival
+            yield example
+
+    def done(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            if key in self._held:
+                self._receiver.settle(self._held.pop(key))
 
     def close(self) -> None:
         """Lets producers know that they have to send elsewhere."""

@@ -9,9 +9,12 @@
                                  <--   REFUSED  why never
     EXAMPLE  label, tensors      -->
                                  <--   ACK      the reader has dealt with it
-    END                          -->
+    CLOSING  all has been sent   -->
+    END      and dealt with      -->
                                  <--   ACK
     BEAT                        <-->   BEAT
+
+After CLOSING come those examples alone that another consumer was lost with.
 
 The consumer chooses a number for each session; examples and the end are counted from 0 in it, so
 that what was recorded in another session, or comes twice, is told from what is meant.
@@ -54,6 +57,7 @@ class Kind(IntEnum):
     END = 6
     ACK = 7
     BEAT = 8
+    CLOSING = 9
 
 
 class Hello(Settings):

@@ -10,6 +10,9 @@ what a producer sends over that is refused. Every example is dealt with once:
 Only what was not acknowledged can come again: the examples that were under way when a producer or
 a consumer was lost, and those of which a producer's journal did not know yet. So the last
 `REMEMBERED` keys are enough to tell, however long the run.
+
+A reader may hold examples that it has not dealt with. While it does, it is told when no more can
+come: each producer has sent everything, or as much as there is room for.
 """
 
 import hashlib
@@ -66,6 +69,8 @@ class Producer:
     number: int = 0
     """Of its next message."""
     num_held: int = 0
+    is_closing: bool = False
+    """Whether it has sent everything."""
     has_ended: bool = False
     heard: float = field(default_factory=time.monotonic)
 
@@ -102,6 +107,7 @@ class Receiver:
     ) -> None:
         self.expected = expected
         self.num_producers = num_producers
+        self.queue_size = sync.queue_size
         self.room = max(1, sync.queue_size // num_producers)
         """Examples that each producer may have under way."""
         self.max_message_bytes = sync.max_message_bytes
@@ -118,6 +124,7 @@ class Receiver:
         self._dealt: dict[bytes, None] = {}
         self._settled: deque[Receipt] = deque()
         self._complained: set[bytes] = set()
+        self._has_warned = False
         self._io = IoThread(sync.heartbeat_s, GOODBYE_S)
         try:
             self._socket = open_socket(self._io.context)
@@ -132,8 +139,11 @@ class Receiver:
 
     # What other threads call.
 
-    def take(self) -> Arrival | None:
+    def take(self, is_holding: bool = False) -> Arrival | None:
         """The next one; None when all producers have ended.
+
+        ``is_holding``: the reader has some that it has not dealt with. It gets None, too, when no
+        more come before it has.
 
         Raises:
             SpeculatorError: nothing was heard for ``timeout_s`` of those that have not.
@@ -143,6 +153,8 @@ class Receiver:
             last_there = time.monotonic()
             while not self._queue:
                 if len(self._ended) >= self.num_producers:
+                    return None
+                if is_holding and self._all_rest():
                     return None
                 if self._num_active():
                     last_there = time.monotonic()
@@ -172,6 +184,23 @@ class Receiver:
 
     def _num_active(self) -> int:
         return sum(not producer.has_ended for producer in self._producers.values())
+
+    def _all_rest(self) -> bool:
+        """Whether none that is here sends more before one of its examples is acknowledged."""
+        if self._settled:
+            return False
+        active = [producer for producer in self._producers.values() if not producer.has_ended]
+        full = [p for p in active if p.num_held >= self.room and not p.is_closing]
+        if not all(producer.is_closing or producer in full for producer in active):
+            return False
+        if full and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "sync.queue_size %d is too small for what its reader holds at one time: rows go "
+                "out before they are full. Make it larger.",
+                self.queue_size,
+            )
+        return True
 
     def _missing(self) -> str:
         num_missing = self.num_producers - len(self._ended)
@@ -267,6 +296,9 @@ class Receiver:
             raise FrameError("it is of another session")
         producer.heard = time.monotonic()
         if message.kind == Kind.BEAT:
+            return
+        if message.kind == Kind.CLOSING and not producer.has_ended:
+            producer.is_closing = True
             return
         if message.kind not in (Kind.EXAMPLE, Kind.END) or producer.has_ended:
             raise FrameError(f"{message.kind.name} was not expected")

@@ -56,6 +56,8 @@ class Line:
     """The number of the last message."""
     is_told: bool = False
     """Whether the consumer has acknowledged the end."""
+    knows_closing: bool = False
+    """Whether the consumer was told that nothing new will come."""
     has_met: bool = False
     """Whether the consumer was ever there."""
     reason: str = "nobody has answered"
@@ -83,6 +85,7 @@ class Sender:
         self._io = IoThread(sync.heartbeat_s)
         self._waiting: deque[Parcel] = deque()
         self._acknowledged: list[str] = []
+        self._is_closing = False
         self._is_ending = False
         try:
             self._lines = [Line(url, self._connect(url)) for url in urls]
@@ -121,6 +124,8 @@ class Sender:
             return
         try:
             with self._io.changed:
+                self._is_closing = True
+                self._io.ring()
                 self._wait(lambda: not self._waiting and not any(x.under_way for x in self._lines))
                 self._is_ending = True
                 self._io.ring()
@@ -179,6 +184,11 @@ class Sender:
             if not there:
                 break
             self._send(min(there, key=lambda x: len(x.under_way)), self._waiting.popleft())
+        if self._is_closing:
+            for line in self._lines:
+                if line.session is not None and not line.knows_closing:
+                    line.knows_closing = True
+                    self._say(line, Kind.CLOSING)
         if self._is_ending:
             for line in self._lines:
                 if line.session is not None and line.end is None:

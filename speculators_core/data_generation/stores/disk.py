@@ -11,12 +11,9 @@ time.
 """
 
 import json
-import os
 import re
-import uuid
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -28,6 +25,7 @@ from pydantic import Field, ValidationError
 
 from speculators_core.data_generation.engines import Failure
 from speculators_core.data_generation.examples import GeneratedExample, Schema
+from speculators_core.data_generation.stores.durable import replaced, sync_names, write_text
 from speculators_core.data_generation.stores.shards import (
     SUFFIXES,
     Shard,
@@ -134,6 +132,7 @@ class DiskStore:
             try:
                 (folder / SHARDS).mkdir(parents=True, exist_ok=True)
                 write_text(folder / MANIFEST, manifest.model_dump_json(indent=2))
+                sync_names(folder.parent)
             except OSError as error:
                 raise SpeculatorError(
                     f"{folder} cannot be made: {error.strerror or first_line(error)}."
@@ -225,6 +224,19 @@ class DiskStore:
                 found[path] = str(error)
         return found
 
+    def find_set_aside(self, leave_out: Collection[Path] = ()) -> dict[Path, str]:
+        """Shards with examples that the engine failed on, and how many."""
+        return {
+            path: f"{len(header.set_aside)} of its examples were set aside"
+            for path, header in self.headers(leave_out)
+            if header.set_aside
+        }
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all shards."""
+        return sum(path.stat().st_size for path in self.shard_paths())
+
     # ---- writing ----
 
     def write_shard(
@@ -282,13 +294,10 @@ class DiskStore:
         Raises:
             SpeculatorError: a shard is damaged, or there is no room.
         """
-        temporary = self.folder / f".{uuid.uuid4().hex}.part"
         try:
-            parquet.write_table(self._table(), temporary)
-            os.replace(temporary, self.folder / INDEX)
+            with replaced(self.folder / INDEX) as temporary:
+                parquet.write_table(self._table(), temporary)
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
             raise SpeculatorError(f"{self.folder / INDEX}: {first_line(error)}.") from error
 
     def _table(self) -> pa.Table:
@@ -391,14 +400,3 @@ def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return found
-
-
-def write_text(path: Path, text: str) -> None:
-    """Under a temporary name first."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -9,11 +9,8 @@ fields whole and copies them twice.
 """
 
 import json
-import os
 import struct
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
@@ -29,6 +26,7 @@ from xxhash import xxh3_64
 
 from speculators_core.data_generation.engines import Failure
 from speculators_core.data_generation.examples import GeneratedExample, Schema
+from speculators_core.data_generation.stores.durable import replaced
 from speculators_core.errors import SpeculatorError, first_fault, first_line
 from speculators_core.settings import Settings
 
@@ -125,7 +123,7 @@ def write_shard(
     results: Sequence[GeneratedExample | Failure],
     unit_digest: str = "",
 ) -> ShardHeader:
-    """Writes a shard under a temporary name, then renames it; ``.zst`` is compressed.
+    """Writes a shard; ``.zst`` is compressed. It has its name when all of it is on disk.
 
     Raises:
         SpeculatorError: it cannot be written; nothing of it is left.
@@ -155,20 +153,14 @@ def write_shard(
             if isinstance(result, Failure)
         ),
     )
-    temporary = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
-        with _opened(temporary, path.suffix == ".zst") as file:
+        with replaced(path) as temporary, _opened(temporary, path.suffix == ".zst") as file:
             _write(file, header, schema, encoded)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise SpeculatorError(
-                f"{path} could not be written: {error.strerror or first_line(error)}. Make room "
-                "and go on with --run.resume; shards that are there stay."
-            ) from error
-        raise
+    except OSError as error:
+        raise SpeculatorError(
+            f"{path} could not be written: {error.strerror or first_line(error)}. Make room and go "
+            "on with --run.resume; shards that are there stay."
+        ) from error
     return header
 
 

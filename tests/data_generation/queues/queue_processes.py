@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from speculators_core.data_generation.examples import GeneratedExample, Schema
+from speculators_core.data_generation.packing import RowLayout, rows_held
 from speculators_core.data_generation.queues.mp_queue import MPQueueStore
 from speculators_core.data_generation.queues.zmq_store import ZmqStore
 from speculators_core.data_generation.settings import SyncConfig
@@ -109,6 +110,21 @@ def consume(sync: SyncConfig, url: str, options: dict, file: Path, pause_s: floa
         for example in source.read():
             time.sleep(pause_s)
             log.write(f"{line_of(example)}\n")
+
+
+def consume_rows(sync: SyncConfig, file: Path, row_length: int) -> None:
+    """A line for each packed row that is handed out: the keys of its examples.
+
+    The second row is never dealt with. The first line tells where it is bound.
+    """
+    source = open_source(sync.kind, sync)
+    layout = RowLayout.of(SCHEMA, None, row_length)
+    with closing(source), file.open("a", buffering=1) as log:
+        log.write(f"{source.url}\n")
+        for number, row in enumerate(rows_held(source, layout.rows)):
+            log.write(f"{' '.join(example.key for example in row)}\n")
+            if number == 1:
+                time.sleep(60)
 
 
 def start(target, *arguments):

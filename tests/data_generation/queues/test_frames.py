@@ -41,6 +41,7 @@ MESSAGES = [
     Message(Kind.END, 5, 4),
     Message(Kind.ACK, 5, 4),
     Message(Kind.BEAT, 5),
+    Message(Kind.CLOSING, 5),
 ]
 ids = [f"{i}-{message.kind.name}" for i, message in enumerate(MESSAGES)]
 

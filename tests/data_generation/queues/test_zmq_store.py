@@ -234,12 +234,15 @@ def test_who_does_not_keep_to_the_protocol_is_shown_out(misbehave, caplog):
         assert found == ["0/0", "0/1", "0/2"]
 
 
-def test_after_the_end_there_is_nothing():
+@pytest.mark.parametrize(
+    "more", [lambda s: s.example(1), lambda s: s.say(Kind.CLOSING)], ids=["example", "closing"]
+)
+def test_after_the_end_there_is_nothing(more):
     with closing(open_source("zmq", make_sync())) as source, Stranger(source.url) as stranger:
         stranger.enter()
         stranger.send(stranger.say(Kind.END))
         assert stranger.answer().kind == Kind.ACK
-        stranger.send(stranger.example(1))
+        stranger.send(more(stranger))
         assert stranger.answer().kind == Kind.REFUSED
         assert list(source.read()) == []
 

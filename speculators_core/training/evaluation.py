@@ -1,0 +1,280 @@
+"""What a draft in training would be kept of when it is served: decoded, and predicted.
+
+What a model's own ``forward`` measures is teacher-forced: every token before the one that it judges
+is the text's own. Acceptance is something else, and these are its figures, of the draft as it is
+served, each token on its own output:
+
+    acceptance_length            prompts decoded with the verifier, by the reference decoder
+    joint_k, conditional_k       the same by position, k from 1
+    predicted_...                the same of roll-outs over held-out examples; see `rollout`
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from speculators_core.data_generation.examples import GeneratedExample, Schema
+from speculators_core.data_generation.packing import RowLayout
+from speculators_core.errors import SpeculatorError
+from speculators_core.losses import CHUNK_LOGITS, FEWEST_ROWS, GPU_CHUNK_LOGITS
+from speculators_core.model import SpeculatorModel
+from speculators_core.prompts import read_prompts, tokenize
+from speculators_core.proposals import GreedyTokenProposalConfig
+from speculators_core.rollout import (
+    UNKNOWN,
+    SurvivalCounts,
+    VerifiedText,
+    bonus_places,
+    draw_places,
+    judging_rows,
+    roll_out,
+)
+from speculators_core.texts import AcceptanceCounts
+from speculators_core.training.settings import EvaluationSection
+from speculators_core.verifier import VerifierHead, read_tokenizer
+
+Figure = TypeVar("Figure")
+
+DECODED_AT_ONCE = 4
+"""Prompts of one batch of the reference decoder. On a CPU core 16 of the playground's prompts take
+EAGLE-3 8 s so, 14 s one by one and 10 s all at once; rows of unlike pace wait for each other."""
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Examples that no step trains on; in memory, or mapped from a store."""
+
+    examples: Sequence[GeneratedExample]
+    schema: Schema
+
+
+# ---- prompts ----
+
+
+def choose_prompts(
+    section: EvaluationSection,
+    examples: Sequence[GeneratedExample],
+    verifier: str,
+    max_length: int,
+) -> list[list[int]]:
+    """Token ids of the prompts to decode: no two are the same, at most ``section.num_prompts``.
+
+    Those of ``section.prompts`` under the chat template of ``verifier`` (folder or hub id); else
+    what stands before the first trained token of each example. Of an example that is trained from
+    its start (plain text) it is the first quarter. Where there are too many they are taken at even
+    distances, so that a file in order of its categories is seen in all of them. ``max_length`` is
+    the number of positions that the verifier has.
+
+    Raises:
+        SpeculatorError: the prompts or the tokenizer cannot be read, or there is no prompt at all.
+    """
+    if section.prompts is not None:
+        rows = {prompt.model_dump_json(): prompt for prompt in read_prompts(section.prompts)}
+        chosen = _spread(list(rows.values()), section.num_prompts)
+        tokenized = tokenize(chosen, read_tokenizer(verifier), max_length)
+        found = [prompt.token_ids for prompt in tokenized]
+    else:
+        found = [_beginning(example, max_length // 2) for example in examples]
+    unique = [list(ids) for ids in dict.fromkeys(map(tuple, found)) if ids]
+    if not unique:
+        raise SpeculatorError(
+            f"evaluation.decode has no prompts: none of {len(examples)} held-out examples begins "
+            "with one. Set evaluation.prompts, or data.eval_examples, or evaluation.decode to "
+            "false."
+        )
+    return _spread(unique, section.num_prompts)
+
+
+def _beginning(example: GeneratedExample, most: int) -> list[int]:
+    """The example's prompt; nothing where it has none, or one of more than ``most`` tokens."""
+    trained = example.loss_mask.nonzero().flatten()
+    if not len(trained):
+        return []
+    first = int(trained[0])
+    if first <= 1:  # plain text, whose first token nobody can predict
+        first = max(1, min(len(example.input_ids) // 4, most))
+    return example.input_ids[:first].tolist() if first <= most else []
+
+
+def _spread(items: Sequence[Item], count: int) -> list[Item]:
+    """So many of the items at even distances; all where there are fewer."""
+    if len(items) <= count:
+        return list(items)
+    return [items[number * len(items) // count] for number in range(count)]
+
+
+# ---- decoding ----
+
+
+@contextmanager
+def without_traces(draft: SpeculatorModel) -> Iterator[None]:
+    """Measures a draft: no gradients, no dropout; modes and random numbers go on as they stood."""
+    modes = [(module, module.training) for module in draft.modules()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [draft.device] if draft.device.type == "cuda" else []
+    draft.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def decode_prompts(
+    draft: SpeculatorModel, prompts: Sequence[Sequence[int]], max_tokens: int
+) -> SurvivalCounts:
+    """What is kept of the draft over the verifier's greedy answers, counted as ever.
+
+    That is by the reference decoder: a prompt's first token comes from prefill and belongs to no
+    draft, the last step counts whole. The draft proposes greedily as many tokens as its config
+    says, whatever else its proposal method is. Weights keep their type.
+
+    Raises:
+        SpeculatorError: the draft has no verifier attached in full.
+    """
+    num_tokens = draft.config.proposal.speculative_tokens
+    counts = AcceptanceCounts(num_tokens)
+    ordered = sorted(prompts, key=len)  # prompts of a batch are padded to the longest
+    with without_traces(draft):
+        for first in range(0, len(ordered), DECODED_AT_ONCE):
+            group = ordered[first : first + DECODED_AT_ONCE]
+            longest = max(map(len, group))
+            ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in group]
+            mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in group]
+            device = draft.verifier.device
+            output = draft.generate(
+                torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                proposal=GreedyTokenProposalConfig(speculative_tokens=num_tokens),
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                repetition_penalty=1.0,  # whatever the verifier's generation config wants
+                pad_token_id=0,
+                return_dict_in_generate=True,
+            )
+            for row in output.acceptance:
+                counts.accepted.extend(row.accepted)
+    return SurvivalCounts.of(counts)
+
+
+# ---- roll-outs ----
+
+
+def roll_out_held_out(
+    draft: SpeculatorModel, held_out: HeldOut, count: int, rank: int = 0, world: int = 1
+) -> SurvivalCounts:
+    """What becomes of drafts at ``count`` places of the examples, the same in each call.
+
+    Of the examples that places were drawn in, rank i of n has every n-th. The verifier's head must
+    be attached; its tokens are those of the stored states, in the head's own type.
+
+    Raises:
+        SpeculatorError: the schema lacks a state that the draft reads.
+    """
+    num_tokens = draft.config.proposal.speculative_tokens
+    layout = RowLayout.of(held_out.schema, draft.aux_layer_ids, None)
+    candidates = [bonus_places(example.loss_mask) for example in held_out.examples]
+    drawn = [(at, places) for at, places in enumerate(draw_places(candidates, count)) if places]
+    total = SurvivalCounts.none(num_tokens)
+    with without_traces(draft):
+        for at, places in drawn[rank::world]:
+            example = held_out.examples[at]
+            rows = judging_rows(places, num_tokens, len(example.input_ids))
+            text = _verified_text(example, layout, draft.verifier_head, rows)
+            total += roll_out(draft, text, places, num_tokens)
+    return total
+
+
+def _verified_text(
+    example: GeneratedExample,
+    layout: RowLayout,
+    head: VerifierHead,
+    rows: Sequence[int],
+) -> VerifiedText:
+    """The example with the verifier's tokens after these rows."""
+    aux, last = list(layout.aux_slots), layout.last_slot
+    choices = torch.full_like(example.input_ids, UNKNOWN)
+    index = torch.tensor(rows, device=choices.device)
+    choices[index] = greedy_tokens(head, example.hidden_states[index, last]).to(choices.device)
+    return VerifiedText(example.input_ids, example.hidden_states[:, aux].flatten(1), choices)
+
+
+@torch.no_grad()
+def greedy_tokens(
+    head: VerifierHead, last_hidden_states: Float[Tensor, "rows hidden"]
+) -> Int[Tensor, "rows"]:
+    """What the verifier says after each state; logits are made for a few rows at a time."""
+    weight = head.lm_head.weight
+    at_once = CHUNK_LOGITS if weight.device.type == "cpu" else GPU_CHUNK_LOGITS
+    chunks = last_hidden_states.split(max(FEWEST_ROWS, at_once // len(weight)))
+    return torch.cat([head(chunk).argmax(-1) for chunk in chunks])
+
+
+# ---- figures ----
+
+
+def evaluate_truth(
+    draft: SpeculatorModel,
+    prompts: Sequence[Sequence[int]],
+    held_out: HeldOut,
+    section: EvaluationSection,
+    rank: int = 0,
+    world: int = 1,
+) -> dict[str, float]:
+    """Figures of acceptance, over the prompts and examples of all ranks; each gets the same.
+
+    All ranks of `torch.distributed` call it, with the same prompts and examples and a plain draft:
+    one sharded by FSDP2 cannot decode. A figure that nothing was counted for is left out: without
+    ``section.decode`` or ``section.roll_outs``, a conditional rate that no draft came to, or all
+    where every answer ended with its first token.
+    """
+    decoded = rolled = SurvivalCounts.none(draft.config.proposal.speculative_tokens)
+    if section.decode:
+        decoded = decode_prompts(draft, prompts[rank::world], section.max_tokens)
+    if section.roll_outs:
+        rolled = roll_out_held_out(draft, held_out, section.roll_outs, rank, world)
+    if torch.distributed.is_initialized():
+        decoded, rolled = (_sum_over_ranks(counts, draft.device) for counts in (decoded, rolled))
+    return {**_figures(decoded), **_figures(rolled, "predicted_")}
+
+
+def _sum_over_ranks(counts: SurvivalCounts, device: torch.device) -> SurvivalCounts:
+    both = torch.tensor([counts.at_risk, counts.right], device=device)
+    torch.distributed.all_reduce(both)
+    at_risk, right = both.tolist()
+    return SurvivalCounts(tuple(at_risk), tuple(right))
+
+
+def _figures(counts: SurvivalCounts, prefix: str = "") -> dict[str, float]:
+    """By name, for the log; nothing where there was no draft."""
+    if not counts.num_places:
+        return {}
+    joint = {f"{prefix}joint_{k}": rate for k, rate in enumerate(counts.joint, start=1)}
+    conditional = {
+        f"{prefix}conditional_{k}": rate
+        for k, rate in enumerate(counts.conditional, start=1)
+        if rate is not None
+    }
+    return {f"{prefix}acceptance_length": counts.acceptance_length, **joint, **conditional}
+
+
+def name_teacher_forced(metrics: Mapping[str, Figure]) -> dict[str, Figure]:
+    """A model's own metrics under names that nobody takes for acceptance; losses keep theirs.
+
+    cond_acc_1 -> teacher_forced_cond_acc_1
+    """
+    return {
+        name if name == "loss" or name.startswith("loss_") else f"teacher_forced_{name}": value
+        for name, value in metrics.items()
+    }

@@ -1,0 +1,65 @@
+"""Names what stands behind a loss or a gradient that is not finite."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+LOWER_RATE = "The data are finite: try a lower optimizer.learning_rate."
+
+
+def describe_fault(
+    step: int,
+    gradient_norm: float,
+    batches: Sequence[Mapping[str, Any]],
+    losses: Sequence[Tensor],
+    keys_of: Callable[[int], list[str]],
+) -> str:
+    """One line: the batch of this step whose loss is not finite, and what in its data is not.
+
+    ``batches`` and ``losses`` are this process's own; ``keys_of`` gives the keys of a row.
+    """
+    named = [_name(batch, keys_of) for batch in batches]
+    for batch, loss, name in zip(batches, losses, named, strict=False):
+        keys = keys_of(_row(batch))
+        if found := _find_in_data(batch, keys):
+            return f"step {step}: the loss is {float(loss)} on {name}: {found}."
+        if not math.isfinite(float(loss)):
+            return f"step {step}: the loss is {float(loss)} on {name}. {LOWER_RATE}"
+    return (
+        f"step {step}: the norm of the gradient is {gradient_norm} after {'; '.join(named)}, whose "
+        f"losses are finite. {LOWER_RATE}"
+    )
+
+
+def _find_in_data(batch: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    """The first token whose states are not finite."""
+    for what in ("hidden_states", "last_hidden_states"):
+        states = batch.get(what)
+        if states is None:
+            continue
+        is_fault = ~states[0].isfinite().all(-1)
+        if not is_fault.any():
+            continue
+        place = int(is_fault.nonzero()[0, 0])
+        document, position = int(batch["document_ids"][0, place]), batch["position_ids"][0, place]
+        example = repr(keys[document]) if 0 <= document < len(keys) else f"number {document}"
+        return (
+            f"{what} of token {int(position)} of example {example} are not finite. Generate that "
+            "example anew, or leave it out"
+        )
+    return None
+
+
+def _row(batch: Mapping[str, Any]) -> int:
+    return int(batch["row"][0]) if "row" in batch else -1
+
+
+def _name(batch: Mapping[str, Any], keys_of: Callable[[int], list[str]]) -> str:
+    """``row 7 (examples '0/3' to '0/9')``."""
+    row = _row(batch)
+    keys = keys_of(row)
+    if not keys:
+        return "a batch" if row < 0 else f"row {row}"
+    return f"row {row} (examples {keys[0]!r} to {keys[-1]!r})"

@@ -1,0 +1,38 @@
+"""A draft over several devices: FSDP2 shards, and a whole copy of it for decoding."""
+
+import copy
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from speculators_core.model import SpeculatorModel
+
+
+def shard(model: SpeculatorModel, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Shards weights, gradients and optimizer states over all ranks (FSDP2), in place.
+
+    Each MLP is a unit, all else another: the head is read inside ``forward`` of the draft, not by
+    its own. ``dtype``: of the computation, while the shards stay float32.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    model.to(device)
+    for name, module in model.named_modules():
+        if name.endswith(".mlp"):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def gather_draft(model: SpeculatorModel) -> SpeculatorModel:
+    """A whole copy of a sharded draft on each rank, with the same verifier; every rank calls it."""
+    tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    whole = type(model)(copy.deepcopy(model.config)).to(model.device, model.dtype)
+    whole.load_state_dict(tensors)
+    whole.share_verifier(model)
+    return whole.eval()

@@ -1,0 +1,337 @@
+"""The folders of saved states in a run: each is whole or absent, and others' files are left alone.
+
+    run/checkpoint-500/           a whole state
+          weights.safetensors ...
+          manifest.json           sizes and checksums of the files above
+    run/.checkpoint-600.part/     one that is being written, or that a killed process left
+
+A state is written as `.checkpoint-600.part`, its manifest last, and then renamed. It is taken apart
+the other way round: the manifest is renamed to `.unfinished` first, then the files go. So a folder
+with a manifest is whole, and half of one is known for ours.
+"""
+
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, model_validator
+from safetensors.torch import save_file
+from torch import Tensor
+from xxhash import xxh3_64
+
+from speculators_core.errors import SpeculatorError, first_fault, first_line
+from speculators_core.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "weights.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+OPTIMIZER_GROUPS = "optimizer.json"
+SCHEDULER = "scheduler.json"
+TRAINER_STATE = "trainer_state.json"
+RNG = "rng.safetensors"
+FILES = (WEIGHTS, OPTIMIZER, OPTIMIZER_GROUPS, SCHEDULER, TRAINER_STATE, RNG)
+MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"
+"""The manifest's name while a state is taken apart."""
+FORMAT = "speculators-state-1"
+FOLDER_NAME = re.compile(r"checkpoint-(\d{1,12})|\.checkpoint-(\d{1,12})\.part")
+
+Content = Mapping[str, Tensor] | str
+"""Of a file: tensors by name, or a text."""
+
+
+class FileRecord(Settings):
+    """What a file must be."""
+
+    size_bytes: int = Field(ge=0)
+    checksum: str
+    """XXH3, 64 bits, of all its bytes."""
+
+
+class Manifest(Settings):
+    """What makes a folder a whole state."""
+
+    format: Literal["speculators-state-1"] = "speculators-state-1"
+    step: int = Field(ge=0)
+    serial: int = Field(ge=1)
+    """Orders the states of a run as they were written: the step of a damaged one comes again."""
+    files: dict[str, FileRecord]
+    checksum: str = ""
+    """XXH3, 64 bits, of the above as JSON."""
+
+    @model_validator(mode="after")
+    def _lists_our_files(self) -> "Manifest":
+        if set(self.files) != set(FILES):
+            raise ValueError(f"files must be {', '.join(FILES)}")
+        return self
+
+    @property
+    def expected_checksum(self) -> str:
+        return xxh3_64(self.model_dump_json(exclude={"checksum"}).encode()).hexdigest()
+
+
+def step_of(folder: Path) -> int | None:
+    """Of the state that a folder of this name holds; None where the name is no state's."""
+    match = FOLDER_NAME.fullmatch(folder.name)
+    return None if match is None else int(match[1] or match[2])
+
+
+# ---- looking ----
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a state's files must be.
+
+    Raises:
+        SpeculatorError: there is no manifest, or it is damaged, or of another step.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise SpeculatorError(f"{folder} holds no {MANIFEST}; not a whole saved state.") from error
+    except OSError as error:
+        raise SpeculatorError(f"{path} cannot be read: {first_line(error)}.") from error
+    except ValidationError as error:
+        raise _damaged(path, first_fault(error)) from error
+    if manifest.checksum != manifest.expected_checksum:
+        raise _damaged(path, "it does not say what was written")
+    if step_of(folder) not in (None, manifest.step):
+        raise _damaged(path, f"it is of step {manifest.step}")
+    return manifest
+
+
+def check_state(folder: Path) -> None:
+    """Reads every byte of a state.
+
+    Raises:
+        SpeculatorError: a file is missing, truncated or changed; the first is named.
+    """
+    for name in read_manifest(folder).files:
+        check_file(folder, name)
+
+
+def check_file(folder: Path, name: str) -> Path:
+    """The path of a state's file, once its bytes are those that were written.
+
+    Raises:
+        SpeculatorError: it is missing, truncated or changed, or the manifest is.
+    """
+    path, expected = folder / name, read_manifest(folder).files[name]
+    try:
+        found = _record(path)
+    except OSError as error:
+        raise _damaged(path, error.strerror or first_line(error)) from error
+    if found.size_bytes != expected.size_bytes:
+        raise _damaged(path, f"it has {found.size_bytes} bytes, expected {expected.size_bytes}")
+    if found != expected:
+        raise _damaged(path, "its bytes are not those that were written")
+    return path
+
+
+def newest_state(run: Path) -> Path | None:
+    """The whole state that was written last; damaged ones are passed over, with a warning each."""
+    for folder in _in_order(run):
+        try:
+            check_state(folder)
+        except SpeculatorError as error:
+            logger.warning("passed over %s: %s", folder.name, error)
+        else:
+            return folder
+    return None
+
+
+def _state_folders(run: Path) -> Iterator[Path]:
+    for folder in sorted(run.glob("checkpoint-*")):
+        if step_of(folder) is not None and folder.is_dir() and not folder.is_symlink():
+            yield folder
+
+
+def _in_order(run: Path) -> list[Path]:
+    """Folders with a manifest, the last written first; before them those with a damaged one."""
+    found = [folder for folder in _state_folders(run) if (folder / MANIFEST).exists()]
+    return sorted(found, key=lambda folder: _serial_of(folder) or math.inf, reverse=True)
+
+
+def _serial_of(folder: Path) -> int:
+    """0 where the manifest is damaged, or not ours."""
+    try:
+        return read_manifest(folder).serial
+    except SpeculatorError:
+        return 0
+
+
+def _has_its_sizes(folder: Path) -> bool:
+    files = read_manifest(folder).files
+    try:
+        return all(
+            (folder / name).stat().st_size == record.size_bytes for name, record in files.items()
+        )
+    except OSError:
+        return False
+
+
+def _record(path: Path) -> FileRecord:
+    digest, size_bytes = xxh3_64(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+            size_bytes += len(chunk)
+    return FileRecord(size_bytes=size_bytes, checksum=digest.hexdigest())
+
+
+def _damaged(path: Path, what: str) -> SpeculatorError:
+    return SpeculatorError(
+        f"{path} is damaged: {what}. Copy it again, or go on from another state."
+    )
+
+
+# ---- writing; by one process of a run at a time ----
+
+
+def write_whole(folder: Path, contents: Mapping[str, Content]) -> None:
+    """Makes ``run/checkpoint-<step>`` of all `FILES`; it is on disk afterwards.
+
+    A state of ours of the same step is replaced; files of others that lie there stay.
+
+    Raises:
+        ValueError: the folder's name is no state's, or the files are not those of one.
+        SpeculatorError: a file of others is in the way.
+        OSError, SafetensorError: there is no room, or no right to write.
+    """
+    step = step_of(folder)
+    if step is None or folder.name.startswith(".") or set(contents) != set(FILES):
+        raise ValueError(f"expected checkpoint-<step> and {FILES}, found {folder}, {[*contents]}")
+    run = folder.parent
+    run.mkdir(parents=True, exist_ok=True)
+    tidy(run)
+    part = run / f".{folder.name}.part"
+    try:
+        part.mkdir(exist_ok=True)
+        for name, content in contents.items():
+            if isinstance(content, str):
+                (part / name).write_text(content, encoding="utf-8")
+            else:
+                save_file(dict(content), part / name, {"format": "pt"})
+                # As the other files: safetensors lets the owner alone read.
+                os.chmod(part / name, part.stat().st_mode & 0o666)
+            _sync(part / name)
+        serial = 1 + max(map(_serial_of, _in_order(run)), default=0)
+        _write_manifest(part, step, serial)
+    except BaseException:
+        with suppress(OSError):
+            _take_apart(part)
+        raise
+    _put_in_place(part)
+
+
+def _write_manifest(folder: Path, step: int, serial: int) -> None:
+    files = {name: _record(folder / name) for name in FILES}
+    manifest = Manifest(step=step, serial=serial, files=files)
+    manifest = manifest.model_copy(update={"checksum": manifest.expected_checksum})
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def rotate_states(run: Path, keep: int, best_step: int | None = None) -> None:
+    """Removes all but the last ``keep`` states, and the best one.
+
+    States that lack a part do not count. What is not ours stays, and so does the folder it is in.
+
+    Raises:
+        ValueError: ``keep`` is less than 1.
+        SpeculatorError: as `tidy`.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, found {keep}")
+    tidy(run)
+    states = [folder for folder in _in_order(run) if _serial_of(folder)]
+    counted = [folder for folder in states if _has_its_sizes(folder)]
+    if len(counted) <= keep:
+        return
+    for folder in states[states.index(counted[keep - 1]) + 1 :]:
+        if step_of(folder) != best_step:
+            _take_apart(folder)
+
+
+def tidy(run: Path) -> None:
+    """Ends what a killed process began: a whole state gets its name, half of one goes.
+
+    Raises:
+        SpeculatorError: a file of others is in the way of a whole state.
+    """
+    for part in sorted(run.glob(".checkpoint-*.part")):
+        if step_of(part) is None or not part.is_dir() or part.is_symlink():
+            continue
+        if _serial_of(part):
+            _put_in_place(part)
+        else:
+            _take_apart(part)
+    for folder in _state_folders(run):
+        if (folder / UNFINISHED).exists():
+            _take_apart(folder)
+
+
+def _put_in_place(part: Path) -> None:
+    """Gives a whole state its name; a state that had it goes."""
+    folder = part.with_name(part.name.removeprefix(".").removesuffix(".part"))
+    if _is_ours(folder):
+        _take_apart(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        _fill(folder, part)
+    else:
+        os.rename(part, folder)
+    _sync(folder.parent)
+
+
+def _fill(folder: Path, part: Path) -> None:
+    """Moves a state into a folder that holds files of others, or goes on with that."""
+    names = [name for name in (*FILES, MANIFEST) if (part / name).exists()]
+    for name in names:
+        if (folder / name).exists():
+            raise SpeculatorError(
+                f"{folder / name} is of no state of this run, and in the way of one. Move it away, "
+                "then start the same command again."
+            )
+    for name in names:
+        if name == MANIFEST:
+            _sync(folder)
+        os.replace(part / name, folder / name)
+    _sync(folder)
+    part.rmdir()
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it has a manifest of ours, be it damaged."""
+    try:
+        return (folder / UNFINISHED).exists() or FORMAT.encode() in (folder / MANIFEST).read_bytes()
+    except OSError:
+        return False
+
+
+def _take_apart(folder: Path) -> None:
+    """Removes a state's own files, and the folder where nothing else is in it."""
+    if (folder / MANIFEST).exists():
+        os.replace(folder / MANIFEST, folder / UNFINISHED)
+        _sync(folder)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    (folder / UNFINISHED).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _sync(path: Path) -> None:
+    """Returns when a file, or a folder's list of files, is on disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,165 @@
+"""``speculators train``: from data to a speculator that is proven to serve."""
+
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from pydantic import Field
+
+from speculators_core.console import console, result_alone_on_stdout
+from speculators_core.settings import Settings
+from speculators_core.training.settings import (
+    DataSection,
+    EvaluationSection,
+    ModelSection,
+    OptimizerSection,
+    RunSection,
+    TrainingPlan,
+    read_training_plan,
+)
+
+STOPPED_EXIT = 143
+"""As of a process that SIGTERM ended."""
+
+
+class TrainReport(Settings):
+    """How a run ended."""
+
+    speculator: Path | None
+    """Folder of the checkpoint; None where the run was stopped before its end."""
+    steps: int
+    best_step: int | None = None
+    """Whose weights the checkpoint has; the last step's where None."""
+    figures: dict[str, float] = Field(default_factory=dict)
+    """Of the evaluation of those weights."""
+    verdict: str | None = None
+    """Of `speculators check`; None where it was not run."""
+
+
+def run(
+    *,
+    config: Path | None = None,
+    model: Annotated[ModelSection | None, Parameter(name="model")] = None,
+    data: Annotated[DataSection | None, Parameter(name="data")] = None,
+    optimizer: Annotated[OptimizerSection | None, Parameter(name="optimizer")] = None,
+    evaluation: Annotated[EvaluationSection | None, Parameter(name="evaluation")] = None,
+    run: Annotated[RunSection | None, Parameter(name="run")] = None,
+    dry_run: Annotated[bool, Parameter(negative=())] = False,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Trains a speculator. The same command goes on with a run that was stopped or killed.
+
+    Parameters
+    ----------
+    config
+        YAML file with the sections model, data, optimizer, evaluation and run; flags win over it.
+    dry_run
+        Print parameters, memory, tokens, time and disk, and train nothing.
+    as_json
+        Print the report as JSON.
+    """
+    sections = {
+        "model": model,
+        "data": data,
+        "optimizer": optimizer,
+        "evaluation": evaluation,
+        "run": run,
+    }
+    plan = read_training_plan(config, sections)
+    if dry_run:
+        _print_estimate(plan)
+        return
+    is_first = os.environ.get("RANK", "0") == "0"
+    with result_alone_on_stdout() if as_json else nullcontext():
+        report = train(plan)
+    if is_first and as_json:
+        print(report.model_dump_json(indent=2))
+    elif is_first:
+        print_report(report)
+    if report.speculator is None:
+        sys.exit(STOPPED_EXIT)
+
+
+def train(plan: TrainingPlan) -> TrainReport:
+    """Trains what the plan asks for, or goes on with the run that is in its folder.
+
+    Nothing is written before plan, data and verifier have been looked at. Under torchrun every
+    process calls it, and the first one writes.
+
+    Raises:
+        SpeculatorError: plan, data, verifier or folder are at fault, the run does not fit this
+            machine, or a loss was not finite.
+    """
+    from speculators_core.training.estimate import refuse
+    from speculators_core.training.job import Job, rank
+    from speculators_core.training.run_folder import REPORT, check_folder, claim
+
+    is_first = rank() == 0
+    check_folder(plan)
+    report_file = plan.run.output / REPORT
+    if report_file.is_file():
+        return TrainReport.model_validate_json(report_file.read_text(encoding="utf-8"))
+    with Job.open(plan) as job:
+        refuse(job.estimate())
+        _ = job.prompts  # a fault in them leaves no folder behind
+        with claim(plan, sys.argv) if is_first else nullcontext():
+            state = job.train()
+            if job.was_stopped:
+                return TrainReport(speculator=None, steps=state.global_step)
+            return _end(job, report_file, is_first)
+
+
+def _end(job: Any, report_file: Path, is_first: bool) -> TrainReport:
+    from speculators_core.data_generation.stores.disk import write_text
+    from speculators_core.training.card import write_card
+    from speculators_core.training.finish import (
+        SPECULATOR,
+        card_facts,
+        check,
+        measure,
+        write_speculator,
+    )
+
+    draft, state = job.best_draft(), job.trainer.state
+    report = TrainReport(
+        speculator=job.plan.run.output / SPECULATOR,
+        steps=state.global_step,
+        best_step=state.best_global_step,
+        figures=job.best_figures,
+    )
+    if not is_first:
+        return report
+    speculator = write_speculator(job, draft)
+    if measured := measure(speculator, job.plan):
+        write_card(speculator, card_facts(job, measured))
+    if job.plan.run.check:
+        report = report.model_copy(update={"verdict": check(speculator)})
+    write_text(report_file, report.model_dump_json(indent=2))
+    return report
+
+
+def _print_estimate(plan: TrainingPlan) -> None:
+    from speculators_core.training.estimate import print_estimate, refuse
+    from speculators_core.training.job import Job
+
+    with Job.open(plan) as job:
+        estimate = job.estimate()
+    print_estimate(estimate)
+    refuse(estimate)
+
+
+def print_report(report: TrainReport) -> None:
+    """What became of the run, on the terminal."""
+    if report.speculator is None:
+        console.print(f"stopped after step {report.steps}; the same command goes on from there")
+        return
+    length = report.figures.get("acceptance_length")
+    shown = "" if length is None else f", acceptance length {length:.3f}"
+    step = report.best_step or report.steps
+    console.print(f"{report.steps} steps; the speculator is of step {step}{shown}", markup=False)
+    if report.verdict is not None:
+        console.print(f"speculators check: {report.verdict}", markup=False)
+    console.print(f"wrote {report.speculator}", markup=False)

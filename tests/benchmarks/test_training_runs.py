@@ -1,0 +1,44 @@
+import json
+
+import pytest
+
+from benchmarks import training_runs
+from benchmarks.training_runs import RunSettings, train_draft, write_data
+from tests.data import INTEROP
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return RunSettings(rows=12, length=64, algorithms=("mtp",))
+
+
+@pytest.fixture(scope="module")
+def work(settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    write_data(settings, folder)
+    return folder
+
+
+def test_rows_are_full(work):
+    rows = [json.loads(line)["input_ids"] for line in (work / "rows.jsonl").open()]
+    assert [len(row) for row in rows] == [64] * 12
+    assert (work / "states" / "report.json").exists()
+
+
+def test_a_run_ends_with_a_speculator_that_can_be_measured(settings, work, tmp_path):
+    report = train_draft(
+        settings,
+        "mtp",
+        {
+            "model": {"draft_config": str(INTEROP / "mtp" / "config.json")},
+            "data": {"store": str(work / "states")},
+        },
+        tmp_path / "run",
+    )
+    assert report["steps"] == 12 and report["seconds"] > 0
+
+
+def test_trainer_and_bare_steps_are_timed_in_turns(settings, work, monkeypatch):
+    monkeypatch.setattr(training_runs, "STEPS", 6)
+    ours, bare = training_runs._step_rates(settings, work, "mtp")
+    assert ours > 0 and bare > 0

@@ -1,0 +1,316 @@
+"""A roll-out finds what the reference decoder counts, as far as a text can tell."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speculators_core import replay
+from speculators_core.drafter import Proposal
+from speculators_core.independent import LanguageModelDraft
+from speculators_core.replay import Reading, see
+from speculators_core.rollout import (
+    UNKNOWN,
+    SurvivalCounts,
+    VerifiedText,
+    bonus_places,
+    draw_places,
+    judging_rows,
+    roll_out,
+)
+from speculators_core.texts import AcceptanceCounts
+from speculators_core.training.batches import pack
+from speculators_core.training.trainer import run_verifier
+from speculators_core.verifier import VerifierHead
+from tests.conftest import AUX_LAYER_IDS, DRAFTS, make_draft, make_verifier
+
+PROMPTS = ([5, 9, 17, 3], [40, 41], [20, 21, 22, 60, 5, 5])
+NUM_TOKENS = 3
+
+
+def decode(model, prompt, num_tokens=NUM_TOKENS):
+    return model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=40,
+        num_assistant_tokens=num_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+
+
+def answer(verifier, prompt, num_tokens=40):
+    """The verifier's own greedy answer, as a text that it was run over."""
+    ids = torch.tensor([prompt])
+    output = verifier.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False
+    )
+    return see(verifier, prompt, output[0, len(prompt) :].tolist())
+
+
+def verified(verifier, text, layer_ids, shift=0):
+    last = verifier.config.num_hidden_layers
+    with torch.no_grad():
+        choices = VerifierHead(verifier)(text.states[last]).argmax(-1)
+    states = text.aux_states(layer_ids, shift) if layer_ids else text.states[last][:, :0]
+    return VerifiedText(text.token_ids, states, choices)
+
+
+def places_of(prompt_length, accepted):
+    """Where the decoder drafted, that kept so many tokens."""
+    places = [prompt_length]
+    for kept in accepted:
+        places.append(places[-1] + kept + 1)
+    return places[:-1]
+
+
+@pytest.fixture(scope="module")
+def texts(verifier):
+    return [answer(verifier, prompt) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module", params=DRAFTS)
+def model(request, verifier, texts):
+    """A draft that has learnt two of the three texts, so that some of what it says is right."""
+    torch.manual_seed(0)
+    draft = make_draft(request.param, verifier).train()
+    documents = [
+        {"input_ids": text.token_ids.tolist(), "loss_mask": [1] * len(text.token_ids)}
+        for text in texts[:2]
+    ]
+    length = sum(len(document["input_ids"]) for document in documents)
+    batch = run_verifier(verifier, pack(documents, length), AUX_LAYER_IDS)
+    optimizer = torch.optim.AdamW([w for w in draft.parameters() if w.requires_grad], 5e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        draft(batch)[1].backward()
+        optimizer.step()
+    return draft.eval()
+
+
+# ---- laws ----
+
+
+def test_over_greedy_answers_nothing_is_censored_but_by_the_end(model, verifier, texts):
+    total = SurvivalCounts.none(NUM_TOKENS)
+    for seen in texts:
+        text = verified(verifier, seen, model.aux_layer_ids)
+        length, start = len(text.token_ids), seen.prompt_length
+        assert torch.equal(text.choices[start - 1 : -1], text.token_ids[start:])
+        counts = roll_out(model, text, range(start, length - NUM_TOKENS), NUM_TOKENS)
+        assert counts.num_places == length - NUM_TOKENS - start
+        assert counts.at_risk[1:] == counts.right[:-1]
+        at_the_end = roll_out(model, text, range(start, length), NUM_TOKENS)
+        lost = [r - a for r, a in zip(at_the_end.right, at_the_end.at_risk[1:], strict=False)]
+        assert all(0 <= count <= 1 for count in lost)  # of the one place that ends there
+        total += counts
+    assert 5 < total.right[2] <= total.right[1] <= total.right[0] < total.num_places
+
+
+def test_at_the_decoders_places_it_counts_what_the_decoder_counts(model, verifier):
+    for prompt in PROMPTS:
+        output = decode(model, prompt)
+        seen = see(verifier, prompt, output.sequences[0, len(prompt) :].tolist())
+        text = verified(verifier, seen, model.aux_layer_ids)
+        accepted = output.acceptance[0].accepted
+        whole = [
+            at
+            for at, place in enumerate(places_of(len(prompt), accepted))
+            if place + NUM_TOKENS <= len(text.token_ids)
+        ]
+        replayed = replay.replay(Reading(model), seen, NUM_TOKENS)
+        assert len(whole) >= len(replayed.accepted) > len(accepted) - 4
+        for kept in (accepted[: len(whole)], replayed.accepted):
+            found = roll_out(model, text, places_of(len(prompt), kept), NUM_TOKENS)
+            counts = AcceptanceCounts(NUM_TOKENS, kept)
+            assert found == SurvivalCounts.of(counts)
+            assert found.acceptance_length == pytest.approx(counts.acceptance_length)
+
+
+def test_the_verifier_itself_is_kept_whole(verifier, texts):
+    counts = roll_out(
+        LanguageModelDraft(verifier), verified(verifier, texts[0], []), range(4, 40), 4
+    )
+    assert counts.acceptance_length == 5.0
+    assert counts.right == counts.at_risk == (36, 36, 36, 36)
+
+
+def test_the_verifier_itself_is_never_wrong_over_a_text_of_others():
+    terse = make_verifier(vocab_size=6)  # a random text is now and then what it would have said
+    draw = torch.Generator().manual_seed(3)
+    text = see(terse, [5], torch.randint(6, (59,), generator=draw).tolist())
+    counts = roll_out(LanguageModelDraft(terse), verified(terse, text, []), range(1, 60), 3)
+    assert counts.right == counts.at_risk and counts.num_places == 59
+    assert 0 < counts.at_risk[1] < 40  # the text mostly goes another way
+
+
+@given(st.lists(st.integers(0, 5)))
+def test_drafts_verified_whole_have_the_rates_of_the_readme(accepted):
+    counts = AcceptanceCounts(5, accepted)
+    found = SurvivalCounts.of(counts)
+    assert found.num_places == counts.num_drafts
+    assert found.acceptance_length == pytest.approx(counts.acceptance_length)
+    kept_to = [counts.num_drafts, *counts.accepted_per_position]
+    joint = [kept / max(1, counts.num_drafts) for kept in kept_to[1:]]
+    assert found.joint == pytest.approx(joint)
+    for k, rate in enumerate(found.conditional):
+        assert rate == (kept_to[k + 1] / kept_to[k] if kept_to[k] else None)
+
+
+# ---- one text by hand ----
+
+
+class Says:
+    """Says what a table has for the place of the bonus token."""
+
+    aux_layer_ids: list[int] = []
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, table):
+        self.table = table
+
+    def start_drafting(self):
+        return None
+
+    def propose(self, state, confirmed, num_tokens, choose):
+        return Proposal(torch.tensor([self.table[int(confirmed.positions[0, -1]) + 1]]))
+
+
+TEXT = VerifiedText(
+    token_ids=torch.tensor([0, 1, 2, 3, 4, 5, 6]),
+    states=torch.zeros(7, 0),
+    choices=torch.tensor([1, 2, 3, 9, 5, 6, 7]),
+)
+
+
+@pytest.mark.parametrize(
+    ("place", "says", "at_risk", "right"),
+    [
+        (1, [2, 3, 9], (1, 1, 1), (1, 1, 1)),
+        (2, [3, 9, 8], (1, 1, 0), (1, 1, 0)),  # the text goes on with 4, not with 9
+        (3, [4, 5, 6], (1, 0, 0), (0, 0, 0)),  # the text's token, but not the verifier's
+        (4, [5, 6, 0], (1, 1, 1), (1, 1, 0)),
+        (5, [6, 7, 0], (1, 1, 0), (1, 1, 0)),  # nobody knows what follows 7
+        (6, [8, 7, 0], (1, 0, 0), (0, 0, 0)),
+    ],
+)
+def test_a_draft_counts_until_it_is_wrong_or_the_text_goes_another_way(place, says, at_risk, right):
+    assert roll_out(Says({place: says}), TEXT, [place], 3) == SurvivalCounts(at_risk, right)
+
+
+def test_rates_are_over_those_at_risk_and_multiply():
+    table = {1: [2, 3, 9], 2: [3, 9, 8], 3: [4, 5, 6], 4: [5, 6, 0], 5: [6, 7, 0], 6: [8, 7, 0]}
+    counts = roll_out(Says(table), TEXT, [1, 2, 3, 4, 5, 6], 3)
+    assert counts == SurvivalCounts((6, 4, 2), (4, 4, 1))
+    assert counts.conditional == pytest.approx((2 / 3, 1.0, 1 / 2))
+    assert counts.joint == pytest.approx((2 / 3, 2 / 3, 1 / 3))
+    assert counts.acceptance_length == pytest.approx(1 + 5 / 3)
+    parts = [roll_out(Says(table), TEXT, places, 3) for places in ([1, 4, 6], [], [2, 3, 5])]
+    assert parts[0] + parts[1] + parts[2] == counts
+    assert parts[1] == SurvivalCounts.none(3) and parts[1].acceptance_length == 1.0
+
+
+def test_a_position_that_nobody_came_to_has_no_rate_and_adds_nothing():
+    counts = SurvivalCounts((4, 2, 0), (3, 2, 0))
+    assert counts.conditional == (0.75, 1.0, None)
+    assert counts.joint == (0.75, 0.75, 0.0)
+    assert counts.acceptance_length == 2.5
+
+
+@pytest.mark.parametrize("places", [[0], [7], [3, 2], [2, 2], [-1]])
+def test_places_that_no_decoder_drafts_at_are_refused(places):
+    with pytest.raises(ValueError, match="ascending from 1 to 6"):
+        roll_out(Says({}), TEXT, places, 3)
+
+
+# ---- states matter ----
+
+
+def predicted(model, verifier, texts, shift=0):
+    counts = SurvivalCounts.none(NUM_TOKENS)
+    for text in texts:
+        places = range(text.prompt_length, len(text.token_ids))
+        known = verified(verifier, text, model.aux_layer_ids, shift)
+        counts += roll_out(model, known, places, NUM_TOKENS)
+    return counts.acceptance_length
+
+
+def test_states_of_another_token_are_seen_in_the_prediction(model, verifier, texts):
+    right = predicted(model, verifier, texts[:2])
+    assert right > 2.0
+    for shift in (-1, 1):
+        assert predicted(model, verifier, texts[:2], shift) < right - 0.5
+
+
+def test_tokens_of_the_verifier_shifted_by_one_are_seen_in_the_prediction(model, verifier, texts):
+    known = verified(verifier, texts[0], model.aux_layer_ids)
+    shifted = VerifiedText(known.token_ids, known.states, known.choices.roll(1))
+    places = range(texts[0].prompt_length, len(known.token_ids))
+    right, wrong = (roll_out(model, one, places, 3).acceptance_length for one in (known, shifted))
+    assert wrong < right - 0.5
+
+
+def test_a_long_way_is_read_in_pieces(model, verifier, texts, monkeypatch):
+    text = verified(verifier, texts[0], model.aux_layer_ids)
+    places = [3, 20, 21, 37]
+    whole = roll_out(model, text, places, NUM_TOKENS)
+    assert whole.right[0] > 0
+    monkeypatch.setattr(replay, "READ_AT_ONCE", 4)
+    widths, propose = [], model.propose
+
+    def watch(state, confirmed, *arguments):
+        widths.append(confirmed.positions.shape[1])
+        return propose(state, confirmed, *arguments)
+
+    monkeypatch.setattr(model, "propose", watch)
+    assert roll_out(model, text, places, NUM_TOKENS) == whole
+    assert sum(widths) == 37 and max(widths) == 4
+
+
+# ---- places ----
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ([0, 0, 1, 1, 1, 0, 0, 1, 1], [2, 3, 7]),
+        ([1, 1, 1], [1]),
+        ([0, 1, 1, 1], [1, 2]),
+        ([0, 0, 1], []),
+        ([1], []),
+    ],
+)
+def test_a_place_has_a_token_of_the_verifier_and_one_behind_it(mask, expected):
+    assert bonus_places(torch.tensor(mask).bool()).tolist() == expected
+
+
+def test_places_are_drawn_from_all_texts_alike():
+    candidates = [torch.arange(5, 305), torch.arange(0), torch.arange(1, 101)]
+    drawn = draw_places(candidates, 80)
+    assert sum(map(len, drawn)) == 80 and drawn[1] == []
+    assert 45 < len(drawn[0]) < 75
+    for places, known in zip(drawn, candidates, strict=True):
+        assert places == sorted(set(places)) and set(places) <= set(known.tolist())
+    assert draw_places(candidates, 80) == drawn != draw_places(candidates, 80, seed=1)
+    everything = draw_places(candidates, 10_000)
+    assert everything == [known.tolist() for known in candidates]
+    assert draw_places([], 5) == [] and draw_places(candidates, 0) == [[], [], []]
+
+
+def test_drawing_leaves_the_random_numbers_alone():
+    before = random.getstate(), torch.get_rng_state()
+    draw_places([torch.arange(100)], 10)
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_rows_that_judge_are_all_that_is_asked_for(model, verifier, texts):
+    text = verified(verifier, texts[0], model.aux_layer_ids)
+    places = [4, 6, 30, 42, 43]
+    rows = judging_rows(places, 3, len(text.token_ids))
+    assert rows == [4, 5, 6, 7, 8, 30, 31, 32, 42, 43]
+    choices = torch.full_like(text.choices, UNKNOWN)
+    choices[rows] = text.choices[rows]
+    few = VerifiedText(text.token_ids, text.states, choices)
+    assert roll_out(model, few, places, 3) == roll_out(model, text, places, 3)

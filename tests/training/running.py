@@ -1,0 +1,48 @@
+"""What processes of the tests of whole runs do."""
+
+import os
+import signal
+
+import torch
+
+from speculators_core.training import job  # noqa: F401  # imported ahead
+from speculators_core.training.settings import TrainingPlan
+from speculators_core.training.train import train
+from speculators_core.training.watch import LogFile
+
+
+def train_here(plan: str) -> None:
+    torch.set_num_threads(1)
+    train(TrainingPlan.model_validate_json(plan))
+
+
+def train_and_die(plan: str, lines: int, number: int) -> None:
+    """Sends itself a signal when so many lines of the log have been written."""
+    on_log = LogFile.on_log
+    written = 0
+
+    def counted(*args, **kwargs):
+        nonlocal written
+        on_log(*args, **kwargs)
+        written += 1
+        if written == lines:
+            os.kill(os.getpid(), number)
+
+    LogFile.on_log = counted
+    train_here(plan)
+
+
+KILL, TERM = signal.SIGKILL, signal.SIGTERM
+
+
+def train_as_rank(plan: str, rank: int, world_size: int, port: int) -> None:
+    """One of the processes that torchrun would start."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    train_here(plan)

@@ -1,0 +1,96 @@
+"""Several processes train what one would."""
+
+import pytest
+import torch
+
+from speculators_core.model import SpeculatorModel
+from speculators_core.training.train import train
+from tests.conftest import SMALL_RECIPES
+from tests.data_generation.processes import processes
+from tests.training.making import log_of, plan_of, weights_of
+from tests.training.running import train_as_rank
+
+EXACT = {"run": {"saved_dtype": "float32", "max_steps": 4}}
+
+
+def train_with(plan, port, world_size=2):
+    arguments = [(plan.model_dump_json(), rank, world_size, port) for rank in range(world_size)]
+    started = [processes.Process(target=train_as_rank, args=a) for a in arguments]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(timeout=200)
+    assert [process.exitcode for process in started] == [0] * world_size
+
+
+def assert_close(one, other, tolerance=1e-5):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.allclose(one[name], other[name], atol=tolerance), name
+
+
+def losses(run):
+    return [line["loss"] for line in log_of(run) if "loss" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["eagle3", "mtp"])
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_give_the_losses_and_weights_of_one(
+    given, tmp_path, free_port, algorithm, fsdp
+):
+    """Rows of unequal numbers of trained tokens, two a step: on two processes, or one by one."""
+    # Muon's iteration is in bfloat16, where shards round otherwise than whole matrices.
+    optimizer = {"optimizer": "adamw" if fsdp else "muon", "weight_decay": 0.01}
+    changes = {**EXACT, "optimizer": {**optimizer, "rows_per_step": 2}}
+    alone = train(plan_of(given, tmp_path / "alone", algorithm, **changes))
+    spread = {"optimizer": optimizer, "run": {**EXACT["run"], "fsdp": fsdp}}
+    train_with(plan_of(given, tmp_path / "spread", algorithm, **spread), free_port)
+    speculator = tmp_path / "spread" / "speculator"
+    assert_close(weights_of(speculator), weights_of(alone.speculator))
+    assert losses(tmp_path / "spread") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    ours, expected = log_of(tmp_path / "spread")[-1], log_of(tmp_path / "alone")[-1]
+    evaluations = [
+        [line for line in log_of(tmp_path / run) if "eval_loss" in line][-1]
+        for run in ("spread", "alone")
+    ]
+    for name, value in evaluations[1].items():
+        assert evaluations[0][name] == pytest.approx(value, rel=1e-4), name
+    assert ours.keys() == expected.keys()
+    assert SpeculatorModel.from_pretrained(speculator).config.speculators_model_type == algorithm
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_in_one_process(given, tmp_path, free_port):
+    """The state of two FSDP2 ranks, taken up by one process, and by two without shards."""
+    run = {**EXACT["run"], "max_steps": 4}
+    first = plan_of(given, tmp_path / "run", run={**run, "max_steps": 4, "fsdp": True})
+    train_with(first, free_port)
+    states = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert states == ["checkpoint-4"]
+    from speculators_core.training.state import read_weights
+
+    draft = SpeculatorModel.from_pretrained(tmp_path / "run" / "speculator", dtype=torch.float32)
+    draft.zero_grad()
+    before = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
+    for weight in draft.parameters():
+        weight.data.zero_()
+    read_weights(tmp_path / "run" / "checkpoint-4", draft)
+    assert_close(draft.state_dict(), before, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [name for name in SMALL_RECIPES if name != "eagle3"])
+def test_every_draft_trains_sharded(given, tmp_path, free_port, algorithm):
+    plan = plan_of(given, tmp_path / "run", algorithm, run={"max_steps": 4, "fsdp": True})
+    train_with(plan, free_port)
+    assert (tmp_path / "run" / "speculator" / "model.safetensors").exists()
+
+
+def test_online_generation_feeds_one_process(given, tmp_path, monkeypatch):
+    from speculators_core.errors import SpeculatorError
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    data = {"store": None, "online": str(given / "data.yaml")}
+    with pytest.raises(SpeculatorError, match="data.online feeds one process, there are 2"):
+        train(plan_of(given, tmp_path / "run", data=data))

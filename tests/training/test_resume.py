@@ -1,0 +1,100 @@
+"""A run that was killed goes on as if nothing had happened."""
+
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from speculators_core.data_generation.stores.disk import DiskStore
+from speculators_core.errors import SpeculatorError
+from speculators_core.training.train import train
+from tests.conftest import SMALL_RECIPES
+from tests.data_generation.processes import processes
+from tests.training.making import log_of, plan_of, weights_of
+from tests.training.running import KILL, TERM, train_and_die, train_here
+
+
+def run_in_process(target, plan, *arguments):
+    process = processes.Process(target=target, args=(plan.model_dump_json(), *arguments))
+    process.start()
+    process.join(timeout=120)
+    return process.exitcode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", SMALL_RECIPES)
+def test_a_killed_run_gives_the_same_bytes(given, tmp_path, algorithm):
+    """Several rows a step and epochs, draws of rows, bfloat16, and states between evaluations."""
+    changes = {
+        "optimizer": {"rows_per_step": 2, "optimizer": "muon" if algorithm != "mtp" else "adamw"},
+        "run": {"max_steps": None, "epochs": 1.5, "save_every": 3, "dtype": "bfloat16"},
+    }
+    plan = plan_of(given, tmp_path / "undisturbed", algorithm, **changes)
+    assert run_in_process(train_here, plan) == 0
+    killed = plan_of(given, tmp_path / "killed", algorithm, **changes)
+    draw = random.Random(algorithm)
+    for _ in range(3):
+        assert run_in_process(train_and_die, killed, draw.randrange(2, 9), KILL) == -KILL
+    assert run_in_process(train_here, killed) == 0
+    ours = weights_of(tmp_path / "killed" / "speculator")
+    expected = weights_of(tmp_path / "undisturbed" / "speculator")
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "undisturbed")
+
+
+def test_sigterm_saves_first(given, tmp_path):
+    plan = plan_of(given, tmp_path / "run", run={"save_every": 100, "max_steps": 8})
+    assert run_in_process(train_and_die, plan, 2, TERM) == 0
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not (tmp_path / "run" / "speculator").exists()
+    report = train(plan)
+    assert report.steps == 8
+    undisturbed = train(plan_of(given, tmp_path / "other", run={"max_steps": 8}))
+    ours, expected = weights_of(report.speculator), weights_of(undisturbed.speculator)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_another_plan_does_not_go_on_in_the_folder(given, tmp_path):
+    train(plan_of(given, tmp_path / "run", run={"max_steps": 2}))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(SpeculatorError, match=r"optimizer\.learning_rate.*0\.003.*0\.01"):
+        train(plan_of(given, tmp_path / "run", optimizer={"learning_rate": 0.01}))
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_a_folder_with_something_else_is_left_alone(given, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SpeculatorError, match="notes.txt|not empty"):
+        train(plan_of(given, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_loss_that_is_no_number_names_its_example(given, tmp_path):
+    source = DiskStore.open(given / "states")
+    store = DiskStore.create(
+        tmp_path / "states", source.schema, made_from=source.manifest.made_from
+    )
+    spoiled = "0/7"
+    for example in source.read():
+        states = example.hidden_states.clone()
+        if example.key == spoiled:
+            states[5, 1] = float("nan")
+        store.write(type(example)(**{**vars(example), "hidden_states": states}))
+    store.close()
+    plan = plan_of(
+        given,
+        tmp_path / "run",
+        data={"store": str(tmp_path / "states"), "eval_examples": 0},
+        evaluation={"decode": False, "roll_outs": 0},
+        run={"max_steps": 40, "save_every": 1},
+    )
+    with pytest.raises(SpeculatorError, match=rf"token 5 of example '{spoiled}'") as caught:
+        train(plan)
+    assert "\n" not in str(caught.value)
+    states = sorted((tmp_path / "run").glob("checkpoint-*"))
+    assert not (tmp_path / "run" / "speculator").exists()
+    for folder in states:
+        weights = load_file(folder / "weights.safetensors")
+        assert all(weight.isfinite().all() for weight in weights.values())

@@ -1,0 +1,41 @@
+import json
+
+import pytest
+
+from speculators_core.model import SpeculatorModel
+from speculators_core.training.train import train
+from tests.conftest import SMALL_RECIPES
+from tests.training.making import log_of, plan_of
+
+
+@pytest.mark.parametrize("algorithm", SMALL_RECIPES)
+def test_a_run_ends_with_a_speculator_and_its_papers(given, tmp_path, algorithm):
+    run = tmp_path / "run"
+    report = train(plan_of(given, run, algorithm))
+    assert report.steps == 8 and report.speculator == run / "speculator"
+    names = {path.name for path in report.speculator.iterdir()}
+    assert names == {
+        "README.md",
+        "config.json",
+        "config.yaml",
+        "model.safetensors",
+        "run.json",
+        "training_log.jsonl",
+    }
+    draft = SpeculatorModel.from_pretrained(report.speculator)
+    assert draft.config.speculators_model_type == algorithm
+    assert draft.config.verifier.name_or_path == str(given / "verifier")
+    evaluations = [line for line in log_of(run) if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [4, 8]
+    for figure in ("acceptance_length", "predicted_acceptance_length", "joint_1"):
+        assert f"eval_{figure}" in evaluations[-1]
+    assert any(name.startswith("eval_teacher_forced_") for name in evaluations[-1])
+    assert json.loads((run / "report.json").read_text())["steps"] == 8
+
+
+def test_a_finished_run_is_reported_and_left_alone(given, tmp_path):
+    plan = plan_of(given, tmp_path / "run")
+    first = train(plan)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert train(plan) == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
