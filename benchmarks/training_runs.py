@@ -216,6 +216,7 @@ def _step_rates(settings: RunSettings, work: Path, algorithm: str) -> tuple[floa
     from speculators_core.batch import Batch
     from speculators_core.training.job import Job
     from speculators_core.training.settings import TrainingPlan
+    from speculators_core.training.sources import Rows
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -240,7 +241,8 @@ def _step_rates(settings: RunSettings, work: Path, algorithm: str) -> tuple[floa
     )
     ours, bare = [], []
     with Job.open(plan) as job:
-        trainer = job.make_trainer()
+        trainer, rows = job.make_trainer(), job.rows
+        assert isinstance(rows, Rows)
         clock = Clock()
         trainer.add_callback(clock)
         kwargs, _ = job.draft.get_trainer_kwargs(**plan.model.objective)
@@ -253,7 +255,7 @@ def _step_rates(settings: RunSettings, work: Path, algorithm: str) -> tuple[floa
             for number in range(STEPS):
                 if number == 4:
                     start = time.perf_counter()
-                tensors = job.rows[number % len(job.rows)]
+                tensors = rows[number % len(rows)]
                 tensors.pop("row")
                 _, loss, _ = job.draft(Batch(**tensors).to(dtype=job.draft.dtype), **kwargs)
                 loss.backward()
@@ -312,7 +314,7 @@ def _run_side(what: str, settings: RunSettings, work: Path) -> dict[str, Any]:
         {"store": str(work / "states")} if what == "train" else {"online": str(work / "data.yaml")}
     )
     steps = int(0.9 * settings.rows)
-    sections = {
+    sections: dict[str, dict[str, Any]] = {
         "data": {**source, "eval_examples": 16},
         "evaluation": {"decode": False, "roll_outs": 0, "every": steps},
         "run": {"max_steps": steps},

@@ -3,15 +3,13 @@
     weights       float32, trained or frozen
     gradients     float32, of those that train; DDP has a copy of them to send
     optimizer     AdamW keeps two float32 of each weight, Muon one of each of its matrices
-    activations   what a step computes with: rehearsed, see `rehearsal`
+    activations   what a step computes with, as the allocator holds it: see `rehearsal`
     row           states as they are stored, and in the type of the computation
 
-Sums are of all parts, though some come after others: memory that was freed may stay with the
-process.
+Parts that come one after another are added up too: memory that is freed may stay with the process.
 """
 
-import os
-from collections.abc import Iterable
+import logging
 from copy import copy
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,16 +18,22 @@ from typing import Any
 import torch
 from pydantic import Field
 from rich.table import Table
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from speculators_core.checkpoint import as_dtype
 from speculators_core.console import console
-from speculators_core.errors import SpeculatorError
+from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.model import SpeculatorModel
 from speculators_core.settings import Settings
 from speculators_core.training.evaluation import DECODED_AT_ONCE
-from speculators_core.training.free_space import free_disk_bytes, free_main_memory_bytes
+from speculators_core.training.free_space import (
+    DISK,
+    MAIN_MEMORY,
+    attached_to,
+    available_bytes,
+    bytes_of,
+    training_device,
+)
 from speculators_core.training.optimizers import MuonAdamW
 from speculators_core.training.rehearsal import (
     StepMemory,
@@ -40,6 +44,8 @@ from speculators_core.training.rehearsal import (
 )
 from speculators_core.training.settings import TrainingPlan
 
+logger = logging.getLogger(__name__)
+
 FLOAT_BYTES = 4
 INDEX_BYTES = 3 * 8 + 1
 """Of a row's token: id, document, position and loss mask."""
@@ -47,8 +53,6 @@ PREFETCHED_ROWS = 2
 """Of each worker of a `DataLoader`."""
 LIBRARIES_BYTES = 64 * 2**20
 """What a first step loads and sets up: kernels, thread pools, workspaces of matrix products."""
-MAIN_MEMORY = "main memory"
-DISK = "disk of "
 
 
 class Budget(Settings):
@@ -118,7 +122,7 @@ def estimate(
     if num_eval_tokens is not None:
         each = num_eval_tokens / max(1, plan.data.eval_examples)
     if verifier_bytes is None:
-        verifier_bytes = _bytes_of(_attached(draft))
+        verifier_bytes = bytes_of(attached_to(draft))
     device = training_device()
     run = _Run(draft, device, world_size, each, verifier_bytes, stored_dtype)
     budgets = tuple(run.budget(place, parts, plan) for place, parts in run.needs(plan).items())
@@ -158,11 +162,11 @@ def refuse(estimate: Estimate) -> None:
 def print_estimate(estimate: Estimate) -> None:
     """A table of what is needed, and a line each of parameters, data and time."""
     table = Table(title="what the run takes", title_justify="left")
-    table.add_column("place", no_wrap=True)
-    table.add_column("part", no_wrap=True)
-    table.add_column("size", justify="right", no_wrap=True)
+    for column in ("place", "part", "size"):
+        table.add_column(column, justify="right" if column == "size" else "left")
     for budget in estimate.budgets:
-        for number, (part, size_bytes) in enumerate(budget.parts.items()):
+        parts = [(part, size_bytes) for part, size_bytes in budget.parts.items() if size_bytes]
+        for number, (part, size_bytes) in enumerate(parts):
             table.add_row("" if number else budget.place, part, _size(size_bytes))
         table.add_row("", "in all", _size(budget.needed_bytes), style="bold")
         table.add_row("", "available", _size(budget.available_bytes), end_section=True)
@@ -172,14 +176,16 @@ def print_estimate(estimate: Estimate) -> None:
         for count in (estimate.num_rows, estimate.num_tokens)
     )
     spent = "not measured"
-    if estimate.seconds is not None:
-        spent = f"{timedelta(seconds=round(estimate.seconds))} of steps"
-    if estimate.rate_tokens_per_s is not None:
-        spent += f", at {estimate.rate_tokens_per_s:,.0f} tokens/s in each process"
+    if estimate.seconds is not None and estimate.rate_tokens_per_s is not None:
+        spent = f"{timedelta(seconds=round(estimate.seconds))} of steps, at "
+        spent += f"{estimate.rate_tokens_per_s:,.0f} tokens/s in each process"
     console.print(table)
-    console.print(f"parameters: {trained:,} trained, {frozen:,} frozen", highlight=False)
-    console.print(f"tokens: {tokens}, rows: {rows}, steps: {estimate.num_steps:,}", highlight=False)
-    console.print(f"time: {spent}", highlight=False)
+    for line in (
+        f"parameters: {trained:,} trained, {frozen:,} frozen",
+        f"tokens: {tokens}, rows: {rows}, steps: {estimate.num_steps:,}",
+        f"time: {spent}",
+    ):
+        console.print(line, highlight=False)
 
 
 def _size(size_bytes: int) -> str:
@@ -207,9 +213,8 @@ class _Run:
         return sum(w.numel() for w in self.draft.parameters() if w.requires_grad)
 
     def budget(self, place: str, parts: dict[str, int], plan: TrainingPlan) -> Budget:
-        found = Budget(
-            place=place, parts=parts, available_bytes=available_bytes(place, self.draft, plan)
-        )
+        available = available_bytes(place, self.draft, plan.run.output)
+        found = Budget(place=place, parts=parts, available_bytes=available)
         if found.is_enough:
             return found
         after = {
@@ -237,20 +242,21 @@ class _Run:
         """Plans that may need less, by the option that makes the difference."""
         data, evaluation = plan.data, plan.evaluation
         shorter = max(16, data.row_length // 2)
-        found = {f"data.row_length to {shorter}": _with(plan, "data", row_length=shorter)}
-        if self.draft.supports_gradient_checkpointing:
-            changed = _with(plan, "run", gradient_checkpointing=True)
-            found["run.gradient_checkpointing to true"] = changed
-        if self.world_size > 1:
-            found["run.fsdp to true"] = _with(plan, "run", fsdp=True)
-        if evaluation.decode and evaluation.patience is None:
-            changed = _with(plan, "evaluation", decode=False)
-            found["evaluation.decode to false"] = changed
-        found["run.dtype to bfloat16"] = _with(plan, "run", dtype="bfloat16")
+        found = {
+            f"data.row_length to {shorter}": _with(plan, "data", row_length=shorter),
+            "run.dtype to bfloat16": _with(plan, "run", dtype="bfloat16"),
+            "run.keep to 1": _with(plan, "run", keep=1),
+        }
         for option in ("eval_examples", "queue_size", "num_workers"):
             fewer = getattr(data, option) // 2
             found[f"data.{option} to {fewer}"] = _with(plan, "data", **{option: fewer})
-        found["run.keep to 1"] = _with(plan, "run", keep=1)
+        if self.draft.supports_gradient_checkpointing:
+            recomputing = _with(plan, "run", gradient_checkpointing=True)
+            found["run.gradient_checkpointing to true"] = recomputing
+        if self.world_size > 1:
+            found["run.fsdp to true"] = _with(plan, "run", fsdp=True)
+        if evaluation.decode and evaluation.patience is None:
+            found["evaluation.decode to false"] = _with(plan, "evaluation", decode=False)
         return found
 
     # ---- counts ----
@@ -295,10 +301,10 @@ class _Run:
             "weights": weights // shards,
             "gradients": trained // shards,
             "optimizer": states // shards,
-            "activations": max(working, step.tensor_bytes),
+            "activations": max(working, step.size_bytes),
             "row": plan.data.row_length * (INDEX_BYTES + sum(map(self._token_bytes, row_dtypes))),
-            "verifier": self._verifier_bytes(plan),
-            "allocator and libraries": LIBRARIES_BYTES + step.allocator_bytes,
+            "verifier": self.verifier_bytes,
+            "libraries": LIBRARIES_BYTES,
         }
         if plan.run.fsdp:
             # Weights and gradients in the type of the computation, gradients in float32 on their
@@ -308,23 +314,22 @@ class _Run:
             parts["whole draft for evaluation"] = 2 * weights
         elif self.world_size > 1:
             parts["gradients to send"] = trained
-        if self._runs_verifier(plan):
+        if plan.evaluation.decode or plan.data.kind == "texts":
             parts["work of the verifier"] = self._verifier_work_bytes(plan)
+        else:
+            parts["verifier"] = min(parts["verifier"], bytes_of([self.draft.verifier_head]))
         return parts
 
     def _step_memory(self, plan: TrainingPlan) -> StepMemory:
         key = (plan.data.row_length, plan.run.gradient_checkpointing, plan.run.dtype)
         if key not in self.rehearsed:
-            self.rehearsed[key] = step_memory(self.draft, plan, self.device)
+            try:
+                self.rehearsed[key] = step_memory(self.draft, plan, self.device)
+            except RuntimeError as error:  # another package's draft, that asks for values
+                name = type(self.draft).__name__
+                logger.warning("activations of %s not counted: %s", name, first_line(error))
+                self.rehearsed[key] = StepMemory(0, 0)
         return self.rehearsed[key]
-
-    def _runs_verifier(self, plan: TrainingPlan) -> bool:
-        return plan.evaluation.decode or plan.data.kind == "texts"
-
-    def _verifier_bytes(self, plan: TrainingPlan) -> int:
-        if self._runs_verifier(plan):
-            return self.verifier_bytes
-        return min(self.verifier_bytes, _bytes_of([self.draft.verifier_head]))
 
     def _verifier_work_bytes(self, plan: TrainingPlan) -> int:
         """The KV cache of decoded prompts, each counted as long as a row, and one layer's work."""
@@ -332,27 +337,28 @@ class _Run:
         size = self.draft.verifier_head.lm_head.weight.itemsize
         hidden, heads = config.hidden_size, config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or hidden // heads
-        num_texts = DECODED_AT_ONCE if plan.evaluation.decode else 1
-        cached = num_texts * (length + plan.evaluation.max_tokens) if plan.evaluation.decode else 0
+        num_texts, cached = 1, 0
+        if plan.evaluation.decode:
+            num_texts, cached = DECODED_AT_ONCE, length + plan.evaluation.max_tokens
         token_cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * size
         # Residual, norm, attention's own and its output; gate, up and product; the states that are
         # read, and they side by side; the mask of rows by rows, as bool and as a term of scores.
         widths = 2 * hidden + 4 * heads * head_dim + 3 * config.intermediate_size
         widths += 2 * (len(self.draft.aux_layer_ids) + 1) * hidden
-        return cached * token_cache + num_texts * length * (size * widths + (1 + size) * length)
+        worked_on = length * (size * widths + (1 + size) * length)
+        return num_texts * (cached * token_cache + worked_on)
 
     # ---- main memory ----
 
     def _main_memory_parts(self, plan: TrainingPlan) -> dict[str, int]:
         data, token = plan.data, INDEX_BYTES + self._token_bytes(self.stored_dtype)
         row = data.row_length * token
+        held_out = round(data.eval_examples * self.eval_tokens_each)
         workers = data.num_workers if data.kind == "store" else 0
         ahead = workers * (PREFETCHED_ROWS + 2) or 2  # one in the making lies beside its examples
         parts = {
             "rows read ahead": ahead * row,
-            "held-out examples and rows": int(
-                2 * data.eval_examples * self.eval_tokens_each * token
-            ),
+            "held-out examples and rows": 2 * held_out * token,
         }
         if data.kind in ("queue", "online"):
             parts["queue"] = data.queue_size * row
@@ -366,54 +372,11 @@ def _with(plan: TrainingPlan, section: str, **options: Any) -> TrainingPlan:
     return plan.model_copy(update={section: changed})
 
 
-def _attached(draft: SpeculatorModel) -> list[nn.Module]:
-    """The verifier as far as it is attached, with its head."""
-    head = draft.verifier_head
-    try:
-        return [draft.verifier, head]
-    except SpeculatorError:
-        return [head]
-
-
 def _verifier_config(draft: SpeculatorModel) -> PretrainedConfig:
     """Of the verifier attached in full; else as far as the draft's own layers tell."""
-    whole, *_ = _attached(draft)
+    whole, *_ = attached_to(draft)
     if isinstance(whole, PreTrainedModel):
         return whole.config.get_text_config()
     config = copy(draft.config.transformer_layer_config)
     config.num_hidden_layers = draft.config.verifier_depth or config.num_hidden_layers
     return config
-
-
-def _bytes_of(modules: Iterable[nn.Module], device_type: str | None = None) -> int:
-    """Of all weights and buffers, each memory once; of one kind of device where it is named."""
-    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-    storages = {
-        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
-        for tensor in tensors
-        if device_type in (None, tensor.device.type)
-    }
-    return sum(storages.values())
-
-
-# ---- where it is ----
-
-
-def training_device() -> torch.device:
-    """Where this process trains."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
-
-
-def available_bytes(place: str, draft: SpeculatorModel, plan: TrainingPlan) -> int:
-    """What is free, and what the draft, its verifier or an earlier start of the run hold there."""
-    if place.startswith(DISK):
-        output = plan.run.output
-        files = [file.lstat() for file in output.rglob("*") if not file.is_dir()]
-        return free_disk_bytes(output) + sum(file.st_size for file in files)
-    device_type = "cpu" if place == MAIN_MEMORY else torch.device(place).type
-    held = _bytes_of([draft, *_attached(draft)], device_type)
-    if place != MAIN_MEMORY:
-        return torch.cuda.mem_get_info(place)[0] + held
-    return free_main_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + held

@@ -1,8 +1,61 @@
-"""What memory and disks have left for this process."""
+"""What a run can have of devices, main memory and disks."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from shutil import disk_usage
+
+import torch
+from torch import nn
+
+from speculators_core.errors import SpeculatorError
+from speculators_core.model import SpeculatorModel
+
+MAIN_MEMORY = "main memory"
+DISK = "disk of "
+
+
+def training_device() -> torch.device:
+    """Where this process trains."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def available_bytes(place: str, draft: SpeculatorModel, output: Path) -> int:
+    """What is free, and what draft, verifier or an earlier start of the run hold there already.
+
+    ``place`` is `MAIN_MEMORY`, a device or the `DISK` of ``output``. Processes of one machine share
+    its main memory.
+    """
+    if place.startswith(DISK):
+        files = [file.lstat() for file in output.rglob("*") if not file.is_dir()]
+        return free_disk_bytes(output) + sum(file.st_size for file in files)
+    device_type = "cpu" if place == MAIN_MEMORY else torch.device(place).type
+    held = bytes_of([draft, *attached_to(draft)], device_type)
+    if place != MAIN_MEMORY:
+        return torch.cuda.mem_get_info(place)[0] + held
+    return free_main_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + held
+
+
+def attached_to(draft: SpeculatorModel) -> list[nn.Module]:
+    """The verifier as far as it is attached, with its head."""
+    head = draft.verifier_head
+    try:
+        return [draft.verifier, head]
+    except SpeculatorError:
+        return [head]
+
+
+def bytes_of(modules: Iterable[nn.Module], device_type: str | None = None) -> int:
+    """Of all weights and buffers, each memory once; of one kind of device where it is named."""
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    storages = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+        for tensor in tensors
+        if device_type in (None, tensor.device.type)
+    }
+    return sum(storages.values())
 
 
 def free_disk_bytes(folder: Path) -> int:
@@ -43,7 +96,8 @@ def _free_in_groups(
         for folder in [f for f in (group, *group.parents) if f.is_relative_to(base)]:
             try:
                 limit, used = (folder / limit_file).read_text(), (folder / used_file).read_text()
-                stat = dict(line.split() for line in (folder / "memory.stat").open())
+                lines = (folder / "memory.stat").read_text().splitlines()
+                stat = dict(line.split() for line in lines)
             except OSError:  # the root has no limit, and not every parent is visible
                 continue
             if limit.strip() != "max":

@@ -134,7 +134,7 @@ class EvaluationSection(Settings):
     """How the draft is measured on the way."""
 
     every: int | None = Field(None, ge=1)
-    """Steps between evaluations; a tenth of the run where None."""
+    """Steps between evaluations; a tenth of the run, and at least 20, where None."""
     decode: bool = True
     """Decodes the prompts with the reference decoder, for the true acceptance length. It needs the
     whole verifier in memory."""

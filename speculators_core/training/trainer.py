@@ -13,7 +13,7 @@ from datasets import Dataset
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from speculators_core.batch import Batch
@@ -122,6 +122,8 @@ class SpeculatorTrainer(Trainer):
     Batches count by the tokens that they train, over accumulation steps and ranks. A gradient that
     is not finite ends the run before it reaches a weight.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,

@@ -19,6 +19,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from speculators_core.console import LINE_EVERY_S, console
 from speculators_core.data_generation.stores.disk import write_text
 
+LEAST_BETWEEN = 20
+"""Steps between evaluations, at least, where the plan does not say how many."""
 SHOWN_EVALUATIONS = 8
 """Lines of the live table."""
 SHOWN = {
@@ -34,7 +36,7 @@ class Schedule(TrainerCallback):
     """Evaluates and saves every so many steps, and at the last one."""
 
     def __init__(self, eval_every: int | None, save_every: int | None, patience: int | None):
-        """A tenth of the run where ``eval_every`` is None; with each evaluation is saved where
+        """A tenth of the run or more where ``eval_every`` is None; with each evaluation is saved where
         ``save_every`` is None. ``patience``: evaluations without a new best, then it is over.
         """
         self.eval_every, self.save_every, self.patience = eval_every, save_every, patience
@@ -43,7 +45,7 @@ class Schedule(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         is_last = state.global_step >= state.max_steps
-        eval_every = self.eval_every or max(1, state.max_steps // 10)
+        eval_every = self.eval_every or max(LEAST_BETWEEN, state.max_steps // 10)
         save_every = self.save_every or eval_every
         control.should_evaluate |= is_last or state.global_step % eval_every == 0
         control.should_save |= is_last or state.global_step % save_every == 0

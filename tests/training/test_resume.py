@@ -34,7 +34,7 @@ def test_a_killed_run_gives_the_same_bytes(given, tmp_path, algorithm):
     assert run_in_process(train_here, plan) == 0
     killed = plan_of(given, tmp_path / "killed", algorithm, **changes)
     draw = random.Random(algorithm)
-    for _ in range(3):
+    for _ in range(2):
         assert run_in_process(train_and_die, killed, draw.randrange(2, 9), KILL) == -KILL
     assert run_in_process(train_here, killed) == 0
     ours = weights_of(tmp_path / "killed" / "speculator")

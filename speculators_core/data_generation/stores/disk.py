@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError
 
 from speculators_core.data_generation.engines import Failure
 from speculators_core.data_generation.examples import GeneratedExample, Schema
-from speculators_core.data_generation.stores.durable import replaced, sync_names, write_text
+from speculators_core.data_generation.stores.durable import replaced, sync, sync_names, write_text
 from speculators_core.data_generation.stores.shards import (
     SUFFIXES,
     Shard,
@@ -180,7 +180,14 @@ class DiskStore:
         return (self.folder / REPORT).exists()
 
     def complete(self, report: str) -> None:
-        """Notes that the run came to its end, with its report (JSON)."""
+        """Notes that the run came to its end, with its report (JSON).
+
+        Before that all shards are brought to disk: one that a power failure spoils belongs to a
+        run that is not complete, and `run.repair` finds it by its checksums.
+        """
+        for path in self.shard_paths():
+            sync(path)
+        sync_names(self.folder / SHARDS)
         write_text(self.folder / REPORT, report)
 
     def headers(self, leave_out: Collection[Path] = ()) -> Iterator[tuple[Path, ShardHeader]]:

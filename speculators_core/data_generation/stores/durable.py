@@ -13,10 +13,11 @@ from pathlib import Path
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; what lies there in the end has ``path`` as its name, for good.
+def replaced(path: Path, is_synced: bool = True) -> Iterator[Path]:
+    """A temporary name to write to; what lies there in the end has ``path`` as its name.
 
-    Where there was an error nothing of it is left, and what had that name before still has.
+    Where there was an error nothing of it is left, and what had that name before still has. With
+    ``is_synced`` bytes and name are on disk in the end; without it `sync` is another's to call.
 
     Raises:
         OSError: it cannot be written.
@@ -24,9 +25,11 @@ def replaced(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         yield temporary
-        sync(temporary)
+        if is_synced:
+            sync(temporary)
         os.replace(temporary, path)
-        sync_names(path.parent)
+        if is_synced:
+            sync_names(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -154,7 +154,10 @@ def write_shard(
         ),
     )
     try:
-        with replaced(path) as temporary, _opened(temporary, path.suffix == ".zst") as file:
+        with (
+            replaced(path, is_synced=False) as temporary,
+            _opened(temporary, path.suffix == ".zst") as file,
+        ):
             _write(file, header, schema, encoded)
     except OSError as error:
         raise SpeculatorError(
