@@ -6,7 +6,8 @@
     activations   what a step computes with, as the allocator holds it: see `rehearsal`
     row           states as they are stored, and in the type of the computation
 
-Parts that come one after another are added up too: memory that is freed may stay with the process.
+Between steps come evaluation, with the verifier's KV cache and a whole copy of a sharded draft, and
+the verifier's pass over texts: they take what the step has freed, and count by what they need more.
 """
 
 import logging
@@ -306,18 +307,20 @@ class _Run:
             "verifier": self.verifier_bytes,
             "libraries": LIBRARIES_BYTES,
         }
+        between = 0  # what is held between steps
         if plan.run.fsdp:
-            # Weights and gradients in the type of the computation, gradients in float32 on their
-            # way to the sum; for evaluation, what was gathered beside the draft that takes it.
+            # In the type of the computation, and gradients in float32 on their way to the sum.
             share = dtype.itemsize / FLOAT_BYTES
             parts["gathered shards"] = int(share * weights + (share + 1) * trained)
-            parts["whole draft for evaluation"] = 2 * weights
+            between += 2 * weights  # gathered for evaluation, beside the draft that takes it
         elif self.world_size > 1:
             parts["gradients to send"] = trained
         if plan.evaluation.decode or plan.data.kind == "texts":
-            parts["work of the verifier"] = self._verifier_work_bytes(plan)
+            between += self._verifier_work_bytes(plan)
         else:
             parts["verifier"] = min(parts["verifier"], bytes_of([self.draft.verifier_head]))
+        freed = parts["activations"] + parts.get("gathered shards", 0)
+        parts["between steps, beyond what one frees"] = max(0, between - freed)
         return parts
 
     def _step_memory(self, plan: TrainingPlan) -> StepMemory:

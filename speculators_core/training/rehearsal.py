@@ -269,6 +269,7 @@ def rehearse(
         )
         named = [*step.named_parameters(), *step.named_buffers()]
         weights = {name: _stand_in(rehearsal, name, tensor) for name, tensor in named}
+        torch.default_generator.manual_seed(plan.run.seed)  # the same count in every call
         with rehearsal:
             functional_call(step, weights, (row, options, rehearsal))
     return StepMemory(rehearsal.peak_bytes, rehearsal.allocator_bytes, rehearsal.has_recomputed)

@@ -36,8 +36,8 @@ class Schedule(TrainerCallback):
     """Evaluates and saves every so many steps, and at the last one."""
 
     def __init__(self, eval_every: int | None, save_every: int | None, patience: int | None):
-        """A tenth of the run or more where ``eval_every`` is None; with each evaluation is saved where
-        ``save_every`` is None. ``patience``: evaluations without a new best, then it is over.
+        """A tenth of the run or more where ``eval_every`` is None; with each evaluation is saved
+        where ``save_every`` is None. ``patience``: evaluations without a new best, then it is over.
         """
         self.eval_every, self.save_every, self.patience = eval_every, save_every, patience
 
