@@ -44,6 +44,12 @@ class RunSettings(Settings):
         tuple[Algorithm, ...], Parameter(consume_multiple=True, negative=()), Field(min_length=1)
     ] = ("eagle3", "peagle", "dflash", "mtp")
     """Drafts."""
+    trainers: Annotated[
+        tuple[Literal["equal", "ours"], ...],
+        Parameter(consume_multiple=True, negative=()),
+        Field(min_length=1),
+    ] = ("equal", "ours")
+    """Beside the peers: AdamW, as they have it, and our defaults."""
     peers: Path = PEERS
     """Folder with a verifier, speculators for it, and acceptance.json."""
     rows: int = Field(700, ge=8)
@@ -165,17 +171,17 @@ def acceptance_length(settings: RunSettings, speculator: str) -> float:
 
 
 def measure_peers(settings: RunSettings, work: Path) -> Iterator[Line]:
-    """Equal draft, tokens and learning rate with AdamW; then with our own defaults."""
+    """Equal draft, tokens, rate and AdamW; then with our own defaults."""
     plans: dict[str, dict[str, dict[str, Any]]] = {
-        "AdamW": {"optimizer": {"learning_rate": 1e-3, "optimizer": "adamw"}},
-        "our defaults": {},
+        "equal": {"optimizer": {"optimizer": "adamw"}},
+        "ours": {},
     }
     for algorithm in settings.algorithms:
         peer = in_process(acceptance_length, settings, str(settings.peers / algorithm))
         shape = settings.peers / algorithm / "config.json"
-        for name, sections in plans.items():
+        for name in settings.trainers:
             model = {"draft_config": str(shape)}
-            sections = {**sections, "model": model, "data": {"store": str(work / "states")}}
+            sections = {**plans[name], "model": model, "data": {"store": str(work / "states")}}
             output = work / f"{algorithm} {name}"
             report = in_process(train_draft, settings, algorithm, sections, output)
             ours = in_process(acceptance_length, settings, report["speculator"])
@@ -185,7 +191,7 @@ def measure_peers(settings: RunSettings, work: Path) -> Iterator[Line]:
                 ours=ours,
                 beside="the peer's",
                 reference=peer,
-                target=1.0 if name == "AdamW" else None,
+                target=1.0 if name == "equal" else None,
                 digits=".3f",
             )
 

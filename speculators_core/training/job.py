@@ -138,7 +138,8 @@ class Job:
         plan, output = self.plan, self.plan.run.output
         display = Display(self.rows_per_step * plan.data.row_length)
         trainer = self.trainer = self.make_trainer()
-        schedule = Schedule(plan.evaluation.every, plan.run.save_every, plan.evaluation.patience)
+        section = plan.evaluation
+        schedule = Schedule(section.every, plan.run.save_every, section.patience, trainer.evaluate)
         for callback in (schedule, self.stop, LogFile(output / LOG), display):
             trainer.add_callback(callback)
         newest = newest_state(output)
@@ -221,8 +222,9 @@ class Job:
         return choose_prompts(plan.evaluation, examples, plan.model.verifier, longest)
 
     def _measure(self, draft: SpeculatorModel) -> dict[str, float]:
-        section = self.plan.evaluation
-        return evaluate_truth(draft, self.prompts, self.held_out, section, rank(), world_size())
+        section, held_out = self.plan.evaluation, self.held_out
+        with self.stop.interruptible():
+            return evaluate_truth(draft, self.prompts, held_out, section, rank(), world_size())
 
 
 # ---- options of Transformers' trainer ----

@@ -26,6 +26,7 @@ from speculators_core.training.faults import describe_fault
 from speculators_core.training.metrics import WeightedMeans
 from speculators_core.training.sharding import gather_draft, is_sharded
 from speculators_core.training.state_folder import rotate_states
+from speculators_core.training.watch import Interrupted
 from speculators_core.verifier import LayerTaps
 
 
@@ -223,7 +224,8 @@ class SpeculatorTrainer(Trainer):
         """Losses and teacher-forced figures over held-out rows, and what ``measure`` finds.
 
         Rows are split over the ranks; each has as many passes, those too many without weight.
-        Random generators go on as if there had been none.
+        Random generators go on as if there had been none. Where it is interrupted the run is saved
+        and stopped, and goes on with it.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         start, model = time.monotonic(), self.model_wrapped
@@ -233,9 +235,14 @@ class SpeculatorTrainer(Trainer):
         with torch.no_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(self.args.seed)  # a draft that draws its rows draws the same ones
             found = self._evaluate_rows(model, rows)
-            if self.measure is not None:
-                found |= self.measure(self.whole_draft())
-        model.train(was_training)
+            try:
+                found |= {} if self.measure is None else self.measure(self.whole_draft())
+            except Interrupted:
+                self.control.should_evaluate = False
+                self.control.should_save = self.control.should_training_stop = True
+                return {}
+            finally:
+                model.train(was_training)
         found["runtime"] = time.monotonic() - start
         self._note_best(found)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}

@@ -4,7 +4,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,20 +35,40 @@ SHOWN = {
 class Schedule(TrainerCallback):
     """Evaluates and saves every so many steps, and at the last one."""
 
-    def __init__(self, eval_every: int | None, save_every: int | None, patience: int | None):
+    def __init__(
+        self,
+        eval_every: int | None,
+        save_every: int | None,
+        patience: int | None,
+        evaluate: Callable[[], Any],
+    ):
         """A tenth of the run or more where ``eval_every`` is None; with each evaluation is saved
         where ``save_every`` is None. ``patience``: evaluations without a new best, then it is over.
+        ``evaluate`` makes up for an evaluation that a signal broke off.
         """
         self.eval_every, self.save_every, self.patience = eval_every, save_every, patience
+        self.evaluate = evaluate
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        now = [line for line in state.log_history if line["step"] == state.global_step]
+        if state.global_step and self._is_due(state) and not any("eval_runtime" in x for x in now):
+            self.evaluate()
+
+    def _is_due(self, state: TrainerState) -> bool:
+        every = self.eval_every or max(LEAST_BETWEEN, state.max_steps // 10)
+        return state.global_step >= state.max_steps or state.global_step % every == 0
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        is_last = state.global_step >= state.max_steps
-        eval_every = self.eval_every or max(LEAST_BETWEEN, state.max_steps // 10)
-        save_every = self.save_every or eval_every
-        control.should_evaluate |= is_last or state.global_step % eval_every == 0
-        control.should_save |= is_last or state.global_step % save_every == 0
+        is_last, is_due = state.global_step >= state.max_steps, self._is_due(state)
+        control.should_evaluate |= is_due
+        if self.save_every is None:
+            control.should_save |= is_due
+        else:
+            control.should_save |= is_last or state.global_step % self.save_every == 0
         # A line of the log ends where a state is saved, so that a resumed run has the same lines.
         control.should_log |= control.should_save or control.should_evaluate
 
@@ -64,13 +84,46 @@ class Schedule(TrainerCallback):
             control.should_save = True
 
 
+class Interrupted(Exception):
+    """An evaluation was broken off, for the run to be stopped."""
+
+
 class StopOnSignal(TrainerCallback):
-    """After SIGTERM the step in hand is finished, the state saved, and the run is over."""
+    """After SIGTERM the step in hand is finished, the state saved, and the run is over.
+
+    An evaluation is not waited for, where one process alone is at it: it is made up for when the
+    run goes on.
+    """
 
     def __init__(self) -> None:
         self.is_asked = False
         """Of this process; the others may hear of it a step later."""
         self.has_stopped = False
+        self._may_interrupt = False
+
+    def _hear(self, *_: Any) -> None:
+        self.is_asked = True
+        if self._may_interrupt:
+            raise Interrupted
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """What may be broken off.
+
+        Raises:
+            Interrupted: it was.
+        """
+        if torch.distributed.is_initialized():  # the others would wait for this one
+            yield
+            return
+        self._may_interrupt = True
+        try:
+            yield
+        except Interrupted:
+            self.has_stopped = True
+            raise
+        finally:
+            self._may_interrupt = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -78,7 +131,7 @@ class StopOnSignal(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "is_asked", True))
+        before = signal.signal(signal.SIGTERM, self._hear)
         try:
             yield
         finally:
@@ -128,7 +181,8 @@ class Display(TrainerCallback):
         """``tokens_per_step``: of all ranks, padding included."""
         self.tokens_per_step = tokens_per_step
         self._live: Live | None = None
-        self._last_line = time.monotonic()
+        self._start = self._last_line = time.monotonic()
+        self._first = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

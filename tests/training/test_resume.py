@@ -12,7 +12,13 @@ from speculators_core.training.train import train
 from tests.conftest import SMALL_RECIPES
 from tests.data_generation.processes import processes
 from tests.training.making import log_of, plan_of, weights_of
-from tests.training.running import KILL, TERM, train_and_die, train_here
+from tests.training.running import (
+    KILL,
+    TERM,
+    train_and_die,
+    train_and_stop_evaluating,
+    train_here,
+)
 
 
 def run_in_process(target, plan, *arguments):
@@ -53,6 +59,20 @@ def test_sigterm_saves_first(given, tmp_path):
     assert report.steps == 8
     undisturbed = train(plan_of(given, tmp_path / "other", run={"max_steps": 8}))
     ours, expected = weights_of(report.speculator), weights_of(undisturbed.speculator)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_sigterm_does_not_wait_for_an_evaluation_which_is_made_up_for(given, tmp_path):
+    plan = plan_of(given, tmp_path / "run", evaluation={"every": 2})
+    assert run_in_process(train_and_stop_evaluating, plan, 2) == 0
+    assert (tmp_path / "run" / "checkpoint-4").exists()
+    assert not [x for x in log_of(tmp_path / "run") if x["step"] == 4 and "eval_loss" in x]
+    assert run_in_process(train_here, plan) == 0
+    undisturbed = plan_of(given, tmp_path / "other", evaluation={"every": 2})
+    assert run_in_process(train_here, undisturbed) == 0
+    assert log_of(tmp_path / "run") == log_of(tmp_path / "other")
+    ours = weights_of(tmp_path / "run" / "speculator")
+    expected = weights_of(tmp_path / "other" / "speculator")
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
