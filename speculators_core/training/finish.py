@@ -40,13 +40,18 @@ def write_speculator(job: Job, draft: SpeculatorModel) -> Path:
     """Writes ``run/speculator``, whole or not at all: checkpoint, card, and the run's papers."""
     run = job.plan.run.output
     target, part = run / SPECULATOR, run / f".{SPECULATOR}.part"
-    shutil.rmtree(part, ignore_errors=True)
+    old = run / f".{SPECULATOR}.old"  # of a start that was killed before its report
+    for folder in (part, old):
+        shutil.rmtree(folder, ignore_errors=True)
     draft.to("cpu", as_dtype(job.plan.run.saved_dtype)).save_pretrained(part)
     for name in (CONFIG, PROVENANCE, LOG):
         if (run / name).exists():
             shutil.copyfile(run / name, part / name)
     write_card(part, card_facts(job))
+    if target.exists():
+        os.replace(target, old)
     os.replace(part, target)
+    shutil.rmtree(old, ignore_errors=True)
     return target
 
 

@@ -64,6 +64,11 @@ class Job:
         """
         draft_class(plan.model)
         _check_trackers(plan)
+        if plan.run.fsdp and world_size() == 1:
+            raise SpeculatorError(
+                "run.fsdp shards over several processes, there is one: start it with `torchrun "
+                "--nproc-per-node N -m speculators_core train ...`, or leave it out."
+            )
         with ExitStack() as stack:
             stack.callback(_leave_group)
             source = _open_source(plan, stack)
@@ -148,7 +153,14 @@ class Job:
                 trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         finally:
             display.close()
-        return trainer.state
+        state = trainer.state
+        if state.global_step < self.num_steps and not (self.was_stopped or schedule.has_ended):
+            raise SpeculatorError(
+                f"data.{plan.data.kind} gave no row that trains after step {state.global_step} of "
+                f"{self.num_steps}: more than the {plan.data.eval_examples} examples of "
+                "data.eval_examples must have a token to learn."
+            )
+        return state
 
     def best_draft(self) -> SpeculatorModel:
         """The draft with the weights of its longest acceptance length, or the last ones.
@@ -185,6 +197,7 @@ class Job:
         """The trainer without what `watch` adds to it."""
         plan, draft = self.plan, self.draft
         arguments = training_arguments(plan, self.num_steps)
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # a process trains on one; torchrun starts more
         if plan.run.compile:
             for name, module in draft.named_modules():
                 if name.endswith(".mlp"):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from cyclopts import Parameter
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from speculators_core.settings import Settings, read_sections
 
@@ -157,6 +157,12 @@ class RunSection(Settings):
 
     output: Path
     """Folder of the run; the speculator is in `speculator` below it."""
+
+    @field_validator("output")
+    @classmethod
+    def _in_full(cls, output: Path) -> Path:
+        return output.expanduser()
+
     epochs: float = Field(1.0, gt=0)
     """Passes over the data."""
     max_steps: int | None = Field(None, ge=1)

@@ -12,6 +12,8 @@ import torch
 from datasets import Dataset
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -164,6 +166,12 @@ class SpeculatorTrainer(Trainer):
         self._step_losses: list[Tensor] = []
         model.move_verifier(self.args.device)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """A stream is each process's own; rows with numbers are split over the processes."""
+        if isinstance(self.train_dataset, IterableDataset):
+            return DataLoader(self.train_dataset, batch_size=1, collate_fn=_only)
+        return super().get_train_dataloader()
+
     # ---- the loss ----
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
@@ -207,7 +215,8 @@ class SpeculatorTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Raises SpeculatorError where a gradient is not finite, and says of which batch."""
-        norm = float(super()._get_grad_norm(model, grad_norm))
+        found = super()._get_grad_norm(model, grad_norm)
+        norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
         if not math.isfinite(norm):
             keys_of = getattr(self.train_dataset, "keys_of", _no_keys)
             step = self.state.global_step + 1

@@ -48,6 +48,8 @@ class Schedule(TrainerCallback):
         """
         self.eval_every, self.save_every, self.patience = eval_every, save_every, patience
         self.evaluate = evaluate
+        self.has_ended = False
+        """Patience ended the run."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -80,8 +82,8 @@ class Schedule(TrainerCallback):
         steps = [line["step"] for line in state.log_history if "eval_acceptance_length" in line]
         since = [step for step in steps if step > (state.best_global_step or 0)]
         if len(since) >= self.patience:
-            control.should_training_stop = True
-            control.should_save = True
+            self.has_ended = True
+            control.should_training_stop = control.should_save = True
 
 
 class Interrupted(Exception):

@@ -79,6 +79,13 @@ def test_online_learns_what_the_store_teaches_in_its_order(given, tmp_path):
     assert streamed[0][0, : len(first)].tolist() == first
 
 
+def test_a_stream_of_held_out_examples_alone_is_no_training(given, tmp_path):
+    data = {"store": None, "online": str(given / "data.yaml"), "eval_examples": 64}
+    with pytest.raises(SpeculatorError, match="gave no row that trains after step 0 of 8"):
+        train(plan_of(given, tmp_path / "run", data=data, evaluation={"num_prompts": 2}))
+    assert not (tmp_path / "run" / "speculator").exists()
+
+
 def test_a_generation_that_fails_ends_the_training_with_its_line(given, tmp_path):
     sections = yaml.safe_load((given / "data.yaml").read_text())
     sections["data"]["datasets"] = [{"path": str(given / "gone.jsonl")}]

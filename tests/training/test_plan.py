@@ -50,6 +50,7 @@ def refused(given, tmp_path, **changes):
         ({"model": {"start_from": "other"}}, "one of algorithm .* and start_from"),
         ({"model": {"draft_vocab_size": 5000}}, "draft_vocab_size 5000"),
         ({"model": {"verifier": "nowhere"}}, "nowhere"),
+        ({"run": {"fsdp": True}}, "run.fsdp shards over several processes, there is one"),
     ],
 )
 def test_a_fault_is_one_line_and_nothing_is_written(given, tmp_path, changes, message):

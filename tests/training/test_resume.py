@@ -76,6 +76,15 @@ def test_sigterm_does_not_wait_for_an_evaluation_which_is_made_up_for(given, tmp
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+def test_a_run_that_was_killed_while_it_ended_ends(given, tmp_path):
+    plan = plan_of(given, tmp_path / "run")
+    first = weights_of(train(plan).speculator)
+    (tmp_path / "run" / "report.json").unlink()
+    again = weights_of(train(plan).speculator)
+    assert all(torch.equal(again[name], first[name]) for name in first)
+    assert not list((tmp_path / "run").glob(".speculator*"))
+
+
 def test_another_plan_does_not_go_on_in_the_folder(given, tmp_path):
     train(plan_of(given, tmp_path / "run", run={"max_steps": 2}))
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}

@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 SILENT_BEATS = 3
 """Heartbeats that may be missed."""
+CLOSING_S = 5.0
+"""What ZeroMQ may take to close sockets, beside the time for last words."""
 
 
 class IoThread:
@@ -92,8 +94,9 @@ class IoThread:
         self.ring()
         if self._thread is not None:
             self._thread.join()
+        else:
+            self._close_sockets()
         self._is_stopped = True
-        self._close_sockets()
         os.close(self._bell)
         os.close(self._rope)
 
@@ -121,6 +124,14 @@ class IoThread:
             self._close_sockets()
 
     def _close_sockets(self) -> None:
+        """Does not wait for ever: libzmq 4.3.5 was once seen to, with all sockets closed."""
+        end = threading.Thread(target=self._destroy, name="example-queue-end", daemon=True)
+        end.start()
+        end.join(self.linger_s + CLOSING_S)
+        if end.is_alive():
+            logger.warning("ZeroMQ did not let go of a socket; went on without")
+
+    def _destroy(self) -> None:
         self.context.destroy(linger=int(1000 * self.linger_s))
 
     def _silence_bell(self) -> None:
