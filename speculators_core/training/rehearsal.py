@@ -26,6 +26,7 @@ from speculators_core.training.optimizers import MuonAdamW, adamw
 from speculators_core.training.settings import TrainingPlan
 
 aten = torch.ops.aten
+CPU = torch.device("cpu")
 INDEXING = (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default)
 SEARCH_STEPS = 3
 """Halvings of the range in which the worst length of documents lies."""
@@ -72,7 +73,7 @@ class Rehearsal(TorchDispatchMode):
     """Adds up the bytes of all tensors that are made and alive while it is entered.
 
     What is computed from fake tensors is fake. Indices and masks are real, because the shapes of
-    others depend on them; a real tensor that a fake one is written into keeps what it had.
+    others depend on them, and on the CPU; one that a fake tensor is written into keeps what it had.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -104,8 +105,10 @@ class Rehearsal(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        is_fake = any(isinstance(leaf, Fake) for leaf in _leaves([*args, *kwargs.values()]))
-        made = self._on_shapes(function, args, kwargs) if is_fake else function(*args, **kwargs)
+        if any(isinstance(leaf, Fake) for leaf in _leaves([*args, *kwargs.values()])):
+            made = self._on_shapes(function, args, kwargs)
+        else:
+            made = function(*args, **kwargs | ({"device": CPU} if kwargs.get("device") else {}))
         for leaf in _leaves([made]):
             if isinstance(leaf, Tensor):
                 self._count((leaf.like if isinstance(leaf, Fake) else leaf).untyped_storage())
@@ -259,13 +262,13 @@ def rehearse(
         NotImplementedError: the draft's ``forward`` decides something by the values of its states.
     """
     options, _ = draft.get_trainer_kwargs(**plan.model.objective)
-    rehearsal, step = Rehearsal(device), _Step(draft)
+    rehearsal, step, dtype = Rehearsal(device), _Step(draft), compute_dtype(plan, device)
     with _as_trained(draft, plan, device):
-        row = _make_row(draft, plan, device, first_document, states_on=torch.device("meta"))
+        row = _make_row(draft, plan, CPU, first_document, states_on=torch.device("meta"))
         row = replace(
             row,
-            hidden_states=rehearsal.stand_in(row.hidden_states),
-            last_hidden_states=rehearsal.stand_in(row.last_hidden_states),
+            hidden_states=rehearsal.stand_in(row.hidden_states, dtype),
+            last_hidden_states=rehearsal.stand_in(row.last_hidden_states, dtype),
         )
         named = [*step.named_parameters(), *step.named_buffers()]
         weights = {name: _stand_in(rehearsal, name, tensor) for name, tensor in named}
@@ -281,7 +284,7 @@ def _stand_in(rehearsal: Rehearsal, name: str, tensor: Tensor) -> Tensor:
     Ids of the draft's vocabulary are real, whichever they are.
     """
     if not tensor.is_floating_point():
-        return torch.zeros_like(tensor, device=rehearsal.device)
+        return torch.zeros_like(tensor, device=CPU)
     dtype = torch.float32 if name.startswith("draft.") else tensor.dtype
     weight = rehearsal.stand_in(tensor, dtype)
     if tensor.requires_grad:
