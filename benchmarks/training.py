@@ -6,9 +6,9 @@ tokens and states; the verifier is not run. Every figure comes from a process of
 
 import math
 import multiprocessing
-import resource
 import statistics
 import time
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -136,10 +136,11 @@ def _memory_bytes(device: Any, peak: bool) -> int:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    if peak:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+    # Not `ru_maxrss`: a process begins with that of the one which started it.
+    name = "VmHWM:" if peak else "VmRSS:"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kib,) = (int(line.split()[1]) for line in lines if line.startswith(name))
+    return kib * 1024
 
 
 def _prepare(

@@ -72,6 +72,9 @@ class SpeculatorModel(PreTrainedModel):
         if mode != "detached":
             self.attach_verifier(self.resolve_verifier(verifier), mode)
 
+    def enable_input_require_grads(self) -> None:
+        """Nothing: layers recompute without reentrance, which asks no gradient of embeddings."""
+
     def get_input_embeddings(self) -> Any:
         """The draft's own embeddings; None where it reads its verifier's."""
         return getattr(self, "embed_tokens", None)

@@ -328,7 +328,7 @@ class SpeculatorTrainer(Trainer):
         if checkpoint is not None:
             saved.restore_rng(Path(checkpoint), self.args.process_index, self.args.world_size)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | Path | None = None, state_dict: Any = None) -> None:
         """The checkpoint alone: Trainer would add its arguments as a pickle."""
         self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
 

@@ -300,7 +300,11 @@ def test_a_rehearsal_leaves_no_trace():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    rehearse(draft, plan_of("peagle", run={"gradient_checkpointing": True}), CPU, 300)
+    plan = plan_of("peagle")
+    first = rehearse(draft, plan, CPU, 300)
+    recomputing = plan_of("peagle", run={"gradient_checkpointing": True})
+    assert rehearse(draft, recomputing, CPU, 300).tensor_bytes < first.tensor_bytes
+    assert rehearse(draft, plan, CPU, 300) == first
     assert torch.equal(torch.rand(3), expected)
     assert not draft.training and not draft.is_gradient_checkpointing
     assert all(weight.grad is None for weight in draft.parameters())
@@ -484,9 +488,7 @@ def test_an_option_saves_what_a_plan_with_it_needs_less(monkeypatch):
         sections = {"evaluation": {"decode": True}, "data": {"num_workers": 4}} | changed
         other = plan_of(**sections)
         less = needed - sum(parts_of(other, draft, world_size=2).values())
-        # Two rehearsals may differ by some hundred kilobytes of short-lived tensors.
-        assert savings[option] > 0
-        assert savings[option] == pytest.approx(less, abs=needed // 100)
+        assert savings[option] == less > 0
     assert "run.keep to 1" not in savings and "data.queue_size to 32" not in savings
 
 

@@ -40,8 +40,8 @@ def test_two_processes_give_the_losses_and_weights_of_one(
     given, tmp_path, free_port, algorithm, fsdp
 ):
     """Rows of unequal numbers of trained tokens, two a step: on two processes, or one by one."""
-    # Muon's iteration is in bfloat16, where shards round otherwise than whole matrices.
-    optimizer = {"optimizer": "adamw" if fsdp else "muon", "weight_decay": 0.01}
+    # Muon iterates in bfloat16: what differs in the last bit of a gradient grows to 2^-8 of a step.
+    optimizer = {"optimizer": "adamw", "weight_decay": 0.01}
     changes = {**EXACT, "optimizer": {**optimizer, "rows_per_step": 2}}
     alone = train(plan_of(given, tmp_path / "alone", algorithm, **changes))
     spread = {"optimizer": optimizer, "run": {**EXACT["run"], "fsdp": fsdp}}
