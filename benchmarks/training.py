@@ -1,205 +1,51 @@
-"""How fast drafts train, and in how much memory, against the length of a packed row.
+"""How drafts train: single steps, and whole runs beside other trainers, bare steps and a store.
 
-``python -m benchmarks.training``. A step is forward, loss and backward on one packed row of random
-tokens and states; the verifier is not run. Every figure comes from a process of its own.
+``python -m benchmarks.training``.
 """
 
-import math
-import multiprocessing
-import statistics
-import time
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
-from pydantic import BaseModel, Field
-from rich.table import Table
+from pydantic import Field
 
+from benchmarks.training_runs import RunSettings, measure_runs
+from benchmarks.training_steps import StepSettings, measure_steps
 from speculators_core.settings import Settings
 
 Algorithm = Literal["eagle3", "peagle", "dflash", "mtp"]
-AUX_LAYER_IDS = (1, 3, 4)
-MASK_TOKEN_ID = 3
-NUM_VERIFIER_LAYERS = 6
-ANCHOR_SHARE = 8
-"""A DFlash row has one anchor for so many tokens."""
+Part = Literal["steps", "peers", "overhead", "online"]
+Several = Parameter(consume_multiple=True, negative=())
 
 
 class TrainingSettings(Settings):
-    """What is trained, and on what."""
+    """What is measured."""
 
-    algorithms: Annotated[
-        tuple[Algorithm, ...], Parameter(consume_multiple=True, negative=()), Field(min_length=1)
-    ] = ("eagle3", "peagle", "dflash", "mtp")
-    """Drafts to measure."""
-    lengths: Annotated[
-        tuple[Annotated[int, Field(ge=16)], ...],
-        Parameter(consume_multiple=True, negative=()),
-        Field(min_length=1),
-    ] = (1024, 2048, 4096, 8192)
-    """Tokens of the packed row."""
-    hidden_size: int = Field(128, ge=64, multiple_of=64)
-    """Width of verifier and draft; heads are 32 wide, and two share their keys."""
-    vocab_size: int = Field(2048, ge=16)
-    """Of verifier and draft."""
-    documents: int = Field(1, ge=1)
-    """Documents of equal length in a row."""
-    steps: int = Field(5, ge=1)
-    """Steps that are timed, after one that is not; the median counts."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the draft and its states."""
-
-
-class StepFigures(BaseModel):
-    """What one draft took for one row length."""
-
-    algorithm: str
-    length: int
-    seconds: float
-    """Median of the timed steps."""
-    peak_bytes: int
-    """Memory beyond that of model and batch, at most."""
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.length / self.seconds
+    parts: Annotated[tuple[Part, ...], Several, Field(min_length=1)] = (
+        "steps",
+        "peers",
+        "overhead",
+        "online",
+    )
+    """Measurements."""
+    algorithms: Annotated[tuple[Algorithm, ...], Several, Field(min_length=1)] = (
+        "eagle3",
+        "peagle",
+        "dflash",
+        "mtp",
+    )
+    """Drafts; `online` trains the first."""
+    steps: StepSettings = Field(default_factory=StepSettings)
+    runs: RunSettings = Field(default_factory=RunSettings)
 
 
 def run(*, settings: Annotated[TrainingSettings | None, Parameter(name="*")] = None) -> None:
-    """Measures training steps of each draft at each row length."""
-    from speculators_core.console import console
-
+    """Measures training."""
     settings = settings or TrainingSettings()
-    table = Table(title="training step", title_justify="left")
-    for column in ("draft", "tokens", "tok/s", "peak MiB", "time grows", "memory grows"):
-        table.add_column(column, no_wrap=True)
-    for algorithm in settings.algorithms:
-        before = None
-        for length in settings.lengths:
-            figures = measure(settings, algorithm, length)
-            table.add_row(
-                algorithm,
-                str(length),
-                f"{figures.tokens_per_s:.0f}",
-                f"{figures.peak_bytes / 2**20:.0f}",
-                _growth("seconds", before, figures),
-                _growth("peak_bytes", before, figures),
-            )
-            before = figures
-    console.print(table)
-    console.print("grows: the exponent e of length^e since the row before")
-
-
-def _growth(name: str, before: StepFigures | None, after: StepFigures) -> str:
-    if before is None or before.length == after.length:
-        return "-"
-    if min(getattr(before, name), getattr(after, name)) <= 0:
-        return "-"
-    ratio = getattr(after, name) / getattr(before, name)
-    return f"{math.log(ratio) / math.log(after.length / before.length):.2f}"
-
-
-def measure(settings: TrainingSettings, algorithm: str, length: int) -> StepFigures:
-    """Figures from a fresh process, so that no peak hides behind an earlier one."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_measure_here, (settings, algorithm, length))
-
-
-def _measure_here(settings: TrainingSettings, algorithm: str, length: int) -> StepFigures:
-    import torch
-
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, settings.dtype)
-    model, batch, kwargs = _prepare(settings, algorithm, length, device, dtype)
-
-    def step() -> float:
-        start = time.perf_counter()
-        _, loss, _ = model(batch, **kwargs)
-        loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        model.zero_grad()
-        return seconds
-
-    start_bytes = _memory_bytes(device, peak=False)
-    step()
-    peak_bytes = _memory_bytes(device, peak=True) - start_bytes
-    seconds = statistics.median(step() for _ in range(settings.steps))
-    return StepFigures(algorithm=algorithm, length=length, seconds=seconds, peak_bytes=peak_bytes)
-
-
-def _memory_bytes(device: Any, peak: bool) -> int:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    # Not `ru_maxrss`: a process begins with that of the one which started it.
-    name = "VmHWM:" if peak else "VmRSS:"
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (kib,) = (int(line.split()[1]) for line in lines if line.startswith(name))
-    return kib * 1024
-
-
-def _prepare(
-    settings: TrainingSettings, algorithm: str, length: int, device: Any, dtype: Any
-) -> tuple[Any, Any, dict[str, Any]]:
-    """A fresh draft, a packed row, and what its forward takes beside the row."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    from speculators_core.batch import Batch
-    from speculators_core.registry import MODELS
-
-    hidden, vocab = settings.hidden_size, settings.vocab_size
-    config = Qwen3Config(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=NUM_VERIFIER_LAYERS,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 64,
-        head_dim=32,
-        max_position_embeddings=2 * length,
-    )
-    recipes: dict[str, dict[str, Any]] = {
-        "eagle3": {"aux_layer_ids": AUX_LAYER_IDS},
-        "peagle": {
-            "aux_layer_ids": AUX_LAYER_IDS,
-            "mask_token_id": MASK_TOKEN_ID,
-            "speculative_tokens": 4,
-        },
-        "dflash": {
-            "aux_layer_ids": AUX_LAYER_IDS,
-            "mask_token_id": MASK_TOKEN_ID,
-            "num_layers": 2,
-            "block_size": 8,
-        },
-        "mtp": {},
-    }
-    objectives: dict[str, dict[str, Any]] = {
-        "eagle3": {"ttt_steps": 3},
-        "peagle": {"num_depths": 4, "max_anchors": None},
-        "dflash": {"max_anchors": max(1, length // ANCHOR_SHARE)},
-        "mtp": {"num_steps": 3},
-    }
-    model = MODELS.load(algorithm).from_training_args(
-        config, verifier=Qwen3ForCausalLM(config).to(device, dtype), **recipes[algorithm]
-    )
-    kwargs, _ = model.get_trainer_kwargs(**objectives[algorithm])
-    rows = torch.arange(length, device=device)
-    per_document = math.ceil(length / settings.documents)
-    batch = Batch(
-        input_ids=torch.randint(MASK_TOKEN_ID + 1, vocab, (1, length), device=device),
-        document_ids=(rows // per_document)[None],
-        position_ids=(rows % per_document)[None],
-        loss_mask=torch.ones(1, length, dtype=torch.bool, device=device),
-        hidden_states=torch.randn(1, length, 3 * hidden, device=device, dtype=dtype),
-        last_hidden_states=torch.randn(1, length, hidden, device=device, dtype=dtype),
-    )
-    return model.to(device, dtype).train(), batch, kwargs
+    if "steps" in settings.parts:
+        measure_steps(settings.steps, settings.algorithms)
+    whole = [part for part in settings.parts if part != "steps"]
+    if whole:
+        measure_runs(whole, settings.runs, settings.algorithms)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """What whole training runs reach: beside another trainer's speculators, bare steps, and a store.
 
-``python -m benchmarks.training_runs``. The verifier and the speculators of another implementation
-are those of ``--peers``; data are rows of this interpreter's standard library. Every training is a
-`speculators train` of its own, in its own process.
+Data are rows of this interpreter's standard library. Every training is a `speculators train` of its
+own, in its own process.
 """
 
 import json
@@ -10,7 +9,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,8 +19,6 @@ from pydantic import Field
 from benchmarks.ratios import Line, in_process, print_lines
 from speculators_core.settings import Settings
 
-Algorithm = Literal["eagle3", "peagle", "dflash", "mtp"]
-Part = Literal["peers", "overhead", "online"]
 PEERS = Path(__file__).parents[1] / "tests/data/interop"
 LAYER_IDS = (1, 3, 4)
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -34,16 +31,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 
 class RunSettings(Settings):
-    """What is measured."""
+    """Of parts `peers`, `overhead` and `online`."""
 
-    parts: Annotated[
-        tuple[Part, ...], Parameter(consume_multiple=True, negative=()), Field(min_length=1)
-    ] = ("peers", "overhead", "online")
-    """Measurements."""
-    algorithms: Annotated[
-        tuple[Algorithm, ...], Parameter(consume_multiple=True, negative=()), Field(min_length=1)
-    ] = ("eagle3", "peagle", "dflash", "mtp")
-    """Drafts."""
     trainers: Annotated[
         tuple[Literal["equal", "ours"], ...],
         Parameter(consume_multiple=True, negative=()),
@@ -60,15 +49,14 @@ class RunSettings(Settings):
     """Of rows and drafts."""
 
 
-def run(*, settings: Annotated[RunSettings | None, Parameter(name="*")] = None) -> None:
-    """Measures whole training runs."""
-    settings = settings or RunSettings()
+def measure_runs(parts: Sequence[str], settings: RunSettings, algorithms: Sequence[str]) -> None:
+    """Prints the ratios of each part."""
     measures = {"peers": measure_peers, "overhead": measure_overhead, "online": measure_online}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         in_process(write_data, settings, work)
-        for part in settings.parts:
-            print_lines(part, measures[part](settings, work))
+        for part in parts:
+            print_lines(part, measures[part](settings, algorithms, work))
 
 
 # ---- data ----
@@ -170,13 +158,13 @@ def acceptance_length(settings: RunSettings, speculator: str) -> float:
 # ---- measurements ----
 
 
-def measure_peers(settings: RunSettings, work: Path) -> Iterator[Line]:
+def measure_peers(settings: RunSettings, algorithms: Sequence[str], work: Path) -> Iterator[Line]:
     """Equal draft, tokens, rate and AdamW; then with our own defaults."""
     plans: dict[str, dict[str, dict[str, Any]]] = {
         "equal": {"optimizer": {"optimizer": "adamw"}},
         "ours": {},
     }
-    for algorithm in settings.algorithms:
+    for algorithm in algorithms:
         peer = in_process(acceptance_length, settings, str(settings.peers / algorithm))
         shape = settings.peers / algorithm / "config.json"
         for name in settings.trainers:
@@ -196,9 +184,11 @@ def measure_peers(settings: RunSettings, work: Path) -> Iterator[Line]:
             )
 
 
-def measure_overhead(settings: RunSettings, work: Path) -> Iterator[Line]:
+def measure_overhead(
+    settings: RunSettings, algorithms: Sequence[str], work: Path
+) -> Iterator[Line]:
     """A step of the trainer beside forward, backward, clipping and optimizer alone."""
-    for algorithm in settings.algorithms:
+    for algorithm in algorithms:
         ours, bare = in_process(_step_rates, settings, work, algorithm)
         yield Line(
             what=f"{algorithm}, trainer",
@@ -223,6 +213,7 @@ def _step_rates(settings: RunSettings, work: Path, algorithm: str) -> tuple[floa
     from speculators_core.training.job import Job
     from speculators_core.training.settings import TrainingPlan
     from speculators_core.training.sources import Rows
+    from speculators_core.training.watch import Display, LogFile, Schedule
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -249,8 +240,11 @@ def _step_rates(settings: RunSettings, work: Path, algorithm: str) -> tuple[floa
     with Job.open(plan) as job:
         trainer, rows = job.make_trainer(), job.rows
         assert isinstance(rows, Rows)
-        clock = Clock()
-        trainer.add_callback(clock)
+        clock, display = Clock(), Display(settings.length)
+        log = LogFile(work / f"steps {algorithm}.jsonl")
+        every = Schedule(10**6, None, None, trainer.evaluate)
+        for callback in (every, job.stop, log, display, clock):
+            trainer.add_callback(callback)
         kwargs, _ = job.draft.get_trainer_kwargs(**plan.model.objective)
         weights = [weight for weight in job.draft.parameters() if weight.requires_grad]
         for _ in range(3):
@@ -273,11 +267,12 @@ def _step_rates(settings: RunSettings, work: Path, algorithm: str) -> tuple[floa
     return rates[0], rates[1]
 
 
-def measure_online(settings: RunSettings, work: Path) -> Iterator[Line]:
+def measure_online(settings: RunSettings, algorithms: Sequence[str], work: Path) -> Iterator[Line]:
     """Training while data are generated, beside the slower side alone; a thread for each side."""
-    generation = in_process(_alone, "generate", settings, work)
-    training = in_process(_alone, "train", settings, work)
-    online = in_process(_alone, "online", settings, work)
+    generation, training, online = (
+        in_process(_alone, what, settings, algorithms[0], work)
+        for what in ("generate", "train", "online")
+    )
     slower = max((generation, training), key=lambda side: side["seconds"])
     tokens = settings.rows * settings.length
     yield Line(
@@ -299,15 +294,15 @@ def measure_online(settings: RunSettings, work: Path) -> Iterator[Line]:
     )
 
 
-def _alone(what: str, settings: RunSettings, work: Path) -> dict[str, Any]:
+def _alone(what: str, settings: RunSettings, algorithm: str, work: Path) -> dict[str, Any]:
     """Seconds of one side, or of both together, with a thread for each process."""
     import os
 
     os.environ["OMP_NUM_THREADS"] = "1"
-    return in_process(_run_side, what, settings, work)
+    return in_process(_run_side, what, settings, algorithm, work)
 
 
-def _run_side(what: str, settings: RunSettings, work: Path) -> dict[str, Any]:
+def _run_side(what: str, settings: RunSettings, algorithm: str, work: Path) -> dict[str, Any]:
     from speculators_core.data_generation.generate import generate_data
     from speculators_core.data_generation.settings import read_plan
 
@@ -325,7 +320,6 @@ def _run_side(what: str, settings: RunSettings, work: Path) -> dict[str, Any]:
         "evaluation": {"decode": False, "roll_outs": 0, "every": steps},
         "run": {"max_steps": steps},
     }
-    algorithm = settings.algorithms[0]
     report_of_run = train_draft(settings, algorithm, sections, work / what)
     log = (work / what / "speculator" / "training_log.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in log]
@@ -335,9 +329,3 @@ def _run_side(what: str, settings: RunSettings, work: Path) -> dict[str, Any]:
         "seconds": seconds * settings.rows / steps,
         "loss": report_of_run["figures"]["loss"],
     }
-
-
-if __name__ == "__main__":
-    from speculators_core.cli import run_function
-
-    run_function(run)

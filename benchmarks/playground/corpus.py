@@ -9,11 +9,13 @@ import hashlib
 import json
 import sysconfig
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
+
+from speculators_core.data_generation.stores.disk import write_text
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data"}
 """Folders that are not source of the library itself, or are tables of data."""
@@ -103,9 +105,9 @@ def prompts(files: list[SourceFile]) -> list[dict]:
     return [prompt for category in chosen.values() for prompt in category]
 
 
-def write_prompts(chosen: list[dict], path: Path) -> None:
+def write_lines(rows: Iterable[dict], path: Path) -> None:
     """One JSON object a line."""
-    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in chosen), encoding="utf-8")
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _candidates(file: SourceFile, lines: list[str]) -> Iterator[tuple[str, dict]]:
@@ -136,7 +138,7 @@ def write_chats(path: Path, count: int = 200) -> None:
         if not file.is_held_out
         for function in functions(file)
     )
-    write_prompts(list(islice(chats, count)), path)
+    write_lines(islice(chats, count), path)
 
 
 if __name__ == "__main__":

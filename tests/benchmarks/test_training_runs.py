@@ -9,7 +9,7 @@ from tests.data import INTEROP
 
 @pytest.fixture(scope="module")
 def settings():
-    return RunSettings(rows=12, length=64, algorithms=("mtp",))
+    return RunSettings(rows=12, length=64)
 
 
 @pytest.fixture(scope="module")

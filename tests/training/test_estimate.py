@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.training import TrainingSettings, _memory_bytes, _prepare
+from benchmarks.training_steps import StepSettings, _memory_bytes, _prepare
 from speculators_core import attention
 from speculators_core.console import console
 from speculators_core.errors import SpeculatorError
@@ -355,7 +355,7 @@ def _measure(algorithm: str, length: int, width: int) -> tuple[int, int]:
     """By how much memory grew in four steps over rows of one and two documents, and the sum of what
     was not there before: all but weights, verifier and a row."""
     torch.manual_seed(0)
-    settings = TrainingSettings(hidden_size=width)
+    settings = StepSettings(hidden_size=width)
     draft, row, options = _prepare(settings, algorithm, length, CPU, torch.float32)
     before = _memory_bytes(CPU, peak=False)
     optimizer = MuonAdamW(draft, 1e-3)

@@ -3,22 +3,24 @@ import sys
 
 import pytest
 
-from benchmarks import training
-from benchmarks.training import StepFigures, TrainingSettings, measure, run
+from benchmarks import training_steps
+from benchmarks.training import TrainingSettings, run
+from benchmarks.training_steps import StepFigures, StepSettings, measure
 from speculators_core.console import console
 
 
 def test_every_draft_is_measured(monkeypatch):
-    monkeypatch.setattr(training, "measure", training._measure_here)
+    monkeypatch.setattr(training_steps, "measure", training_steps._measure_here)
+    steps = StepSettings(lengths=(32, 64), timed=1, hidden_size=64, vocab_size=64)
     with console.capture() as shown:
-        run(settings=TrainingSettings(lengths=(32, 64), steps=1, hidden_size=64, vocab_size=64))
+        run(settings=TrainingSettings(parts=("steps",), steps=steps))
     lines = shown.get().splitlines()
     for algorithm in ("eagle3", "peagle", "dflash", "mtp"):
         assert sum(algorithm in line for line in lines) == 2
 
 
 def test_figures_come_from_a_process_of_their_own():
-    settings = TrainingSettings(algorithms=("mtp",), steps=1, hidden_size=64, vocab_size=64)
+    settings = StepSettings(timed=1, hidden_size=64, vocab_size=64)
     figures = measure(settings, "mtp", 64)
     assert figures.tokens_per_s == 64 / figures.seconds > 0
     assert figures.peak_bytes >= 0
@@ -27,12 +29,21 @@ def test_figures_come_from_a_process_of_their_own():
 def test_growth_is_the_exponent_of_the_length():
     before = StepFigures(algorithm="mtp", length=10, seconds=1.0, peak_bytes=100)
     after = StepFigures(algorithm="mtp", length=20, seconds=4.0, peak_bytes=200)
-    assert training._growth("seconds", before, after) == "2.00"
-    assert training._growth("peak_bytes", before, after) == "1.00"
-    assert training._growth("seconds", None, after) == "-"
+    assert training_steps._growth("seconds", before, after) == "2.00"
+    assert training_steps._growth("peak_bytes", before, after) == "1.00"
+    assert training_steps._growth("seconds", None, after) == "-"
 
 
-@pytest.mark.parametrize("wrong", [{"lengths": (8,)}, {"algorithms": ("other",)}, {"steps": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": {"lengths": (8,)}},
+        {"algorithms": ("other",)},
+        {"steps": {"timed": 0}},
+        {"parts": ()},
+        {"runs": {"rows": 7}},
+    ],
+)
 def test_settings_out_of_bounds_are_refused(wrong):
     with pytest.raises(ValueError):
         TrainingSettings(**wrong)
@@ -40,15 +51,15 @@ def test_settings_out_of_bounds_are_refused(wrong):
 
 def test_equal_lengths_have_no_growth():
     same = StepFigures(algorithm="mtp", length=10, seconds=1.0, peak_bytes=100)
-    assert training._growth("seconds", same, same) == "-"
+    assert training_steps._growth("seconds", same, same) == "-"
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lengths", "5"], "greater than or equal to 16"),
+        (["--steps.lengths", "5"], "greater than or equal to 16"),
         (["--foo", "3"], "--foo"),
-        (["--hidden-size", "160"], "multiple of 64"),
+        (["--steps.hidden-size", "160"], "multiple of 64"),
     ],
 )
 def test_wrong_flags_are_one_line(flags, message):
