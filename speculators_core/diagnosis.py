@@ -77,12 +77,9 @@ class Diagnosis:
     """Of the checkpoint as it stands, over the replayed texts."""
     trials: tuple[Trial, ...]
     """Best first."""
+    culprit: Trial | None
     mended_acceptance_length: float | None
     """Of the culprit's reading."""
-
-    @property
-    def culprit(self) -> Trial | None:
-        return self.trials[0] if self.mended_acceptance_length is not None else None
 
 
 def diagnose(
@@ -91,19 +88,22 @@ def diagnose(
     """Tries every suspect on texts that the verifier wrote; ``model`` has it attached.
 
     A suspect is believed if it gives the verifier's tokens more probability by far more than
-    chance. What a draft was trained to read it reads best, so a sound checkpoint has no culprit.
+    chance, and the draft is then worth serving. What a draft was trained to read it reads best, so
+    a sound checkpoint has no culprit; nor has one that has learnt too little for any reading.
     """
     stands = Reading(model)
     known = [first_token_log_probs(stands, text) for text in texts]
-    trials, mended, best_gain = [], None, 0.0
+    trials, culprit, mended = [], None, None
     for suspect in suspects(model, verifier):
         trial = _try(suspect, texts, known)
         trials.append(trial)
-        if trial.is_better and trial.gain_nats > best_gain:
-            best_gain = trial.gain_nats
-            mended = replay_all(suspect.reading, texts, num_tokens).acceptance_length
+        if trial.is_better and (culprit is None or trial.gain_nats > culprit.gain_nats):
+            length = replay_all(suspect.reading, texts, num_tokens).acceptance_length
+            if length >= DEAD_BELOW:
+                culprit, mended = trial, length
     trials.sort(key=lambda trial: (not trial.is_better, -trial.gain_nats))
-    return Diagnosis(replay_all(stands, texts, num_tokens).acceptance_length, tuple(trials), mended)
+    length = replay_all(stands, texts, num_tokens).acceptance_length
+    return Diagnosis(length, tuple(trials), culprit, mended)
 
 
 def _try(suspect: Suspect, texts: Sequence[SeenText], known: Sequence[Tensor]) -> Trial:

@@ -174,7 +174,10 @@ class _ScoreRows(torch.autograd.Function):
         is_covered = torch.ones_like(is_right)
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(hidden) if needs_gradient else None
-        at_once = CHUNK_LOGITS if hidden.device.type == "cpu" else GPU_CHUNK_LOGITS
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):  # which would cast a frozen weight for every chunk
+            head_weight = head_weight.to(torch.get_autocast_dtype(device))
+        at_once = CHUNK_LOGITS if device == "cpu" else GPU_CHUNK_LOGITS
         chunk = max(FEWEST_ROWS, at_once // len(head_weight))
         for first in range(0, num_rows, chunk):
             rows = slice(first, first + chunk)

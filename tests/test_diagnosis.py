@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from benchmarks import playground
+from speculators_core import diagnosis
 from speculators_core.diagnosis import diagnose, suspects
 from speculators_core.model import SpeculatorModel, load_verifier
 from speculators_core.prompts import read_prompts, tokenize
 from speculators_core.replay import see
 from speculators_core.verifier import read_tokenizer
-from tests.conftest import make_draft
+from tests.conftest import DRAFTS, make_draft
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +57,25 @@ def load(name, verifier, **changes):
     return model.eval()
 
 
+def test_a_draft_that_has_learnt_nothing_has_no_culprit(playground_verifier, texts, monkeypatch):
+    monkeypatch.setattr(diagnosis, "MIN_GAIN_NATS", 0.0)
+    monkeypatch.setattr(diagnosis, "MIN_T", 0.0)
+    config = SpeculatorModel.from_pretrained(playground.EAGLE3).config
+    torch.manual_seed(0)
+    fresh = DRAFTS["eagle3"](config).float()
+    fresh.start_fresh(None, None)
+    fresh.attach_verifier(playground_verifier, "full")
+    found = diagnose(fresh.eval(), playground_verifier, texts, 3)
+    assert any(trial.is_better for trial in found.trials) and found.acceptance_length < 1.05
+    assert found.culprit is found.mended_acceptance_length is None
+
+
 @pytest.mark.parametrize("name", playground.SPECULATORS)
 def test_a_sound_draft_has_no_culprit(name, playground_verifier, texts):
-    diagnosis = diagnose(load(name, playground_verifier), playground_verifier, texts, 3)
-    assert diagnosis.culprit is None and diagnosis.mended_acceptance_length is None
-    assert diagnosis.acceptance_length > 1.5
-    assert len(diagnosis.trials) >= 3
+    found = diagnose(load(name, playground_verifier), playground_verifier, texts, 3)
+    assert found.culprit is None and found.mended_acceptance_length is None
+    assert found.acceptance_length > 1.5
+    assert len(found.trials) >= 3
 
 
 @pytest.mark.parametrize(
@@ -94,11 +108,11 @@ def test_a_sound_draft_has_no_culprit(name, playground_verifier, texts):
     ],
 )
 def test_the_culprit_is_named(playground_verifier, texts, name, changes, cause, words):
-    diagnosis = diagnose(load(name, playground_verifier, **changes), playground_verifier, texts, 3)
-    assert diagnosis.culprit is not None
-    assert diagnosis.culprit.cause == cause
-    assert re.search(words, diagnosis.culprit.description)
-    assert diagnosis.mended_acceptance_length > diagnosis.acceptance_length
+    found = diagnose(load(name, playground_verifier, **changes), playground_verifier, texts, 3)
+    assert found.culprit is not None
+    assert found.culprit.cause == cause
+    assert re.search(words, found.culprit.description)
+    assert found.mended_acceptance_length > found.acceptance_length
 
 
 @pytest.mark.parametrize(
