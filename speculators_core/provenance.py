@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,6 +27,14 @@ def environment(device_is: str = "device") -> dict[str, str]:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {**versions(), device_is: device}
+
+
+def this_command() -> list[str]:
+    """What this process was started with, as one types it: without where Python's files are."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return ["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
 
 
 def _cpu_name() -> str:

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from benchmarks import playground
 from benchmarks.playground import corpus, speculators, tokenizer, verifier
 from speculators_core.cli import run_function
 from speculators_core.errors import SpeculatorError
-from speculators_core.provenance import environment
+from speculators_core.provenance import environment, this_command
 
 Part = Literal["verifier", "prompts", "eagle3", "peagle", "dflash", "mtp"]
 
@@ -66,7 +65,7 @@ def _build_verifier(
     with tempfile.TemporaryDirectory() as scratch:
         history = verifier.train_verifier(train, held_out, words, folder, Path(scratch))
     log = {
-        "command": shlex.join(["python", "-m", "benchmarks.playground", *sys.argv[1:]]),
+        "command": shlex.join(this_command()),
         "environment": environment(),
         "seconds": round(time.monotonic() - start),
         "history": history,

@@ -5,6 +5,7 @@ what it writes is what a draft will see. `speculators train` learns from that. B
 earlier run of the same plans stopped.
 """
 
+import os
 import random
 import shutil
 from pathlib import Path
@@ -33,7 +34,9 @@ def make_states(rows: Dataset, verifier: Path, work: Path) -> None:
     plan = read_plan(PLANS / "answers.yaml")
     (source,) = plan.data.datasets
     source = source.model_copy(update={"path": str(beginnings)})
-    data = plan.data.model_copy(update={"verifier": str(verifier), "datasets": (source,)})
+    data = plan.data.model_copy(
+        update={"verifier": os.path.relpath(verifier), "datasets": (source,)}
+    )
     sync = plan.sync.model_copy(update={"path": work / STATES})
     generate_data(plan.model_copy(update={"data": data, "sync": sync}))
 
@@ -56,7 +59,7 @@ def train_speculator(name: str, verifier: Path, work: Path, folder: Path) -> Non
     The checkpoint names its verifier by the relative folder, so both move together.
     """
     plan = read_training_plan(PLANS / f"{name}.yaml")
-    model = plan.model.model_copy(update={"verifier": str(verifier)})
+    model = plan.model.model_copy(update={"verifier": os.path.relpath(verifier)})
     data = plan.data.model_copy(update={"store": work / STATES})
     run = plan.run.model_copy(update={"output": work / name})
     report = train(plan.model_copy(update={"model": model, "data": data, "run": run}))
