@@ -38,7 +38,7 @@ class RunSettings(Settings):
         Parameter(consume_multiple=True, negative=()),
         Field(min_length=1),
     ] = ("equal", "ours")
-    """Beside the peers: AdamW, as they have it, and our defaults."""
+    """Beside the peers: AdamW and their loss, and our defaults."""
     peers: Path = PEERS
     """Folder with a verifier, speculators for it, and acceptance.json."""
     rows: int = Field(700, ge=8)
@@ -159,16 +159,18 @@ def acceptance_length(settings: RunSettings, speculator: str) -> float:
 
 
 def measure_peers(settings: RunSettings, algorithms: Sequence[str], work: Path) -> Iterator[Line]:
-    """Equal draft, tokens, rate and AdamW; then with our own defaults."""
+    """Equal draft, tokens, learning rate, loss and AdamW; then our own optimizer and loss."""
     plans: dict[str, dict[str, dict[str, Any]]] = {
         "equal": {"optimizer": {"optimizer": "adamw"}},
         "ours": {},
     }
+    losses: dict[str, dict[str, Any]] = {"mtp": {"targets": "text", "attention": "independent"}}
     for algorithm in algorithms:
         peer = in_process(acceptance_length, settings, str(settings.peers / algorithm))
         shape = settings.peers / algorithm / "config.json"
         for name in settings.trainers:
-            model = {"draft_config": str(shape)}
+            loss = losses.get(algorithm, {}) if name == "equal" else {}
+            model = {"draft_config": str(shape), "objective": OBJECTIVES[algorithm] | loss}
             sections = {**plans[name], "model": model, "data": {"store": str(work / "states")}}
             output = work / f"{algorithm} {name}"
             report = in_process(train_draft, settings, algorithm, sections, output)

@@ -210,11 +210,13 @@ class SpeculatorModel(PreTrainedModel):
         revision: str = "main",
         state_dict: Mapping[str, Tensor] | None = None,
         dtype: str | torch.dtype = "auto",
+        trust_remote_code: bool = False,
     ) -> "SpeculatorModel":
         """Loads a speculator of whatever algorithm its config names.
 
         With ``verifier`` given it is attached in full unless the mode says otherwise. ``dtype`` is
         that of the config unless given. Names and shapes are checked before any tensor is read.
+        ``trust_remote_code`` is for the verifier's code; a speculator brings none.
 
         Raises:
             SpeculatorError: the folder, its config, its tensors or the verifier is at fault.
@@ -250,7 +252,7 @@ class SpeculatorModel(PreTrainedModel):
         source = None
         if missing & set(model.from_verifier) or mode != "detached":
             source = model.resolve_verifier(verifier)
-            check_verifier(config, verifier_config_of(source))
+            check_verifier(config, verifier_config_of(source, trust_remote_code))
         tensors = dict(
             checkpoint.read_tensors(stored, list(stored)) if state_dict is None else state_dict
         )
@@ -259,9 +261,9 @@ class SpeculatorModel(PreTrainedModel):
         model.unset = missing
         model.check_tensors(tensors)
         if mode != "detached":
-            model.attach_verifier(source, mode)
+            model.attach_verifier(source, mode, trust_remote_code)
         elif source is not None:
-            model.attach_verifier(source, "train_only")
+            model.attach_verifier(source, "train_only", trust_remote_code)
             model.detach_verifier()
         model.fill_unset()
         return model.eval()

@@ -9,18 +9,15 @@ the text itself goes the way of the draft:
                                               and what the verifier says after y is unknown
 
 So z is *censored*: neither right nor wrong. The rate at a position is taken over the drafts that
-came to it (*at risk*), and the rates multiply (Kaplan and Meier 1958). Over the verifier's own
-greedy answers nothing is censored but by the end of a text.
+came to it (*at risk*), and the rates multiply (Kaplan and Meier 1958). Drafts are made where a
+decoder makes them, each where the one before has ended: at every place alike, the easy stretches
+that a decoder passes in one long draft would count most.
 
-It is a prediction, for two reasons. Places count alike, while a decoder drafts where its last draft
-ended, and so less often where drafts are long: over the verifier's own answers to the playground's
-prompts 2.60 is predicted for EAGLE-3's 2.42, 1.93 for P-EAGLE's 1.83, 2.17 for DFlash's 1.95, and
-3.52 for MTP's 3.08. And of a text that the verifier did not write, later positions are seen only
-where it would have written the same.
+Over the verifier's own greedy answers it is what decoding them gives, but for their ends. Of a text
+that the verifier did not write, later positions are seen only where it would have written the same.
 """
 
 import random
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -36,6 +33,8 @@ from speculators_core.texts import AcceptanceCounts
 
 UNKNOWN = -1
 """In place of a token that nobody has asked the verifier for."""
+DRAFTS_OF_TEXT = 32
+"""A few long ways tell less than more of this length."""
 
 
 @dataclass(frozen=True)
@@ -110,35 +109,46 @@ def bonus_places(loss_mask: Bool[Tensor, "seq"]) -> Int[Tensor, "places"]:
     return places[places > 0]
 
 
-def draw_places(
-    candidates: Sequence[Int[Tensor, "places"]], count: int, seed: int = 0
-) -> list[list[int]]:
-    """So many places of all texts' candidates, each as likely; ascending, text by text.
+def share_drafts(num_places: Sequence[int], count: int, seed: int = 0) -> list[int]:
+    """How many drafts, at most, are made in each text, ``count`` in all.
 
-    All where there are fewer. The same seed and candidates give the same places.
+    Texts are taken in an order that the seed draws, those that have a place; each for
+    `DRAFTS_OF_TEXT`, or more where that leaves some over.
     """
-    ends = list(accumulate(map(len, candidates)))
-    total = ends[-1] if ends else 0
-    drawn: list[list[int]] = [[] for _ in candidates]
-    for number in sorted(random.Random(seed).sample(range(total), min(count, total))):
-        text = bisect_right(ends, number)
-        drawn[text].append(int(candidates[text][number - ends[text]]))
-    return drawn
+    texts = [text for text, places in enumerate(num_places) if places]
+    random.Random(seed).shuffle(texts)
+    each = max(DRAFTS_OF_TEXT, -(-count // max(1, len(texts))))
+    shares = [0] * len(num_places)
+    for text in texts:
+        shares[text] = min(each, count)
+        count -= shares[text]
+    return shares
 
 
-def judging_rows(places: Sequence[int], num_tokens: int, length: int) -> list[int]:
-    """The rows of `VerifiedText.choices` that drafts of these places are held against."""
-    reached = (range(place, min(place + num_tokens, length)) for place in places)
-    return sorted({row for rows in reached for row in rows})
+def reachable(
+    places: Sequence[int], num_drafts: int, num_tokens: int
+) -> tuple[list[int], list[int]]:
+    """The places that so many drafts can come to, and the rows of `VerifiedText.choices` that they
+    are held against, of a text that goes on for ever."""
+    end = places[0] + num_drafts * (num_tokens + 1)
+    reached = [place for place in places if place < end]
+    return reached, list(range(reached[0], reached[-1] + num_tokens))
 
 
 @torch.no_grad()
 def roll_out(
-    drafter: Drafter, text: VerifiedText, places: Sequence[int], num_tokens: int
+    drafter: Drafter,
+    text: VerifiedText,
+    places: Sequence[int],
+    num_tokens: int,
+    num_drafts: int | None = None,
 ) -> SurvivalCounts:
-    """What becomes of a draft of ``num_tokens`` after each of these places of a text.
+    """What becomes of the drafts of ``num_tokens`` that a decoder makes on its way.
 
-    The token of a place is the last that the draft knows, and has no state yet.
+    The first is at the first of ``places``; what it had right of the text is passed over, as is the
+    token behind, which the verifier gives; the next one is at the next place from there, and so on
+    for all places or ``num_drafts``. The token of a place is the last that the draft knows, and has
+    no state yet.
 
     Raises:
         ValueError: places are not ascending, or not from 1 to the text's last.
@@ -150,13 +160,20 @@ def roll_out(
         )
     at_risk, right = [0] * num_tokens, [0] * num_tokens
     stepper = Stepper(drafter, text.token_ids, text.states)
-    drafts = [stepper.propose(place, num_tokens, Chooser()) for place in places]
     token_ids, choices = text.token_ids.tolist(), text.choices.tolist()
-    for place, drafted in zip(places, drafts, strict=True):
-        verdicts = _judge(drafted.tolist(), token_ids[place + 1 :], choices[place:])
-        for position, is_right in enumerate(verdicts):
+    come_to = 0
+    for place in places:
+        if place < come_to:
+            continue
+        if at_risk[0] == num_drafts:
+            break
+        drafted = stepper.propose(place, num_tokens, Chooser()).tolist()
+        following = token_ids[place + 1 :]
+        come_to = place + 1
+        for position, is_right in enumerate(_judge(drafted, following, choices[place:])):
             at_risk[position] += 1
             right[position] += is_right
+            come_to += is_right and following[position : position + 1] == [drafted[position]]
     return SurvivalCounts(tuple(at_risk), tuple(right))
 
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, create_model
 
 from speculators_core.errors import SpeculatorError, first_fault, first_line
 from speculators_core.registry import did_you_mean
@@ -15,6 +15,16 @@ class Settings(BaseModel):
     """Options with bounds in their types; unknown ones are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    def refuse_idle(self, *names: str, because: str) -> None:
+        """For validators: raises ValueError where one of these options has no effect.
+
+        Its default passes: a configuration that is written in full states it.
+        """
+        for name in names:
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                raise ValueError(f"{name} {value} has no effect: {because}; leave it out")
 
     @classmethod
     def read(cls, options: Mapping[str, Any], where: str) -> Self:
@@ -29,13 +39,30 @@ class Settings(BaseModel):
             raise SpeculatorError(f"{where}: {first_fault(error)}") from error
 
 
+def flags_of(section: type[Settings]) -> Any:
+    """The section as flags of the command line beside a file.
+
+    Any option may be missing, and rules over several wait until the file's have joined them
+    (`read_sections`).
+    """
+    fields: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        kind = cast(Any, field.annotation)
+        if kind == dict[str, JsonValue]:
+            kind = dict[str, Any]  # `--model.recipe.num_layers 2` has one word a key
+        fields[name] = (kind, field)
+        if field.is_required():
+            fields[name] = (kind | None, Field(None, description=field.description))
+    return create_model(section.__name__, __base__=Settings, __doc__=section.__doc__, **fields)
+
+
 def read_sections(
     file: Path | None, plan: type[Settings], flags: Mapping[str, Settings | None]
 ) -> dict[str, Any]:
     """The sections of a YAML file, with the options that flags set in their place.
 
     ``plan`` has a field a section; ``flags`` are sections by name, and what was not set in them
-    counts as absent.
+    counts as absent. Of an option that is a mapping, flags win key by key.
 
     Raises:
         SpeculatorError: the file cannot be read, or has a section that the plan has not.
@@ -45,8 +72,19 @@ def read_sections(
         stated = {key: getattr(given, key) for key in given.model_fields_set} if given else {}
         if stated:
             below = sections.get(name) or {}
-            sections[name] = {**below, **stated} if isinstance(below, Mapping) else stated
+            sections[name] = _merged(below, stated) if isinstance(below, Mapping) else stated
     return sections
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = below.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            merged[key] = {**old, **value}
+        else:
+            merged[key] = value
+    return merged
 
 
 def _read_yaml(file: Path, known: list[str]) -> dict[str, Any]:

@@ -152,14 +152,14 @@ def read_verifier_config(
     return config
 
 
-def read_tokenizer(name_or_path: str | PathLike) -> Any:
+def read_tokenizer(name_or_path: str | PathLike, trust_remote_code: bool = False) -> Any:
     """The verifier's tokenizer.
 
     Raises:
         SpeculatorError: there is none that Transformers reads.
     """
     try:
-        return AutoTokenizer.from_pretrained(name_or_path)
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise SpeculatorError(
             f"{name_or_path}: no tokenizer that Transformers reads: {first_line(error)}"

@@ -37,8 +37,7 @@ from speculators_core.models.dflash import DFlashDraftModel  # noqa: E402
 from speculators_core.models.eagle3 import Eagle3DraftModel  # noqa: E402
 from speculators_core.models.mtp import MTPDraftModel  # noqa: E402
 from speculators_core.models.peagle import PEagleDraftModel  # noqa: E402
-from speculators_core.training.batches import pack  # noqa: E402
-from speculators_core.training.trainer import run_verifier  # noqa: E402
+from speculators_core.training.batches import pack, run_verifier  # noqa: E402
 
 # The hook would check the configs of these files too, whose values are pydantic's to judge.
 DRAFTS = {

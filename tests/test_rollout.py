@@ -16,13 +16,12 @@ from speculators_core.rollout import (
     SurvivalCounts,
     VerifiedText,
     bonus_places,
-    draw_places,
-    judging_rows,
+    reachable,
     roll_out,
+    share_drafts,
 )
 from speculators_core.texts import AcceptanceCounts
-from speculators_core.training.batches import pack
-from speculators_core.training.trainer import run_verifier
+from speculators_core.training.batches import pack, run_verifier
 from speculators_core.verifier import VerifierHead
 from tests.conftest import AUX_LAYER_IDS, DRAFTS, make_draft, make_verifier
 
@@ -66,6 +65,14 @@ def places_of(prompt_length, accepted):
     return places[:-1]
 
 
+def roll_out_each(model, text, places, num_tokens=NUM_TOKENS):
+    """At each place, whatever the draft before had right."""
+    counts = SurvivalCounts.none(num_tokens)
+    for place in places:
+        counts += roll_out(model, text, [place], num_tokens)
+    return counts
+
+
 @pytest.fixture(scope="module")
 def texts(verifier):
     return [answer(verifier, prompt) for prompt in PROMPTS]
@@ -99,42 +106,40 @@ def test_over_greedy_answers_nothing_is_censored_but_by_the_end(model, verifier,
         text = verified(verifier, seen, model.aux_layer_ids)
         length, start = len(text.token_ids), seen.prompt_length
         assert torch.equal(text.choices[start - 1 : -1], text.token_ids[start:])
-        counts = roll_out(model, text, range(start, length - NUM_TOKENS), NUM_TOKENS)
+        counts = roll_out_each(model, text, range(start, length - NUM_TOKENS))
         assert counts.num_places == length - NUM_TOKENS - start
         assert counts.at_risk[1:] == counts.right[:-1]
-        at_the_end = roll_out(model, text, range(start, length), NUM_TOKENS)
+        at_the_end = roll_out_each(model, text, range(start, length))
         lost = [r - a for r, a in zip(at_the_end.right, at_the_end.at_risk[1:], strict=False)]
         assert all(0 <= count <= 1 for count in lost)  # of the one place that ends there
         total += counts
     assert 5 < total.right[2] <= total.right[1] <= total.right[0] < total.num_places
 
 
-def test_at_the_decoders_places_it_counts_what_the_decoder_counts(model, verifier):
+def test_over_an_answer_it_counts_what_the_decoder_counts(model, verifier):
     for prompt in PROMPTS:
         output = decode(model, prompt)
         seen = see(verifier, prompt, output.sequences[0, len(prompt) :].tolist())
         text = verified(verifier, seen, model.aux_layer_ids)
-        accepted = output.acceptance[0].accepted
-        whole = [
-            at
-            for at, place in enumerate(places_of(len(prompt), accepted))
-            if place + NUM_TOKENS <= len(text.token_ids)
-        ]
+        accepted, length = output.acceptance[0].accepted, len(text.token_ids)
+        decoded_at = places_of(len(prompt), accepted)
+        whole = sum(place + NUM_TOKENS <= length for place in decoded_at)
         replayed = replay.replay(Reading(model), seen, NUM_TOKENS)
-        assert len(whole) >= len(replayed.accepted) > len(accepted) - 4
-        for kept in (accepted[: len(whole)], replayed.accepted):
-            found = roll_out(model, text, places_of(len(prompt), kept), NUM_TOKENS)
+        assert whole >= len(replayed.accepted) > len(accepted) - 4
+        for kept in (accepted[:whole], replayed.accepted):
+            found = roll_out(model, text, range(len(prompt), length), NUM_TOKENS, len(kept))
             counts = AcceptanceCounts(NUM_TOKENS, kept)
             assert found == SurvivalCounts.of(counts)
             assert found.acceptance_length == pytest.approx(counts.acceptance_length)
+        everywhere = roll_out_each(model, text, range(len(prompt), length))
+        assert everywhere.num_places > found.num_places
 
 
 def test_the_verifier_itself_is_kept_whole(verifier, texts):
-    counts = roll_out(
-        LanguageModelDraft(verifier), verified(verifier, texts[0], []), range(4, 40), 4
-    )
+    known = verified(verifier, texts[0], [])
+    counts = roll_out(LanguageModelDraft(verifier), known, range(4, 40), 4)
     assert counts.acceptance_length == 5.0
-    assert counts.right == counts.at_risk == (36, 36, 36, 36)
+    assert counts.right == counts.at_risk == (8, 8, 8, 8)  # at every fifth place
 
 
 def test_the_verifier_itself_is_never_wrong_over_a_text_of_others():
@@ -142,7 +147,7 @@ def test_the_verifier_itself_is_never_wrong_over_a_text_of_others():
     draw = torch.Generator().manual_seed(3)
     text = see(terse, [5], torch.randint(6, (59,), generator=draw).tolist())
     counts = roll_out(LanguageModelDraft(terse), verified(terse, text, []), range(1, 60), 3)
-    assert counts.right == counts.at_risk and counts.num_places == 59
+    assert counts.right == counts.at_risk and counts.num_places > 40
     assert 0 < counts.at_risk[1] < 40  # the text mostly goes another way
 
 
@@ -202,14 +207,24 @@ def test_a_draft_counts_until_it_is_wrong_or_the_text_goes_another_way(place, sa
 
 def test_rates_are_over_those_at_risk_and_multiply():
     table = {1: [2, 3, 9], 2: [3, 9, 8], 3: [4, 5, 6], 4: [5, 6, 0], 5: [6, 7, 0], 6: [8, 7, 0]}
-    counts = roll_out(Says(table), TEXT, [1, 2, 3, 4, 5, 6], 3)
+    counts = roll_out_each(Says(table), TEXT, [1, 2, 3, 4, 5, 6])
     assert counts == SurvivalCounts((6, 4, 2), (4, 4, 1))
     assert counts.conditional == pytest.approx((2 / 3, 1.0, 1 / 2))
     assert counts.joint == pytest.approx((2 / 3, 2 / 3, 1 / 3))
     assert counts.acceptance_length == pytest.approx(1 + 5 / 3)
-    parts = [roll_out(Says(table), TEXT, places, 3) for places in ([1, 4, 6], [], [2, 3, 5])]
+    parts = [roll_out_each(Says(table), TEXT, places) for places in ([1, 4, 6], [], [2, 3, 5])]
     assert parts[0] + parts[1] + parts[2] == counts
     assert parts[1] == SurvivalCounts.none(3) and parts[1].acceptance_length == 1.0
+
+
+def test_a_draft_is_made_where_the_one_before_has_ended():
+    table = {1: [2, 3, 9], 4: [7, 6, 0], 5: [6, 7, 0], 6: [8, 7, 0]}
+    way = [roll_out(Says(table), TEXT, [place], 3) for place in (1, 4, 5)]
+    # From 1 two tokens of the text are right, then one that the verifier says and the text has not.
+    assert [counts.right for counts in way] == [(1, 1, 1), (0, 0, 0), (1, 1, 0)]
+    assert roll_out(Says(table), TEXT, [1, 2, 3, 4, 5, 6], 3) == way[0] + way[1] + way[2]
+    assert roll_out(Says(table), TEXT, [1, 2, 3, 4, 5, 6], 3, 2) == way[0] + way[1]
+    assert roll_out(Says(table), TEXT, [1, 5, 6], 3) == way[0] + way[2]
 
 
 def test_a_position_that_nobody_came_to_has_no_rate_and_adds_nothing():
@@ -286,31 +301,31 @@ def test_a_place_has_a_token_of_the_verifier_and_one_behind_it(mask, expected):
     assert bonus_places(torch.tensor(mask).bool()).tolist() == expected
 
 
-def test_places_are_drawn_from_all_texts_alike():
-    candidates = [torch.arange(5, 305), torch.arange(0), torch.arange(1, 101)]
-    drawn = draw_places(candidates, 80)
-    assert sum(map(len, drawn)) == 80 and drawn[1] == []
-    assert 45 < len(drawn[0]) < 75
-    for places, known in zip(drawn, candidates, strict=True):
-        assert places == sorted(set(places)) and set(places) <= set(known.tolist())
-    assert draw_places(candidates, 80) == drawn != draw_places(candidates, 80, seed=1)
-    everything = draw_places(candidates, 10_000)
-    assert everything == [known.tolist() for known in candidates]
-    assert draw_places([], 5) == [] and draw_places(candidates, 0) == [[], [], []]
+def test_drafts_are_shared_among_texts_that_have_a_place():
+    assert sorted(share_drafts([300, 0, 100, 50], 80)) == [0, 16, 32, 32]
+    assert share_drafts([300, 0, 100, 50], 80)[1] == 0
+    assert share_drafts([300, 0, 100], 500) == [250, 0, 250]
+    orders = {tuple(share_drafts([9, 9, 9, 9], 40, seed)) for seed in range(20)}
+    assert len(orders) > 3 and share_drafts([9] * 4, 40) == share_drafts([9] * 4, 40)
+    assert share_drafts([], 5) == [] and share_drafts([7, 0], 0) == [0, 0]
 
 
-def test_drawing_leaves_the_random_numbers_alone():
+def test_sharing_leaves_the_random_numbers_alone():
     before = random.getstate(), torch.get_rng_state()
-    draw_places([torch.arange(100)], 10)
+    share_drafts([9] * 10, 100)
     assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
 
 
-def test_rows_that_judge_are_all_that_is_asked_for(model, verifier, texts):
+def test_no_draft_asks_for_more_than_what_is_reachable(model, verifier, texts):
     text = verified(verifier, texts[0], model.aux_layer_ids)
-    places = [4, 6, 30, 42, 43]
-    rows = judging_rows(places, 3, len(text.token_ids))
-    assert rows == [4, 5, 6, 7, 8, 30, 31, 32, 42, 43]
-    choices = torch.full_like(text.choices, UNKNOWN)
-    choices[rows] = text.choices[rows]
-    few = VerifiedText(text.token_ids, text.states, choices)
-    assert roll_out(model, few, places, 3) == roll_out(model, text, places, 3)
+    length = len(text.token_ids)
+    for num_drafts in (1, 3, 100):
+        places = list(range(4, length))
+        reached, rows = reachable(places, num_drafts, 3)
+        assert (len(reached) == len(places)) == (num_drafts == 100)
+        rows = [row for row in rows if row < length]
+        choices = torch.full_like(text.choices, UNKNOWN)
+        choices[rows] = text.choices[rows]
+        few = VerifiedText(text.token_ids, text.states, choices)
+        found = roll_out(model, few, reached, 3, num_drafts)
+        assert found == roll_out(model, text, places, 3, num_drafts)

@@ -2,6 +2,7 @@
 
 import atexit
 import multiprocessing
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -237,6 +238,7 @@ def generate_data_process(plan: GenerationPlan) -> GenerationProcess:
 def _generate(connection: Any, plan: str) -> None:
     from speculators_core.data_generation.workers import watch_parent
 
+    os.setsid()  # a signal to the parent's group is the parent's, which stops this run itself
     watch_parent()
     try:
         report = generate_data(GenerationPlan.model_validate_json(plan))

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ COMMAND = "command.txt"
 LOCK = ".lock"
 JOURNAL = "journal.json"
 """What a queue's journals are of."""
-SECRET_FLAGS = ("--engine.api-key", "--engine.api_key")
+SECRET_FLAG = re.compile(r"--.*(key|token|password|secret)", re.IGNORECASE)
 
 
 def placed(plan: GenerationPlan, *more: Path) -> GenerationPlan:
@@ -165,8 +166,9 @@ def without_secrets(arguments: Sequence[str]) -> list[str]:
     shown: list[str] = []
     for argument in arguments:
         name, has_value, _ = argument.partition("=")
-        if shown and shown[-1] in SECRET_FLAGS:
+        if shown and SECRET_FLAG.fullmatch(shown[-1]):
             shown.append("***")
         else:
-            shown.append(f"{name}=***" if has_value and name in SECRET_FLAGS else argument)
+            is_secret = has_value and SECRET_FLAG.fullmatch(name)
+            shown.append(f"{name}=***" if is_secret else argument)
     return shown

@@ -79,8 +79,8 @@ class MTPObjective(Settings):
     """Weight of each step; falling by ``step_decay`` and summing to 1 where None."""
     step_decay: float = Field(0.6, gt=0.0)
     """Step k counts with this to the power of k, before the weights are made to sum to 1."""
-    targets: Literal["text", "verifier"] = "text"
-    """Cross-entropy with the text's next token, or ``loss`` against the verifier's distribution."""
+    targets: Literal["text", "verifier"] = "verifier"
+    """``loss`` against the verifier's distribution, or cross-entropy with the text's next token."""
     loss: LossWeights = {"kl_div": 1.0}
     """Weights of the losses in `losses.LOSSES`, or the name of one; for ``targets`` verifier."""
     attention: Literal["served", "independent"] = "served"

@@ -298,10 +298,11 @@ def _training(run: TrainingFacts | None) -> str:
     if run is None:
         return "## Training\n\nNot recorded."
     schedule = f", {run.schedule} schedule" if run.schedule else ""
+    best = "" if run.best_step is None else f"; the weights are of step {run.best_step:,}"
     return "## Training\n\n" + _bullets(
         f"Went on from: `{_public_name(run.started_from)}`" if run.started_from else None,
-        f"Steps: {run.num_steps:,}",
-        f"Tokens: {run.num_tokens:,}, in rows of {run.row_length:,}",
+        f"Steps: {run.num_steps:,}{best}",
+        f"Tokens: {run.num_tokens:,} without padding, in rows of {run.row_length:,}",
         f"Optimizer: {run.optimizer}, learning rate {run.learning_rate:g}{schedule}",
         f"Time: {run.seconds / 3600:.2f} hours" if run.seconds is not None else None,
         f"Hardware: {run.hardware}" if run.hardware else None,

@@ -66,8 +66,11 @@ class TrainingFacts(Settings):
     """How the draft was trained."""
 
     num_steps: int = Field(ge=0)
+    best_step: int | None = Field(None, ge=0)
+    """Whose weights the draft has; the last step's where None."""
     num_tokens: int = Field(ge=0)
-    """Tokens that went through the draft, each as often as it did."""
+    """Tokens that went through the draft up to these weights, each as often as it did; without
+    padding."""
     optimizer: str
     learning_rate: float = Field(gt=0)
     """At its highest."""

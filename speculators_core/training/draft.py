@@ -6,15 +6,15 @@ from pathlib import Path
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from speculators_core.config import SpeculatorModelConfig
 from speculators_core.data_generation.examples import Schema
-from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.errors import SpeculatorError
 from speculators_core.model import SpeculatorModel
 from speculators_core.registry import MODELS
 from speculators_core.training.settings import ModelSection
-from speculators_core.verifier import read_verifier_config
+from speculators_core.verifier import read_tokenizer, read_verifier_config
 from speculators_core.vocabulary import choose_draft_vocabulary, special_token_ids
 
 CountTokens = Callable[[], Int64[Tensor, "vocab"]]
@@ -51,24 +51,19 @@ def make_draft(
         SpeculatorError: the section's options, the data and the verifier do not fit together.
     """
     if model.start_from is not None:
-        draft = _loaded(model.start_from, model.verifier, verifier)
+        draft = SpeculatorModel.from_pretrained(
+            model.start_from,
+            verifier=verifier or model.verifier,
+            verifier_attachment_mode="train_only" if verifier is None else "full",
+            dtype=torch.float32,
+            trust_remote_code=model.trust_remote_code,
+        )
     else:
         draft = _fresh(model, draft_class(model), schema, count_tokens)
         _attach(draft, model, verifier)
     if draft.get_input_embeddings() is not None or draft.get_output_embeddings() is not None:
         _check_special_tokens(draft, model)
     return draft.float()
-
-
-def _loaded(
-    start_from: str, name_or_path: str, verifier: PreTrainedModel | None
-) -> SpeculatorModel:
-    return SpeculatorModel.from_pretrained(
-        start_from,
-        verifier=verifier or name_or_path,
-        verifier_attachment_mode="train_only" if verifier is None else "full",
-        dtype=torch.float32,
-    )
 
 
 def _fresh(
@@ -143,7 +138,7 @@ def _vocabulary(
             "not have: train on data.store or data.texts, or with the whole vocabulary."
         )
     counts = count_tokens()
-    always = special_token_ids(load_tokenizer_of(model))
+    always = special_token_ids(read_tokenizer(model.verifier, model.trust_remote_code))
     if not len(always) <= size <= len(counts):
         raise SpeculatorError(
             f"model.draft_vocab_size {size}: expected {len(always)} (the special tokens) to "
@@ -158,7 +153,7 @@ def _check_special_tokens(draft: SpeculatorModel, model: ModelSection) -> None:
     token_ids = getattr(draft, "draft_token_ids", None)
     if token_ids is None:
         return
-    tokenizer = load_tokenizer_of(model)
+    tokenizer = read_tokenizer(model.verifier, model.trust_remote_code)
     missing = sorted(special_token_ids(tokenizer) - set(token_ids.tolist()))
     if missing:
         names = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in missing[:5])
@@ -166,15 +161,3 @@ def _check_special_tokens(draft: SpeculatorModel, model: ModelSection) -> None:
             f"the draft's vocabulary of {len(token_ids)} tokens has no {names}: it could never "
             "propose them. Choose another with model.draft_vocab_size."
         )
-
-
-def load_tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:
-    """Raises SpeculatorError where the verifier has none that can be read."""
-    try:
-        return AutoTokenizer.from_pretrained(
-            model.verifier, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise SpeculatorError(
-            f"{model.verifier} has no tokenizer that can be read: {first_line(error)}"
-        ) from error

@@ -25,16 +25,16 @@ from speculators_core.data_generation.packing import RowLayout
 from speculators_core.errors import SpeculatorError
 from speculators_core.losses import CHUNK_LOGITS, FEWEST_ROWS, GPU_CHUNK_LOGITS
 from speculators_core.model import SpeculatorModel
-from speculators_core.prompts import read_prompts, tokenize
+from speculators_core.prompts import Prompt, read_prompts, tokenize
 from speculators_core.proposals import GreedyTokenProposalConfig
 from speculators_core.rollout import (
     UNKNOWN,
     SurvivalCounts,
     VerifiedText,
     bonus_places,
-    draw_places,
-    judging_rows,
+    reachable,
     roll_out,
+    share_drafts,
 )
 from speculators_core.texts import AcceptanceCounts
 from speculators_core.training.settings import EvaluationSection
@@ -59,11 +59,24 @@ class HeldOut:
 # ---- prompts ----
 
 
+def named_prompts(section: EvaluationSection) -> list[Prompt]:
+    """Those of ``section.prompts`` to decode, at even distances; none where it names none.
+
+    Raises:
+        SpeculatorError: they cannot be read.
+    """
+    if section.prompts is None or not section.decode:
+        return []
+    rows = {prompt.model_dump_json(): prompt for prompt in read_prompts(section.prompts)}
+    return _spread(list(rows.values()), section.num_prompts)
+
+
 def choose_prompts(
     section: EvaluationSection,
     examples: Sequence[GeneratedExample],
     verifier: str,
     max_length: int,
+    trust_remote_code: bool = False,
 ) -> list[list[int]]:
     """Token ids of the prompts to decode: no two are the same, at most ``section.num_prompts``.
 
@@ -77,9 +90,8 @@ def choose_prompts(
         SpeculatorError: the prompts or the tokenizer cannot be read, or there is no prompt at all.
     """
     if section.prompts is not None:
-        rows = {prompt.model_dump_json(): prompt for prompt in read_prompts(section.prompts)}
-        chosen = _spread(list(rows.values()), section.num_prompts)
-        tokenized = tokenize(chosen, read_tokenizer(verifier), max_length)
+        tokenizer = read_tokenizer(verifier, trust_remote_code)
+        tokenized = tokenize(named_prompts(section), tokenizer, max_length)
         found = [prompt.token_ids for prompt in tokenized]
     else:
         found = [_beginning(example, max_length // 2) for example in examples]
@@ -174,25 +186,26 @@ def decode_prompts(
 def roll_out_held_out(
     draft: SpeculatorModel, held_out: HeldOut, count: int, rank: int = 0, world: int = 1
 ) -> SurvivalCounts:
-    """What becomes of drafts at ``count`` places of the examples, the same in each call.
+    """What becomes of ``count`` drafts over the examples, at most; the same ones in each call.
 
-    Of the examples that places were drawn in, rank i of n has every n-th. The verifier's head must
-    be attached; its tokens are those of the stored states, in the head's own type.
+    Of the examples that drafts are made in, rank i of n has every n-th. The verifier's head must be
+    attached; its tokens are those of the stored states, in the head's own type.
 
     Raises:
         SpeculatorError: the schema lacks a state that the draft reads.
     """
     num_tokens = draft.config.proposal.speculative_tokens
     layout = RowLayout.of(held_out.schema, draft.aux_layer_ids, None)
-    candidates = [bonus_places(example.loss_mask) for example in held_out.examples]
-    drawn = [(at, places) for at, places in enumerate(draw_places(candidates, count)) if places]
+    places = [bonus_places(example.loss_mask).tolist() for example in held_out.examples]
+    shares = share_drafts(list(map(len, places)), count)
+    drawn = [at for at, share in enumerate(shares) if share]
     total = SurvivalCounts.none(num_tokens)
     with without_traces(draft):
-        for at, places in drawn[rank::world]:
-            example = held_out.examples[at]
-            rows = judging_rows(places, num_tokens, len(example.input_ids))
+        for at in drawn[rank::world]:
+            example, share = held_out.examples[at], shares[at]
+            reached, rows = reachable(places[at], share, num_tokens)
             text = _verified_text(example, layout, draft.verifier_head, rows)
-            total += roll_out(draft, text, places, num_tokens)
+            total += roll_out(draft, text, reached, num_tokens, share)
     return total
 
 
@@ -205,7 +218,7 @@ def _verified_text(
     """The example with the verifier's tokens after these rows."""
     aux, last = list(layout.aux_slots), layout.last_slot
     choices = torch.full_like(example.input_ids, UNKNOWN)
-    index = torch.tensor(rows, device=choices.device)
+    index = torch.tensor([row for row in rows if row < len(choices)], device=choices.device)
     choices[index] = greedy_tokens(head, example.hidden_states[index, last]).to(choices.device)
     return VerifiedText(example.input_ids, example.hidden_states[:, aux].flatten(1), choices)
 
@@ -234,8 +247,9 @@ def evaluate_truth(
 ) -> dict[str, float]:
     """Figures of acceptance, over the prompts and examples of all ranks; each gets the same.
 
-    All ranks of `torch.distributed` call it, with the same prompts and examples and a plain draft:
-    one sharded by FSDP2 cannot decode. A figure that nothing was counted for is left out: without
+    All ranks of `torch.distributed` call it, with a plain draft: one sharded by FSDP2 cannot
+    decode. Each takes its share of the prompts and examples, which are the same on all ranks, or of
+    a stream each rank's own. A figure that nothing was counted for is left out: without
     ``section.decode`` or ``section.roll_outs``, a conditional rate that no draft came to, or all
     where every answer ended with its first token.
     """

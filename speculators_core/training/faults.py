@@ -9,27 +9,40 @@ from torch import Tensor
 LOWER_RATE = "The data are finite: try a lower optimizer.learning_rate."
 
 
-def describe_fault(
-    step: int,
-    gradient_norm: float,
+def find_fault(
     batches: Sequence[Mapping[str, Any]],
     losses: Sequence[Tensor],
     keys_of: Callable[[int], list[str]],
-) -> str:
-    """One line: the batch of this step whose loss is not finite, and what in its data is not.
+) -> str | None:
+    """The batch of this process's step whose loss is not finite, and what in its data is not.
 
-    ``batches`` and ``losses`` are this process's own; ``keys_of`` gives the keys of a row.
+    ``keys_of`` gives the keys of a row.
     """
-    named = [_name(batch, keys_of) for batch in batches]
-    for batch, loss, name in zip(batches, losses, named, strict=False):
-        keys = keys_of(_row(batch))
-        if found := _find_in_data(batch, keys):
-            return f"step {step}: the loss is {float(loss)} on {name}: {found}."
+    for batch, loss in zip(batches, losses, strict=False):
+        name = _name(batch, keys_of)
+        if found := _find_in_data(batch, keys_of(_row(batch))):
+            return f"the loss is {float(loss)} on {name}: {found}."
         if not math.isfinite(float(loss)):
-            return f"step {step}: the loss is {float(loss)} on {name}. {LOWER_RATE}"
+            return f"the loss is {float(loss)} on {name}. {LOWER_RATE}"
+    return None
+
+
+def describe_no_fault(
+    gradient_norm: float,
+    ranks: Sequence[int],
+    batches: Sequence[Mapping[str, Any]],
+    keys_of: Callable[[int], list[str]],
+) -> str:
+    """Why a step failed whose batches here are without fault; ``ranks`` found one in theirs."""
+    if ranks:
+        return (
+            f"the loss is not finite on rank {', '.join(map(str, ranks))}, whose error says of "
+            "which row."
+        )
+    named = "; ".join(_name(batch, keys_of) for batch in batches)
     return (
-        f"step {step}: the norm of the gradient is {gradient_norm} after {'; '.join(named)}, whose "
-        f"losses are finite. {LOWER_RATE}"
+        f"the norm of the gradient is {gradient_norm} after {named}, whose losses are finite. "
+        f"{LOWER_RATE}"
     )
 
 

@@ -7,18 +7,20 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from transformers import TrainerState
+
 from speculators_core.checkpoint import as_dtype
-from speculators_core.data_generation.settings import GenerationPlan
 from speculators_core.data_generation.stores.disk import write_text
 from speculators_core.errors import SpeculatorError
 from speculators_core.model import SpeculatorModel
+from speculators_core.prompts import Prompt
 from speculators_core.provenance import environment
 from speculators_core.registry import COMMANDS
-from speculators_core.settings import read_sections
-from speculators_core.training.card import REPOSITORY, write_card
+from speculators_core.training.card import REPOSITORY, VERIFIER, is_hub_id, write_card
 from speculators_core.training.card_facts import (
     CardFacts,
     CategoryAcceptance,
@@ -34,29 +36,43 @@ logger = logging.getLogger(__name__)
 
 CHECK = "check.json"
 MEASURED = "acceptance"
+PROMPTS = "prompts.jsonl"
 
 
-def write_speculator(job: Job, draft: SpeculatorModel) -> Path:
+def write_speculator(plan: TrainingPlan, draft: SpeculatorModel, facts: CardFacts) -> None:
     """Writes ``run/speculator``, whole or not at all: checkpoint, card, and the run's papers."""
-    run = job.plan.run.output
+    run = plan.run.output
     target, part = run / SPECULATOR, run / f".{SPECULATOR}.part"
     old = run / f".{SPECULATOR}.old"  # of a start that was killed before its report
     for folder in (part, old):
         shutil.rmtree(folder, ignore_errors=True)
-    draft.to("cpu", as_dtype(job.plan.run.saved_dtype)).save_pretrained(part)
+    draft.to("cpu", as_dtype(plan.run.saved_dtype)).save_pretrained(part)
     for name in (CONFIG, PROVENANCE, LOG):
         if (run / name).exists():
             shutil.copyfile(run / name, part / name)
-    write_card(part, card_facts(job))
+    write_card(part, facts)
     if target.exists():
         os.replace(target, old)
     os.replace(part, target)
     shutil.rmtree(old, ignore_errors=True)
-    return target
 
 
-def card_facts(job: Job, measured: Measurement | None = None) -> CardFacts:
-    """What the model card says of the run."""
+def best_figures(state: TrainerState) -> dict[str, float]:
+    """Of the evaluation of the weights that the speculator has."""
+    found: dict[str, float] = {}
+    for line in _lines_of_best(state):
+        found |= {n.removeprefix("eval_"): v for n, v in line.items() if n.startswith("eval_")}
+    return found
+
+
+def _lines_of_best(state: TrainerState) -> list[dict[str, float]]:
+    """Of the log; there is one at each evaluation, and at the end."""
+    step = state.best_global_step or state.global_step
+    return [line for line in state.log_history if line["step"] == step]
+
+
+def card_facts(job: Job) -> CardFacts:
+    """What the model card says of the run, before its speculator is measured."""
     plan = job.plan
     assert job.trainer is not None
     state = job.trainer.state
@@ -65,7 +81,8 @@ def card_facts(job: Job, measured: Measurement | None = None) -> CardFacts:
         data=_data_facts(job),
         training=TrainingFacts(
             num_steps=state.global_step,
-            num_tokens=state.global_step * job.rows_per_step * plan.data.row_length,
+            best_step=state.best_global_step,
+            num_tokens=int(_lines_of_best(state)[-1]["num_tokens"]),
             optimizer=plan.optimizer.optimizer,
             learning_rate=plan.optimizer.learning_rate,
             row_length=plan.data.row_length,
@@ -73,31 +90,27 @@ def card_facts(job: Job, measured: Measurement | None = None) -> CardFacts:
             started_from=plan.model.start_from,
             hardware=environment()["device"],
         ),
-        measured=measured,
         versions=environment(),
     )
 
 
 def _data_facts(job: Job) -> DataFacts | None:
-    data = job.plan.data
+    if job.generation is not None:
+        return DataFacts(datasets=job.generation.data.datasets)
+    assert job.plan.data.store is not None
     try:
-        if data.store is not None:
-            return DataFacts.of_store(data.store)
+        return DataFacts.of_store(job.plan.data.store)
     except SpeculatorError as error:  # a store that somebody wrote without a plan
         logger.warning("the model card says nothing of the data: %s", error)
         return None
-    file = data.texts or data.online or data.queue
-    assert file is not None
-    sections = read_sections(file, GenerationPlan, {})
-    return DataFacts(datasets=sections["data"]["datasets"])
 
 
-def check(speculator: Path) -> str | None:
+def check(speculator: Path, verifier: str) -> str | None:
     """What `speculators check` says of it, in a process of its own; None without vLLM."""
     if "check" not in COMMANDS.names() or find_spec("vllm") is None:
         logger.warning("vLLM is not installed: whether %s serves was not checked", speculator)
         return None
-    done = _command("check", str(speculator), "--json")
+    done = _command("check", str(speculator), "--verifier", verifier, "--json")
     try:
         report = json.loads(done.stdout)
     except ValueError:
@@ -107,24 +120,26 @@ def check(speculator: Path) -> str | None:
     return f"not fit to serve: {', '.join(map(str, faults))}" if faults else "fit to serve"
 
 
-def measure(speculator: Path, plan: TrainingPlan) -> Measurement | None:
-    """Acceptance by category over ``evaluation.prompts``, by `speculators acceptance`.
+def measure(speculator: Path, plan: TrainingPlan, prompts: Sequence[Prompt]) -> Measurement | None:
+    """Acceptance by category over these prompts, by `speculators acceptance`.
 
-    None where the plan names no prompts or decodes none.
+    They are left in ``run/prompts.jsonl``. None where there are none.
     """
-    section, output = plan.evaluation, speculator.parent / MEASURED
-    if section.prompts is None or not section.decode or "acceptance" not in COMMANDS.names():
+    file, output = speculator.parent / PROMPTS, speculator.parent / MEASURED
+    if not prompts or "acceptance" not in COMMANDS.names():
         return None
-    options = [
-        *("--engine", "transformers", "--prompts", section.prompts),
-        *("--verifier", plan.model.verifier, "--max-tokens", str(section.max_tokens)),
-    ]
-    done = _command("acceptance", *options, "--model", str(speculator), "--output", str(output))
+    lines = [prompt.model_dump_json(exclude_none=True) for prompt in prompts]
+    write_text(file, "".join(f"{line}\n" for line in lines))
+    options = ["--engine", "transformers", "--max-tokens", str(plan.evaluation.max_tokens)]
+    here = ["--prompts", str(file), "--verifier", plan.model.verifier, "--model", str(speculator)]
+    done = _command("acceptance", *options, *here, "--output", str(output))
     if done.returncode:
         logger.warning("acceptance was not measured by category: %s", _last_line(done))
         return None
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     found = report["drafts"][0]["by_k"][0]
+    named = plan.model.verifier_name or plan.model.verifier
+    public = ["--prompts", PROMPTS, "--verifier", named if is_hub_id(named) else VERIFIER]
     return Measurement(
         rows=tuple(
             CategoryAcceptance(
@@ -134,7 +149,7 @@ def measure(speculator: Path, plan: TrainingPlan) -> Measurement | None:
             )
             for name, counts in found["categories"].items()
         ),
-        command=shlex.join(["speculators", "acceptance", *options, "--model", REPOSITORY]),
+        command=shlex.join(["speculators", "acceptance", *options, *public, "--model", REPOSITORY]),
         versions=report["environment"],
         speculative_tokens=found["speculative_tokens"],
     )

@@ -1,4 +1,4 @@
-"""What a run can have of devices, main memory and disks."""
+"""What a process of a run can have of devices, main memory and disks."""
 
 import os
 from collections.abc import Iterable
@@ -13,6 +13,16 @@ from speculators_core.model import SpeculatorModel
 
 MAIN_MEMORY = "main memory"
 DISK = "disk of "
+
+
+def rank() -> int:
+    """Which of torchrun's processes this is; 0 writes."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many there are."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def training_device() -> torch.device:

@@ -1,10 +1,10 @@
 """A training run in memory: data, draft and trainer; faults that a user can mend come first."""
 
+import gc
 import math
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.util import find_spec
 
 import torch
@@ -12,45 +12,55 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments, set_s
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from speculators_core.batch import Batch
-from speculators_core.data_generation.engines import schema_of
-from speculators_core.data_generation.examples import Schema
 from speculators_core.data_generation.packing import RowLayout
 from speculators_core.errors import SpeculatorError
 from speculators_core.model import SpeculatorModel, load_verifier
-from speculators_core.provenance import sample_weights
-from speculators_core.training.draft import CountTokens, draft_class, make_draft
-from speculators_core.training.estimate import Estimate, estimate
-from speculators_core.training.evaluation import HeldOut, choose_prompts, evaluate_truth
-from speculators_core.training.online import (
-    Generation,
-    Received,
-    TextExamples,
-    read_generation_plan,
+from speculators_core.prompts import Prompt
+from speculators_core.training.data import (
+    Source,
+    generation_of,
+    open_source,
+    split_of,
+    token_counter,
 )
+from speculators_core.training.draft import draft_class, make_draft
+from speculators_core.training.estimate import Estimate, estimate
+from speculators_core.training.evaluation import (
+    HeldOut,
+    choose_prompts,
+    evaluate_truth,
+    named_prompts,
+)
+from speculators_core.training.free_space import rank, world_size
+from speculators_core.training.online import Generation, Received, TextExamples
 from speculators_core.training.optimizers import MuonAdamW, adamw
 from speculators_core.training.settings import TrainingPlan
 from speculators_core.training.sharding import shard
-from speculators_core.training.sources import Examples, Rows, Split, StoredExamples, Stream
+from speculators_core.training.sources import Rows, Split, StoredExamples, Stream
 from speculators_core.training.state import read_weights
 from speculators_core.training.state_folder import newest_state
 from speculators_core.training.trainer import SpeculatorTrainer
-from speculators_core.training.watch import Display, LogFile, Schedule, StopOnSignal
+from speculators_core.training.watch import (
+    Display,
+    LogFile,
+    Schedule,
+    Settlement,
+    StopOnSignal,
+)
 from speculators_core.verifier import read_verifier_config
-from speculators_core.vocabulary import check_tokenizer
 
 LOG = "training_log.jsonl"
-
-Source = Examples | Generation | Received
 
 
 class Job:
     """Everything that a run needs; `open` makes it."""
 
-    def __init__(self, plan: TrainingPlan, source: Source, draft: SpeculatorModel) -> None:
+    source: Source
+    draft: SpeculatorModel
+
+    def __init__(self, plan: TrainingPlan) -> None:
         self.plan = plan
-        self.source = source
-        self.draft = draft
-        self.layout = RowLayout.of(source.schema, draft.aux_layer_ids, plan.data.row_length)
+        self.generation = generation_of(plan)
         self.stop = StopOnSignal()
         self.trainer: SpeculatorTrainer | None = None
 
@@ -71,34 +81,54 @@ class Job:
             )
         with ExitStack() as stack:
             stack.callback(_leave_group)
-            source = _open_source(plan, stack)
-            verifier = _load_verifier(plan, source)
-            set_seed(plan.run.seed)
-            draft = make_draft(plan.model, verifier, source.schema, _token_counter(plan, source))
-            yield cls(plan, source, draft)
+            job = cls(plan)
+            if job.named_prompts:
+                _ = job.prompts  # a fault in them is found before anything is loaded
+            source = job.source = open_source(plan, job.generation, stack)
+            if isinstance(source, StoredExamples):
+                _ = job.prompts
+            job.draft = _make_draft(plan, source)
+            del source
+            yield job
+
+    def release(self) -> None:
+        """Lets go of draft, verifier and optimizer, and of their memory: the job is over."""
+        self.trainer = None
+        for name in ("draft", "source", "rows", "held_out"):
+            vars(self).pop(name, None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     # ---- rows ----
 
     @cached_property
+    def layout(self) -> RowLayout:
+        row_length = self.plan.data.row_length
+        return RowLayout.of(self.source.schema, self.draft.aux_layer_ids, row_length)
+
+    @cached_property
     def split(self) -> Split | None:
         """Of examples that have numbers."""
-        return _split(self.plan, self.source)
+        return split_of(self.plan, self.source)
 
     @cached_property
     def rows(self) -> Rows | Stream:
         """What is trained on. Of a stream, the first examples are received here."""
         data = self.plan.data
         if isinstance(self.source, Generation | Received):
-            return Stream(self.source.open, self.layout, data.eval_examples, data.limit)
+            self.source.while_waiting = self.stop.check
+            return Stream(self.source, self.layout, data.eval_examples, data.limit)
         assert self.split is not None
         return Rows(self.source, self.split.train, self.layout)
 
     @cached_property
     def held_out(self) -> HeldOut:
-        if isinstance(self.rows, Stream):
+        if isinstance(self.source, Generation | Received):
+            assert isinstance(self.rows, Stream)
             return HeldOut(self.rows.held_out, self.source.schema)
         assert self.split is not None
-        return HeldOut(self.rows.examples.read(self.split.held_out), self.source.schema)
+        return HeldOut(self.source.read(self.split.held_out), self.source.schema)
 
     @property
     def eval_rows(self) -> list[Batch]:
@@ -147,6 +177,8 @@ class Job:
         schedule = Schedule(section.every, plan.run.save_every, section.patience, trainer.evaluate)
         for callback in (schedule, self.stop, LogFile(output / LOG), display):
             trainer.add_callback(callback)
+        if isinstance(self.rows, Stream):
+            trainer.add_callback(Settlement(self.rows.settle))
         newest = newest_state(output)
         try:
             with self.stop.listening():
@@ -177,21 +209,10 @@ class Job:
         return self.trainer.whole_draft()
 
     @property
-    def best_figures(self) -> dict[str, float]:
-        """Of the evaluation of those weights."""
-        assert self.trainer is not None
-        state = self.trainer.state
-        step = state.best_global_step or state.global_step
-        found: dict[str, float] = {}
-        for line in state.log_history:
-            if line["step"] == step:
-                found |= {name: v for name, v in line.items() if name.startswith("eval_")}
-        return {name.removeprefix("eval_"): value for name, value in found.items()}
-
-    @property
     def was_stopped(self) -> bool:
         """By SIGTERM, before its end."""
-        return self.stop.has_stopped
+        was_waiting = self.trainer is not None and self.trainer.was_interrupted
+        return self.stop.has_stopped or was_waiting
 
     def make_trainer(self) -> SpeculatorTrainer:
         """The trainer without what `watch` adds to it."""
@@ -221,18 +242,24 @@ class Job:
         )
 
     @cached_property
+    def named_prompts(self) -> list[Prompt]:
+        """Those of ``evaluation.prompts`` to decode."""
+        return named_prompts(self.plan.evaluation)
+
+    @cached_property
     def prompts(self) -> list[list[int]]:
         """Token ids to decode at each evaluation.
 
         Raises:
             SpeculatorError: they cannot be read, or there are none.
         """
-        plan = self.plan
-        if not plan.evaluation.decode:
+        section, model = self.plan.evaluation, self.plan.model
+        if not section.decode:
             return []
-        longest = self.draft.verifier.config.get_text_config().max_position_embeddings
-        examples = self.held_out.examples
-        return choose_prompts(plan.evaluation, examples, plan.model.verifier, longest)
+        config = read_verifier_config(model.verifier, model.trust_remote_code).get_text_config()
+        examples = [] if self.named_prompts else self.held_out.examples
+        longest = config.max_position_embeddings
+        return choose_prompts(section, examples, model.verifier, longest, model.trust_remote_code)
 
     def _measure(self, draft: SpeculatorModel) -> dict[str, float]:
         section, held_out = self.plan.evaluation, self.held_out
@@ -286,14 +313,6 @@ def uses_bfloat16(plan: TrainingPlan) -> bool:
     return plan.run.dtype == "bfloat16"
 
 
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def _leave_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -307,55 +326,13 @@ def _check_trackers(plan: TrainingPlan) -> None:
             )
 
 
-# ---- data ----
+# ---- the draft ----
 
 
-def _open_source(plan: TrainingPlan, stack: ExitStack) -> Source:
-    data, verifier = plan.data, plan.model.verifier
-    if data.store is not None:
-        stored = StoredExamples(data.store)
-        check_data(stored.schema, stored.made_from.get("weights"), verifier, stored.name)
-        return stored
-    file = data.texts or data.online or data.queue
-    assert file is not None
-    generation = read_generation_plan(file, is_elsewhere=data.queue is not None)
-    check_data(schema_of(generation), sample_weights(generation.data.verifier), verifier, str(file))
-    if data.texts is not None:
-        return TextExamples(generation)
-    if data.online is not None:
-        if world_size() > 1:
-            raise SpeculatorError(
-                f"data.online feeds one process, there are {world_size()}: start `speculators "
-                "generate-data` by itself and train from data.queue, or from data.store."
-            )
-        source: Generation | Received = Generation(generation, data.queue_size)
-    else:
-        source = Received(generation, data.queue_size, rank(), world_size())
-    stack.callback(source.close)
-    return source
-
-
-def check_data(schema: Schema, weights: str | None, verifier: str, where: str) -> None:
-    """Holds data against the verifier that the draft is for; ``weights`` is a hash of theirs.
-
-    Raises:
-        SpeculatorError: they were made with a verifier of another shape, weights or tokenizer.
-    """
-    text = read_verifier_config(verifier).get_text_config()
-    depth = schema.layer_ids[-1] if schema.has_last else text.num_hidden_layers
-    for what, theirs, ours in (
-        ("width", schema.hidden_size, text.hidden_size),
-        ("vocabulary", schema.vocab_size, text.vocab_size),
-        ("depth", depth, text.num_hidden_layers),
-        ("weights", weights or "", sample_weights(verifier) or weights or ""),
-    ):
-        if theirs != ours:
-            shown = "" if what == "weights" else f" {theirs}, not {ours}"
-            raise SpeculatorError(
-                f"{where}: made with {schema.verifier}, whose {what}{shown or ' are others'} than "
-                f"those of {verifier}. Generate data with `data.verifier: {verifier}`."
-            )
-    check_tokenizer(where, schema.verifier, verifier)
+def _make_draft(plan: TrainingPlan, source: Source) -> SpeculatorModel:
+    verifier = _load_verifier(plan, source)
+    set_seed(plan.run.seed)
+    return make_draft(plan.model, verifier, source.schema, token_counter(plan, source))
 
 
 def _load_verifier(plan: TrainingPlan, source: Source) -> PreTrainedModel | None:
@@ -366,17 +343,3 @@ def _load_verifier(plan: TrainingPlan, source: Source) -> PreTrainedModel | None
         return None
     dtype = torch.bfloat16 if uses_bfloat16(plan) and torch.cuda.is_available() else torch.float32
     return load_verifier(plan.model.verifier, dtype, plan.model.trust_remote_code)
-
-
-def _split(plan: TrainingPlan, source: Source) -> Split | None:
-    if isinstance(source, Generation | Received):
-        return None
-    return Split.draw(source, plan.data.eval_examples, plan.data.limit, plan.run.seed)
-
-
-def _token_counter(plan: TrainingPlan, source: Source) -> CountTokens | None:
-    split = _split(plan, source)
-    if split is None:
-        return None
-    assert not isinstance(source, Generation | Received)
-    return partial(source.count_tokens, split.train)

@@ -1,7 +1,7 @@
 """Examples that are made while training runs: beside it, in it, or on another machine."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -40,36 +40,46 @@ def read_generation_plan(file: Path, is_elsewhere: bool = False) -> GenerationPl
 
 
 class Generation:
-    """Generation in a process of its own, started for each epoch, whose examples come here."""
+    """Generation in a process of its own, started for each pass, whose examples come here.
+
+    A pass has all examples of the plan, the same ones each time; several workers give them in
+    whatever order they are made.
+    """
+
+    is_held = False
 
     def __init__(self, plan: GenerationPlan, queue_size: int) -> None:
         self.plan = plan
+        self.while_waiting: Callable[[], None] = lambda: None
         self.schema = schema_of(plan)
         self._queue_size = queue_size
         self._process: GenerationProcess | None = None
 
-    def open(self, epoch: int) -> Iterator[GeneratedExample]:
-        """All examples of the plan, the same ones in each epoch.
-
-        Raises:
-            SpeculatorError: the run met one, or was killed.
-        """
+    def open(self, number: int) -> None:
         self.close()
         plan = self.plan
         sync = plan.sync.model_copy(update={"queue_size": self._queue_size})
         source = self._source = MPQueueStore.source(self.schema, sync, plan.run.workers)
+        source.while_waiting = self.while_waiting
         there = sync.model_copy(update={"urls": (source.url,)})
         process = self._process = generate_data_process(plan.model_copy(update={"sync": there}))
         self._fault: SpeculatorError | None = None
         self._watcher = threading.Thread(target=self._watch, args=(process, source), daemon=True)
         self._watcher.start()
+
+    def hold(self) -> Iterator[GeneratedExample]:
+        """Raises SpeculatorError where the run met one, or was killed."""
         try:
-            yield from source.read()
+            yield from self._source.read()
         except SpeculatorError as error:
+            self.while_waiting()  # a signal that ends both is no fault
             raise self._fault or error from error
         self._watcher.join()
         if self._fault is not None:
             raise self._fault
+
+    def done(self, keys: Iterable[str]) -> None:
+        self._source.done(keys)
 
     def _watch(self, process: GenerationProcess, source: QueueSource) -> None:
         """Until the process has ended; whoever waits for the queue is told of its fault at once."""
@@ -92,6 +102,8 @@ class Generation:
 class Received:
     """Examples of generation elsewhere, which come to this process's own URL of the plan."""
 
+    is_held = True
+
     def __init__(self, plan: GenerationPlan, queue_size: int, rank: int, world_size: int) -> None:
         """Raises:
         SpeculatorError: the plan does not send to as many URLs as the training has processes.
@@ -106,18 +118,28 @@ class Received:
         self._sync = plan.sync.model_copy(update={"queue_size": queue_size})
         self._workers = plan.run.workers
         self._url = f"tcp://*:{urls[rank].rpartition(':')[2]}"
+        self.while_waiting: Callable[[], None] = lambda: None
         self._source: QueueSource | None = None
 
-    def open(self, epoch: int) -> Iterator[GeneratedExample]:
+    def open(self, number: int) -> None:
         """Raises:
-        SpeculatorError: the queue had ended before, or nobody sends.
+        SpeculatorError: it is not the first pass, or the URL is taken.
         """
-        if epoch:
+        if number:
             raise SpeculatorError(
                 "data.queue has ended before run.max_steps: let it send more, or train less."
             )
         self._source = ZmqStore.source(self.schema, self._sync, self._url, self._workers)
-        yield from self._source.read()
+        self._source.while_waiting = self.while_waiting
+
+    def hold(self) -> Iterator[GeneratedExample]:
+        """Raises SpeculatorError where nobody sends."""
+        assert self._source is not None
+        yield from self._source.hold()
+
+    def done(self, keys: Iterable[str]) -> None:
+        assert self._source is not None
+        self._source.done(keys)
 
     def close(self) -> None:
         if self._source is not None:

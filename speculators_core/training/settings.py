@@ -9,6 +9,7 @@ A YAML file holds the five sections, flags of the command line win over it:
     run:        {output: runs/eagle3}
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -47,6 +48,12 @@ class ModelSection(Settings):
     trust_remote_code: bool = False
     """Runs code that the verifier's folder brings."""
 
+    @field_validator("recipe", "objective", mode="before")
+    @classmethod
+    def _parse(cls, options: Any) -> Any:
+        """Numbers, truth values and lists of flags (`--model.recipe.num_layers 2`) come as text."""
+        return {k: _parsed(v) for k, v in options.items()} if isinstance(options, dict) else options
+
     @model_validator(mode="after")
     def _is_one_draft(self) -> Self:
         if (self.algorithm is None) == (self.start_from is None):
@@ -61,6 +68,13 @@ class ModelSection(Settings):
         if self.draft_config is not None and self.recipe:
             raise ValueError("recipe and draft_config exclude each other; set one")
         return self
+
+
+def _parsed(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 class DataSection(Settings):
@@ -96,6 +110,10 @@ class DataSection(Settings):
             raise ValueError(
                 f"one of {', '.join(self.KINDS)} must be set, found {', '.join(stated) or 'none'}"
             )
+        if self.kind != "store":
+            self.refuse_idle("num_workers", because=f"rows of data.{self.kind} are read in turn")
+        if self.kind not in ("queue", "online"):
+            self.refuse_idle("queue_size", because=f"data.{self.kind} has no queue")
         return self
 
     @property
@@ -146,10 +164,16 @@ class EvaluationSection(Settings):
     max_tokens: int = Field(64, ge=2)
     """Tokens to decode of each."""
     roll_outs: int = Field(512, ge=0)
-    """Places in held-out examples from which the draft is rolled out, for the predicted acceptance
-    length."""
+    """Drafts rolled out over held-out examples, at most, for the predicted acceptance length."""
     patience: int | None = Field(None, ge=1)
     """Evaluations without a longer acceptance length, after which training stops."""
+
+    @model_validator(mode="after")
+    def _no_option_is_idle(self) -> Self:
+        if not self.decode:
+            names = ("prompts", "num_prompts", "max_tokens", "patience")
+            self.refuse_idle(*names, because="evaluation.decode is false")
+        return self
 
 
 class RunSection(Settings):
@@ -164,7 +188,7 @@ class RunSection(Settings):
         return output.expanduser()
 
     epochs: float = Field(1.0, gt=0)
-    """Passes over the data."""
+    """Passes over the data, where `max_steps` is None."""
     max_steps: int | None = Field(None, ge=1)
     """Steps in all; the data decide where None. A queue needs it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -178,7 +202,7 @@ class RunSection(Settings):
     log_every: int = Field(10, ge=1)
     """Steps between lines of the log."""
     gradient_checkpointing: bool = False
-    """Computes what lies inside MLPs again in the backward pass, for less memory."""
+    """Computes each layer's MLP and its norm again in the backward pass, for less memory."""
     compile: bool = False
     """Compiles the MLPs of the draft (`torch.compile`)."""
     fsdp: bool = False
@@ -191,6 +215,12 @@ class RunSection(Settings):
     """Where figures go beside the log."""
     license: str | None = None
     """Of the speculator, for its model card: `apache-2.0`."""
+
+    @model_validator(mode="after")
+    def _no_option_is_idle(self) -> Self:
+        if self.max_steps is not None:
+            self.refuse_idle("epochs", because="run.max_steps says how long")
+        return self
 
 
 class TrainingPlan(Settings):
@@ -208,8 +238,9 @@ class TrainingPlan(Settings):
             raise ValueError(
                 f"run.max_steps is missing: data.{self.data.kind} does not say how much it has"
             )
-        if self.evaluation.patience is not None and not self.evaluation.decode:
-            raise ValueError("evaluation.patience needs evaluation.decode")
+        if self.evaluation.roll_outs and not self.data.eval_examples:
+            because = "data.eval_examples is 0: there is nothing to roll out in"
+            self.evaluation.refuse_idle("roll_outs", because=because)
         return self
 
 

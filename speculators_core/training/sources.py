@@ -6,9 +6,9 @@ killed goes on at the very row. A queue is taken as it comes (`Stream`).
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -168,39 +168,125 @@ class Rows(Dataset):
         return int(np.minimum(self.examples.lengths[numbers], self.layout.row_length).sum())
 
 
-class Stream(IterableDataset):
-    """Packed rows of examples as they come.
+class Arrivals(Protocol):
+    """Examples that come by themselves, pass after pass."""
 
-    ``open_examples`` opens the stream of an epoch, of which the first ``eval_examples`` are held
-    out.
+    schema: Schema
+    while_waiting: Callable[[], None]
+    """Called every few seconds of a wait for an example; what it raises ends the wait."""
+    is_held: bool
+    """Whether those that nobody called `done` come again, to this process or to another; else one
+    is done when the next is asked for."""
+
+    def open(self, number: int) -> None:
+        """Begins a pass.
+
+        Raises:
+            SpeculatorError: there is no such pass.
+        """
+
+    def hold(self) -> Iterator[GeneratedExample]:
+        """The rest of the pass; where they are held, until no more come before some are done.
+
+        A call begins with those that an earlier one gave and that are not done; one that gives
+        none says that the pass is over.
+
+        Raises:
+            SpeculatorError: whoever makes them has failed, or is not there.
+        """
+
+    def done(self, keys: Iterable[str]) -> None:
+        """These will not be needed again."""
+
+
+class Stream(IterableDataset):
+    """Packed rows of examples as they come, without an end: after a pass the next one begins.
+
+    It is one iterator: who asks for it again gets the rows after those that were given.
+
+    The first ``eval_examples`` are held out, and left out of every later pass by their keys.
+    ``limit`` examples of a pass are trained on, at most. A pass without any is the end.
+
+    With one worker generation gives the same examples in the same order in each pass and each
+    start of a run, so a run that goes on skips the rows that it has used and trains on the very
+    next; they are generated again for that. Several workers deliver as they come: examples then
+    have another order in each pass and each start, and a run that goes on may hold out others.
+
+    What a queue sends is done when the step that it was used in is over: `settle`. A run that was
+    killed gets the rest again.
     """
 
     def __init__(
         self,
-        open_examples: Callable[[int], Iterator[GeneratedExample]],
+        arrivals: Arrivals,
         layout: RowLayout,
         eval_examples: int,
         limit: int | None = None,
     ) -> None:
         self.layout = layout
-        self._open = open_examples
+        self._arrivals = arrivals
         self._limit = limit
-        self._epoch = 0
-        self._examples = open_examples(0)
-        self.held_out = list(islice(self._examples, eval_examples))
+        self._num_rows = 0
+        self._unsettled: list[str] = []
         self._keys: deque[tuple[int, list[str]]] = deque(maxlen=REMEMBERED_ROWS)
+        self.held_out: list[GeneratedExample] = []
+        arrivals.open(0)
+        for example in islice(arrivals.hold(), eval_examples):
+            self.held_out.append(example)
+            arrivals.done([example.key])
+        self._held_out_keys = {example.key for example in self.held_out}
+        self._rows = self._endless_rows()
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if self._epoch:
-            self._examples = self._open(self._epoch)
-            for _ in islice(self._examples, len(self.held_out)):
-                pass
-        self._epoch += 1
-        trained = (example for example in self._examples if example.loss_mask.any())
-        for row, examples in enumerate(self.layout.rows(islice(trained, self._limit))):
-            self._keys.append((row, [example.key for example in examples]))
-            yield {**vars(self.layout.pack(examples)), "row": torch.tensor([row])}
+        return self._rows
+
+    def _endless_rows(self) -> Iterator[dict[str, Tensor]]:
+        for number in count(1):
+            num_before = self._num_rows
+            for examples in self._rows_of_pass():
+                self._keys.append((self._num_rows, [example.key for example in examples]))
+                row = torch.tensor([self._num_rows])
+                self._num_rows += 1
+                yield {**vars(self.layout.pack(examples)), "row": row}
+            if self._num_rows == num_before:
+                return
+            self._arrivals.open(number)
+
+    def settle(self) -> None:
+        """All rows so far have been used: a queue may forget their examples."""
+        self._arrivals.done(self._unsettled)
+        self._unsettled = []
 
     def keys_of(self, row: int) -> list[str]:
         """Of the examples of one of the last rows; none of one that was forgotten."""
         return next((keys for number, keys in reversed(self._keys) if number == row), [])
+
+    def _rows_of_pass(self) -> Iterator[list[GeneratedExample]]:
+        """Where a queue has no room for more, rows that are not used yet are settled ahead of time,
+        and if there are none a row goes out before it is full.
+        """
+        num_given, is_at_end = 0, False
+
+        def trained() -> Iterator[GeneratedExample]:
+            nonlocal is_at_end
+            for example in self._arrivals.hold():
+                if example.loss_mask.any() and example.key not in self._held_out_keys:
+                    yield example
+                else:
+                    self._arrivals.done([example.key])
+            is_at_end = True
+
+        while True:
+            is_at_end, is_over = False, True
+            left = None if self._limit is None else self._limit - num_given
+            for row in self.layout.rows(islice(trained(), left)):
+                is_over = False
+                if is_at_end and self._unsettled:
+                    break  # its examples come again, and others after them
+                num_given += len(row)
+                if self._arrivals.is_held:
+                    self._unsettled += [example.key for example in row]
+                yield row
+            if is_over:
+                return
+            self.settle()

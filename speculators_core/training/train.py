@@ -4,13 +4,13 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from pydantic import Field
 
 from speculators_core.console import console, result_alone_on_stdout
-from speculators_core.settings import Settings
+from speculators_core.settings import Settings, flags_of
 from speculators_core.training.settings import (
     DataSection,
     EvaluationSection,
@@ -20,6 +20,17 @@ from speculators_core.training.settings import (
     TrainingPlan,
     read_training_plan,
 )
+
+if TYPE_CHECKING:
+    ModelFlags = ModelSection
+    DataFlags = DataSection
+    OptimizerFlags = OptimizerSection
+    EvaluationFlags = EvaluationSection
+    RunFlags = RunSection
+else:
+    ModelFlags, DataFlags, OptimizerFlags, EvaluationFlags, RunFlags = map(
+        flags_of, (ModelSection, DataSection, OptimizerSection, EvaluationSection, RunSection)
+    )
 
 STOPPED_EXIT = 143
 """As of a process that SIGTERM ended."""
@@ -42,11 +53,11 @@ class TrainReport(Settings):
 def run(
     *,
     config: Path | None = None,
-    model: Annotated[ModelSection | None, Parameter(name="model")] = None,
-    data: Annotated[DataSection | None, Parameter(name="data")] = None,
-    optimizer: Annotated[OptimizerSection | None, Parameter(name="optimizer")] = None,
-    evaluation: Annotated[EvaluationSection | None, Parameter(name="evaluation")] = None,
-    run: Annotated[RunSection | None, Parameter(name="run")] = None,
+    model: Annotated[ModelFlags | None, Parameter(name="model")] = None,
+    data: Annotated[DataFlags | None, Parameter(name="data")] = None,
+    optimizer: Annotated[OptimizerFlags | None, Parameter(name="optimizer")] = None,
+    evaluation: Annotated[EvaluationFlags | None, Parameter(name="evaluation")] = None,
+    run: Annotated[RunFlags | None, Parameter(name="run")] = None,
     dry_run: Annotated[bool, Parameter(negative=())] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
@@ -86,65 +97,74 @@ def run(
 def train(plan: TrainingPlan) -> TrainReport:
     """Trains what the plan asks for, or goes on with the run that is in its folder.
 
-    Nothing is written before plan, data and verifier have been looked at. Under torchrun every
-    process calls it, and the first one writes.
+    Before plan, data and verifier have been looked at, nothing is written but a lock, which goes
+    again. Under torchrun every process calls it, and the first one writes.
 
     Raises:
         SpeculatorError: plan, data, verifier or folder are at fault, the run does not fit this
             machine, or a loss was not finite.
     """
     from speculators_core.training.estimate import refuse
-    from speculators_core.training.job import Job, rank
-    from speculators_core.training.run_folder import REPORT, check_folder, claim
+    from speculators_core.training.free_space import rank
+    from speculators_core.training.job import Job
+    from speculators_core.training.run_folder import REPORT, check_folder, claim, is_finished
 
-    is_first = rank() == 0
     check_folder(plan)
-    report_file = plan.run.output / REPORT
-    if report_file.is_file():
-        return TrainReport.model_validate_json(report_file.read_text(encoding="utf-8"))
-    with Job.open(plan) as job:
+    if is_finished(plan):
+        text = (plan.run.output / REPORT).read_text(encoding="utf-8")
+        return TrainReport.model_validate_json(text)
+    with claim(plan) if rank() == 0 else nullcontext() as folder, Job.open(plan) as job:
         refuse(job.estimate())
         _ = job.prompts  # a fault in them leaves no folder behind
-        with claim(plan, sys.argv) if is_first else nullcontext():
-            state = job.train()
-            if job.was_stopped:
-                return TrainReport(speculator=None, steps=state.global_step)
-            return _end(job, report_file, is_first)
+        if folder is not None:
+            folder.start(sys.argv)
+        state = job.train()
+        if job.was_stopped:
+            return TrainReport(speculator=None, steps=state.global_step)
+        return _end(job, is_first=folder is not None)
 
 
-def _end(job: Any, report_file: Path, is_first: bool) -> TrainReport:
+def _end(job: Any, is_first: bool) -> TrainReport:
     from speculators_core.data_generation.stores.disk import write_text
     from speculators_core.training.card import write_card
     from speculators_core.training.finish import (
-        SPECULATOR,
+        best_figures,
         card_facts,
         check,
         measure,
         write_speculator,
     )
+    from speculators_core.training.run_folder import REPORT, SPECULATOR
 
-    draft, state = job.best_draft(), job.trainer.state
+    plan, state = job.plan, job.trainer.state
+    speculator = plan.run.output / SPECULATOR
     report = TrainReport(
-        speculator=job.plan.run.output / SPECULATOR,
+        speculator=speculator,
         steps=state.global_step,
         best_step=state.best_global_step,
-        figures=job.best_figures,
+        figures=best_figures(state),
     )
+    draft = job.best_draft()
     if not is_first:
         return report
-    speculator = write_speculator(job, draft)
-    if measured := measure(speculator, job.plan):
-        write_card(speculator, card_facts(job, measured))
-    if job.plan.run.check:
-        report = report.model_copy(update={"verdict": check(speculator)})
-    write_text(report_file, report.model_dump_json(indent=2))
+    facts = card_facts(job)
+    write_speculator(plan, draft, facts)
+    del draft
+    job.release()  # what follows loads the verifier in processes of its own
+    if measured := measure(speculator, plan, job.named_prompts):
+        write_card(speculator, facts.model_copy(update={"measured": measured}))
+    if plan.run.check:
+        report = report.model_copy(update={"verdict": check(speculator, job.plan.model.verifier)})
+    write_text(plan.run.output / REPORT, report.model_dump_json(indent=2))
     return report
 
 
 def _print_estimate(plan: TrainingPlan) -> None:
     from speculators_core.training.estimate import print_estimate, refuse
     from speculators_core.training.job import Job
+    from speculators_core.training.run_folder import check_folder
 
+    check_folder(plan)
     with Job.open(plan) as job:
         estimate = job.estimate()
     print_estimate(estimate)

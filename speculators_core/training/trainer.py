@@ -4,119 +4,34 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from jaxtyping import Int
+from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from speculators_core.batch import Batch
+from speculators_core.batch import PADDING, Batch
 from speculators_core.errors import SpeculatorError
 from speculators_core.model import SpeculatorModel
 from speculators_core.training import state as saved
-from speculators_core.training.batches import PackedTokens, fill_rows, pack
+from speculators_core.training.batches import PackedTokens, run_verifier
 from speculators_core.training.evaluation import name_teacher_forced
-from speculators_core.training.faults import describe_fault
+from speculators_core.training.faults import describe_no_fault, find_fault
 from speculators_core.training.metrics import WeightedMeans
 from speculators_core.training.sharding import gather_draft, is_sharded
 from speculators_core.training.state_folder import rotate_states
 from speculators_core.training.watch import Interrupted
-from speculators_core.verifier import LayerTaps
 
-
-class PackedDocuments(torch.utils.data.Dataset):
-    """Documents in rows of equal length, for a `DataLoader` with batch size 1."""
-
-    def __init__(self, documents: Dataset, row_length: int):
-        self.documents = documents
-        self.row_length = row_length
-        self.rows = list(fill_rows(map(len, documents["input_ids"]), row_length))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> PackedTokens:
-        return pack([self.documents[i] for i in self.rows[index]], self.row_length)
-
-
-def run_verifier(
-    verifier: PreTrainedModel,
-    tokens: PackedTokens,
-    aux_layer_ids: Sequence[int],
-    dtype: torch.dtype | None = None,
-) -> Batch:
-    """The states of every token, each document seen alone; in ``dtype`` where one is given.
-
-    Documents of like lengths are run one beside the other: what stands behind a document's end
-    changes nothing in it, and no token is masked from all others' sight. Those of unlike lengths
-    stay in their row, where Transformers keeps them apart by the restarts of ``position_ids``.
-    """
-    last = verifier.config.get_text_config().num_hidden_layers
-    device = verifier.device
-    rows = _side_by_side(tokens)
-    packed = {} if rows is not None else {"position_ids": tokens.position_ids.to(device)}
-    input_ids = tokens.input_ids if rows is None else tokens.input_ids[0, rows]
-    with torch.no_grad(), LayerTaps(verifier, [*aux_layer_ids, last]) as taps:
-        verifier.get_decoder()(input_ids=input_ids.to(device), use_cache=False, **packed)
-    last_states = taps.states([last])
-    states = taps.states(aux_layer_ids)
-    if rows is not None:
-        is_filling = torch.zeros_like(rows, dtype=torch.bool)
-        is_filling[:, 1:] = rows[:, 1:] == rows[:, :-1]
-        kept = (~is_filling).to(device)
-        states, last_states = states[kept][None], last_states[kept][None]
-    return tokens.with_states(states.to(dtype=dtype), last_states.to(dtype=dtype))
-
-
-MAX_FILLING = 1.25
-"""Documents are run side by side where that is at most this many times the row's tokens."""
-
-
-def _side_by_side(tokens: PackedTokens) -> Int[Tensor, "documents longest"] | None:
-    """The rows of each document, its last one repeated to the length of the longest.
-
-    documents [0 0 0 1 1]  ->  [[0 1 2] [3 4 4]]
-    None where there is one document, or where the filling would cost too much.
-    """
-    documents = tokens.document_ids[0]
-    lengths = documents.unique_consecutive(return_counts=True)[1]
-    longest = int(lengths.max())
-    if len(lengths) == 1 or len(lengths) * longest > MAX_FILLING * len(documents):
-        return None
-    starts = lengths.cumsum(0) - lengths
-    offsets = torch.arange(longest, device=documents.device)
-    return starts[:, None] + torch.minimum(offsets, lengths[:, None] - 1)
-
-
-class VerifiedDocuments(torch.utils.data.Dataset):
-    """Packed rows with the verifier's states, made once and held in main memory in ``dtype``."""
-
-    def __init__(
-        self,
-        rows: PackedDocuments,
-        verifier: PreTrainedModel,
-        aux_layer_ids: Sequence[int],
-        dtype: torch.dtype | None = None,
-    ):
-        packed = (rows[index] for index in range(len(rows)))
-        self.batches = [
-            run_verifier(verifier, tokens, aux_layer_ids, dtype).to(device="cpu")
-            for tokens in packed
-        ]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.batches[index]
+REPEATS = "repeats"
+"""Key of a batch that another rank has too."""
 
 
 class SpeculatorTrainer(Trainer):
@@ -161,6 +76,10 @@ class SpeculatorTrainer(Trainer):
         self.eval_kwargs = eval_kwargs
         self.measure = measure
         self.keep = keep
+        self.was_interrupted = False
+        """While it waited for a row."""
+        self._saved_step = 0
+        """Of the newest state; before the first step there is nothing to save."""
         self._means = WeightedMeans()
         self._step_batches: list[dict[str, Any]] = []
         self._step_losses: list[Tensor] = []
@@ -172,15 +91,65 @@ class SpeculatorTrainer(Trainer):
             return DataLoader(self.train_dataset, batch_size=1, collate_fn=_only)
         return super().get_train_dataloader()
 
+    def _run_epoch(self, **kwargs: Any) -> None:  # Trainer's own
+        """Nothing where the run is over: Trainer takes a step before it looks.
+
+        Where a row does not come any more the run is stopped, and saved if it was interrupted.
+        """
+        if self.control.should_training_stop:
+            return
+        try:
+            super()._run_epoch(**kwargs)
+        except _OutOfRows:
+            self.control.should_training_stop = True
+        except Interrupted:
+            self.was_interrupted = True
+            self.control.should_log = self.control.should_training_stop = True
+            self.control.should_save = self._saved_step != self.state.global_step
+            names = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
+            self._maybe_log_save_evaluate(self._tr_loss, None, *(kwargs[name] for name in names))
+
     # ---- the loss ----
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """Trained tokens of one optimizer step: over its batches, and over all ranks."""
-        self._step_batches, self._step_losses = batch_samples, []
-        if not batch_samples:  # a stream has ended
-            return torch.zeros((), device=device)
-        count = torch.stack([batch["loss_mask"].sum() for batch in batch_samples]).sum().to(device)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor]:
+        """The batches of one optimizer step, and how many tokens they train over all ranks.
+
+        All their tokens but padding are added to the state's. An epoch ends at the same step on all
+        ranks: who lacks a row for that repeats one, which counts for nothing.
+
+        Raises:
+            Interrupted: a rank was, while it waited for a row; all raise it.
+            _OutOfRows: a rank has no row; all raise it.
+        """
+        batches: list[dict[str, Any]] = []
+        is_interrupted = False
+        try:
+            batches = list(islice(epoch_iterator, num_batches))
+        except Interrupted:
+            is_interrupted = True
+        if batches and self._ends_with_repeat():
+            batches[-1] = {**batches[-1], REPEATS: True}
+        ends = torch.tensor([not batches, is_interrupted], device=device)
+        told = torch.cat([_count_tokens(batches, device), ends])[None]
+        if self.args.world_size > 1:
+            told = self.accelerator.gather(told)
+        num_trained, num_real, num_without, num_interrupted = told.sum(0)
+        if num_interrupted:
+            raise Interrupted
+        if num_without:
+            raise _OutOfRows
+        self._step_batches, self._step_losses = batches, []
+        self.state.num_input_tokens_seen += int(num_real)
+        return batches, num_trained
+
+    def _ends_with_repeat(self) -> bool:
+        """Whether accelerate repeats the last row that was given to this rank."""
+        if not self.accelerator.gradient_state.end_of_dataloader:
+            return False
+        remainder = len(self.train_dataset) % self.args.world_size
+        return 0 < remainder <= self.args.process_index
 
     def compute_loss(
         self,
@@ -197,7 +166,7 @@ class SpeculatorTrainer(Trainer):
         batch = self._batch(inputs)
         kwargs = self.train_kwargs if model.training else self.eval_kwargs
         _, loss, metrics = model(batch, **kwargs)
-        num_trained = batch.loss_mask.sum()
+        num_trained = _num_trained(inputs)
         self._means.add(name_teacher_forced(metrics), num_trained)
         self._step_losses.append(loss.detach())
         if num_items_in_batch is not None:
@@ -206,7 +175,7 @@ class SpeculatorTrainer(Trainer):
         return (loss, metrics) if return_outputs else loss
 
     def _batch(self, inputs: Mapping[str, Any]) -> Batch:
-        tensors = {name: tensor for name, tensor in inputs.items() if name != "row"}
+        tensors = {name: t for name, t in inputs.items() if name not in ("row", REPEATS)}
         dtype = torch.bfloat16 if self.args.bf16 else self.speculator.dtype
         if "hidden_states" in tensors:
             return Batch(**tensors).to(dtype=dtype)
@@ -218,12 +187,19 @@ class SpeculatorTrainer(Trainer):
         found = super()._get_grad_norm(model, grad_norm)
         norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
         if not math.isfinite(norm):
-            keys_of = getattr(self.train_dataset, "keys_of", _no_keys)
-            step = self.state.global_step + 1
-            raise SpeculatorError(
-                describe_fault(step, norm, self._step_batches, self._step_losses, keys_of)
-            )
+            self._raise_fault(norm)
         return norm
+
+    def _raise_fault(self, norm: float) -> None:
+        """All ranks come here, and those without a fault of their own name the others."""
+        keys_of = getattr(self.train_dataset, "keys_of", _no_keys)
+        fault = find_fault(self._step_batches, self._step_losses, keys_of)
+        has_fault = torch.tensor([int(fault is not None)], device=self.args.device)
+        if self.args.world_size > 1:
+            has_fault = self.accelerator.gather(has_fault)
+        ranks = has_fault.nonzero().flatten().tolist()
+        others = describe_no_fault(norm, ranks, self._step_batches, keys_of)
+        raise SpeculatorError(f"step {self.state.global_step + 1}: {fault or others}")
 
     # ---- evaluation ----
 
@@ -232,9 +208,9 @@ class SpeculatorTrainer(Trainer):
     ) -> dict[str, float]:
         """Losses and teacher-forced figures over held-out rows, and what ``measure`` finds.
 
-        Rows are split over the ranks; each has as many passes, those too many without weight.
-        Random generators go on as if there had been none. Where it is interrupted the run is saved
-        and stopped, and goes on with it.
+        Rows are split over the ranks, those of a stream are each rank's own. Each has as many
+        passes, those too many without weight. Random generators go on as if there had been none.
+        Where it is interrupted the run is saved and stopped, and goes on with it.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         start, model = time.monotonic(), self.model_wrapped
@@ -263,14 +239,24 @@ class SpeculatorTrainer(Trainer):
 
     def _evaluate_rows(self, model: nn.Module, rows: Any) -> dict[str, float]:
         means, world, rank = WeightedMeans(), self.args.world_size, self.args.process_index
-        for first in range(0, len(rows), world):
-            number = first + rank
-            batch = self._batch(self._prepare_inputs(_only([rows[min(number, len(rows) - 1)]])))
+        is_own = isinstance(self.train_dataset, IterableDataset)
+        numbers = range(len(rows)) if is_own else range(rank, len(rows), world)
+        for turn in range(self._most_turns(len(numbers), has_rows=len(rows) > 0)):
+            number = numbers[turn] if turn < len(numbers) else len(rows) - 1
+            batch = self._batch(self._prepare_inputs(_only([rows[number]])))
             with self.compute_loss_context_manager():
                 _, loss, metrics = model(batch, **self.eval_kwargs)
-            weight = batch.loss_mask.sum() * (number < len(rows))
+            weight = batch.loss_mask.sum() * (turn < len(numbers))
             means.add({"loss": loss, **name_teacher_forced(metrics)}, weight)
         return means.take()
+
+    def _most_turns(self, turns: int, has_rows: bool) -> int:
+        """Of all ranks; none where a rank has no row to take part with."""
+        told = torch.tensor([[turns, not has_rows]], device=self.args.device)
+        if self.args.world_size > 1:
+            told = self.accelerator.gather(told)
+        most, num_without = told[:, 0].max(), told[:, 1].sum()
+        return 0 if num_without else int(most)
 
     def _note_best(self, found: Mapping[str, float]) -> None:
         """A longer acceptance length is better; of equal ones that of the lower loss."""
@@ -287,7 +273,7 @@ class SpeculatorTrainer(Trainer):
         return gather_draft(self.speculator) if is_sharded(self.speculator) else self.speculator
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the teacher-forced figures, averaged over the tokens since the last such line.
+        """Adds the tokens so far, and to a loss the teacher-forced figures since the last one.
 
         Of the summary at the end only the times stay: its loss is of this process's steps alone.
         """
@@ -295,12 +281,14 @@ class SpeculatorTrainer(Trainer):
             logs |= self._means.take()
         for name in ("train_loss", "total_flos"):
             logs.pop(name, None)
+        logs["num_tokens"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
 
     # ---- saved states ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run, step = Path(self.args.output_dir), self.state.global_step
+        self._saved_step = step
         saved.write_state(
             run / f"{PREFIX_CHECKPOINT_DIR}-{step}",
             model=self.speculator,
@@ -317,6 +305,7 @@ class SpeculatorTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
+            self._saved_step = self.state.global_step
             saved.read_state(
                 Path(checkpoint),
                 model=self.speculator,
@@ -334,6 +323,27 @@ class SpeculatorTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0
+
+
+class _OutOfRows(Exception):
+    """A stream has ended."""
+
+
+def _count_tokens(
+    batches: Sequence[Mapping[str, Any]], device: torch.device
+) -> Int64[Tensor, "trained_and_all"]:
+    """Those that are trained and all but padding, without rows that repeat."""
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    for batch in batches:
+        if REPEATS not in batch:
+            is_real = batch["document_ids"] != PADDING
+            counts += torch.stack([batch["loss_mask"].sum(), is_real.sum()]).to(device)
+    return counts
+
+
+def _num_trained(inputs: Mapping[str, Any]) -> Tensor:
+    """Tokens of a batch that count in its step."""
+    return inputs["loss_mask"].sum() * (REPEATS not in inputs)
 
 
 def _no_keys(row: int) -> list[str]:

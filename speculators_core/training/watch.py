@@ -57,6 +57,9 @@ class Schedule(TrainerCallback):
         now = [line for line in state.log_history if line["step"] == state.global_step]
         if state.global_step and self._is_due(state) and not any("eval_runtime" in x for x in now):
             self.evaluate()
+        self.has_ended = self._is_patience_spent(state)
+        # The run had been killed between its last state and its report: no step is left.
+        control.should_training_stop |= self.has_ended or state.global_step >= state.max_steps
 
     def _is_due(self, state: TrainerState) -> bool:
         every = self.eval_every or max(LEAST_BETWEEN, state.max_steps // 10)
@@ -77,24 +80,36 @@ class Schedule(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.patience is None:
-            return
-        steps = [line["step"] for line in state.log_history if "eval_acceptance_length" in line]
-        since = [step for step in steps if step > (state.best_global_step or 0)]
-        if len(since) >= self.patience:
+        if self._is_patience_spent(state):
             self.has_ended = True
             control.should_training_stop = control.should_save = True
 
+    def _is_patience_spent(self, state: TrainerState) -> bool:
+        if self.patience is None:
+            return False
+        steps = [line["step"] for line in state.log_history if "eval_acceptance_length" in line]
+        return sum(step > (state.best_global_step or 0) for step in steps) >= self.patience
+
+
+class Settlement(TrainerCallback):
+    """Says that the rows of a step have been used, when it is over."""
+
+    def __init__(self, settle: Callable[[], None]) -> None:
+        self._settle = settle
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._settle()
+
 
 class Interrupted(Exception):
-    """An evaluation was broken off, for the run to be stopped."""
+    """An evaluation, or a wait for a row, was broken off for the run to be stopped."""
 
 
 class StopOnSignal(TrainerCallback):
     """After SIGTERM the step in hand is finished, the state saved, and the run is over.
 
-    An evaluation is not waited for, where one process alone is at it: it is made up for when the
-    run goes on.
+    A row that does not come is not waited for, nor an evaluation where one process alone is at it:
+    that is made up for when the run goes on.
     """
 
     def __init__(self) -> None:
@@ -106,6 +121,11 @@ class StopOnSignal(TrainerCallback):
     def _hear(self, *_: Any) -> None:
         self.is_asked = True
         if self._may_interrupt:
+            raise Interrupted
+
+    def check(self) -> None:
+        """Raises Interrupted once the signal came."""
+        if self.is_asked:
             raise Interrupted
 
     @contextmanager

@@ -9,8 +9,7 @@ from benchmarks.playground import corpus
 from benchmarks.playground.verifier import grow, verifier_config
 from speculators_core.model import SpeculatorModel
 from speculators_core.prompts import read_prompts, tokenize
-from speculators_core.training.batches import pack
-from speculators_core.training.trainer import run_verifier
+from speculators_core.training.batches import pack, run_verifier
 
 
 def test_prompts_are_held_out_and_balanced():

@@ -490,6 +490,9 @@ def test_a_servers_key_reaches_workers_and_no_file(given, tmp_path):
     assert GenerationPlan.model_validate_json(to_json(plan)).engine.api_key == "sk-1"
     shown = without_secrets(["x", "--engine.api-key", "sk-1", "--engine.api_key=sk-1", "--y", "z"])
     assert shown == ["x", "--engine.api-key", "***", "--engine.api_key=***", "--y", "z"]
+    for flag in ("--hub-token", "--run.my_password", "--client-SECRET"):
+        assert without_secrets([flag, "v", f"{flag}=v"]) == [flag, "***", f"{flag}=***"]
+    assert without_secrets(["--keys", "v", "monkey", "v"]) == ["--keys", "v", "monkey", "v"]
 
 
 @pytest.mark.parametrize("name", ["shards", ".lock", "generate.log"])

@@ -20,8 +20,7 @@ from speculators_core.feature_draft import default_aux_layer_ids
 from speculators_core.losses import LOSSES, MASK_SUM_FLOOR
 from speculators_core.model import SpeculatorModel
 from speculators_core.models.eagle3 import Eagle3DraftModel, Eagle3Objective
-from speculators_core.training.batches import PackedTokens
-from speculators_core.training.trainer import run_verifier
+from speculators_core.training.batches import PackedTokens, run_verifier
 from speculators_core.vocabulary import choose_draft_vocabulary
 from tests.conftest import make_batch, make_eagle3, make_verifier
 from tests.data import INTEROP, interop_case

@@ -146,7 +146,9 @@ def test_interop_logits_are_the_recorded_ones(interop, case, number):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_interop_loss_is_the_recorded_one(interop, case, number):
-    train, _ = interop.get_trainer_kwargs(attention="independent", step_weights=(1, 1, 1))
+    train, _ = interop.get_trainer_kwargs(
+        targets="text", attention="independent", step_weights=(1, 1, 1)
+    )
     _, loss, metrics = interop(recorded_document(number), **train)
     assert loss.item() == pytest.approx(case[f"expected.loss.doc{number}"].item(), abs=1e-4)
     for step in range(3):
@@ -377,17 +379,15 @@ def test_accuracy_is_that_of_the_targets():
     said, _, _ = model(document)
     text, states = document.input_ids.clone(), document.last_hidden_states.clone()
     text[0, 9] = said[2, 0, 5]  # what the last step of row 5 says; no row reads it
-    metrics = model(dataclasses.replace(document, input_ids=text))[2]
+    by_text = MTPObjective(targets="text")
+    metrics = model(dataclasses.replace(document, input_ids=text), by_text)[2]
     # Rows 0 to 5 but those that say tokens 3 and 7.
     assert metrics["acc_2"].item() == pytest.approx(1 / 5)
     head = model.verifier_head
     states[0, 8] = head.lm_head.weight[said[2, 0, 5]] / head.norm.weight  # read by row 8 alone
     batch = dataclasses.replace(document, last_hidden_states=states)
-    by_verifier, by_text = (
-        model(batch, MTPObjective(targets=targets))[2] for targets in ("verifier", "text")
-    )
-    assert by_verifier["acc_2"].item() == pytest.approx(1 / 5)
-    assert by_text["acc_2"].item() == 0
+    assert model(batch)[2]["acc_2"].item() == pytest.approx(1 / 5)
+    assert model(batch, by_text)[2]["acc_2"].item() == 0
 
 
 def test_rows_and_targets_end_with_their_document():
@@ -429,8 +429,8 @@ OBJECTIVE_CHANGES = {
     "num_steps": {"num_steps": 2},
     "step_weights": {"step_weights": (1.0, 1.0, 1.0)},
     "step_decay": {"step_decay": 0.9},
-    "targets": {"targets": "verifier"},
-    "loss": {"targets": "verifier", "loss": "tv"},
+    "targets": {"targets": "text"},
+    "loss": {"loss": "tv"},
     "attention": {"attention": "independent"},
 }
 
@@ -650,7 +650,7 @@ def test_sampled_proposal_has_the_distribution_of_each_step():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "tv"}, "loss is for targets 'verifier'"),
+        ({"targets": "text", "loss": "tv"}, "loss is for targets 'verifier'"),
         ({"step_weights": (1, 1, 1), "step_decay": 0.5}, "exclude each other"),
     ],
 )

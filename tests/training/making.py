@@ -62,6 +62,9 @@ def given(tmp_path_factory) -> Path:
 
 def sections_of(given: Path, output: Path, algorithm: str = "eagle3", **changes: dict) -> dict:
     """A short run; ``changes`` are options by section."""
+    decoding = {"num_prompts": 3, "max_tokens": 8}
+    if changes.get("evaluation", {}).get("decode") is False:
+        decoding = {}
     sections: dict[str, dict] = {
         "model": {
             "algorithm": algorithm,
@@ -71,7 +74,7 @@ def sections_of(given: Path, output: Path, algorithm: str = "eagle3", **changes:
         },
         "data": {"store": str(given / "states"), "row_length": 64, "eval_examples": 6},
         "optimizer": {"learning_rate": 3e-3},
-        "evaluation": {"every": 4, "num_prompts": 3, "max_tokens": 8, "roll_outs": 12},
+        "evaluation": {"every": 4, "roll_outs": 12, **decoding},
         "run": {"output": str(output), "max_steps": 8, "check": False, "log_every": 1},
     }
     return {name: options | changes.get(name, {}) for name, options in sections.items()}

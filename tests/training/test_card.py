@@ -51,6 +51,7 @@ DATA = DataFacts(
 )
 TRAINING = TrainingFacts(
     num_steps=5000,
+    best_step=4500,
     num_tokens=10_240_000,
     optimizer="muon",
     learning_rate=1e-3,
@@ -152,7 +153,11 @@ def test_facts_of_data_and_training_are_told(folder):
     assert "[HuggingFaceH4/ultrachat_200k](https://huggingface.co/datasets/" in data
     assert "split `train_sft`, at most 1,000 rows" in data
     assert "1,200 examples, 3,000,000 tokens, 2,000,000 of them to learn. The verifier" in data
-    for told in ("5,000", "10,240,000, in rows of 2,048", "muon, learning rate 0.001, cosine"):
+    for told in (
+        "Steps: 5,000; the weights are of step 4,500",
+        "10,240,000 without padding, in rows of 2,048",
+        "muon, learning rate 0.001, cosine",
+    ):
         assert told in training, told
     assert "1.50 hours" in training and "NVIDIA H100" in training
     assert "torch 2.13.0" in section(text, "Versions")

@@ -216,7 +216,7 @@ CASES = [
     ("dflash", {"loss": "ce", "position_weights": "dpace"}, {}, {"gradient_checkpointing": True}),
     ("dflash", {"max_anchors": 30}, {"causal": True}, {"dtype": "bfloat16"}),
     ("mtp", {}, {}, {}),
-    ("mtp", {"targets": "verifier", "attention": "independent"}, {}, {"dtype": "bfloat16"}),
+    ("mtp", {"targets": "text", "attention": "independent"}, {}, {"dtype": "bfloat16"}),
     ("mtp", {"num_steps": 2}, {}, {"gradient_checkpointing": True}),
 ]
 

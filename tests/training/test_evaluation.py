@@ -19,8 +19,8 @@ from speculators_core.rollout import (
     SurvivalCounts,
     VerifiedText,
     bonus_places,
-    draw_places,
     roll_out,
+    share_drafts,
 )
 from speculators_core.texts import AcceptanceCounts
 from speculators_core.training import evaluation
@@ -229,17 +229,18 @@ def test_stored_states_are_those_that_the_draft_reads(name, layer_ids, terse):
 def test_places_are_few_and_the_same_each_time(terse):
     model, stored = make_draft("eagle3", terse), held_out(terse)
     few = roll_out_held_out(model, stored, 30)
-    assert few.num_places == 30
+    assert 10 < few.num_places <= 30
     assert roll_out_held_out(model, stored, 30) == few
-    shares = [roll_out_held_out(model, stored, 30, rank, 3) for rank in range(3)]
-    assert shares[0] + shares[1] + shares[2] == few
-    assert all(0 < share.num_places < 30 for share in shares)
+    many = roll_out_held_out(model, stored, 200)
+    shares = [roll_out_held_out(model, stored, 200, rank, 3) for rank in range(3)]
+    assert shares[0] + shares[1] + shares[2] == many
+    assert all(0 < share.num_places < many.num_places for share in shares)
 
 
 def test_only_examples_with_a_place_are_read_again(terse):
     stored = held_out(terse, num=4)
-    candidates = [bonus_places(example.loss_mask) for example in stored.examples]
-    used = [bool(places) for places in draw_places(candidates, 2)]
+    num_places = [len(bonus_places(example.loss_mask)) for example in stored.examples]
+    used = [bool(share) for share in share_drafts(num_places, 2)]
     assert 0 < sum(used) < 4
     blank = [
         example

@@ -2,15 +2,26 @@
 
 import json
 import multiprocessing
+import os
+import signal
+import sys
+import threading
 
 import pytest
 import torch
 import yaml
 
+from speculators_core.data_generation.engines import schema_of
 from speculators_core.data_generation.generate import generate_data_process
+from speculators_core.data_generation.packing import RowLayout
+from speculators_core.data_generation.queues.zmq_store import ZmqStore
 from speculators_core.data_generation.settings import read_plan
+from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
-from speculators_core.training.train import train
+from speculators_core.training.settings import TrainingPlan
+from speculators_core.training.train import STOPPED_EXIT, train
+from tests.data_generation.processes import processes
+from tests.data_generation.queues.queue_processes import wait_until
 from tests.training.making import NUM_EXAMPLES, log_of, plan_of, weights_of
 
 
@@ -55,7 +66,7 @@ def test_one_command_starts_both_sides_and_stops_both(given, tmp_path):
     assert not list(tmp_path.rglob("*.arrow")) and not (tmp_path / "run" / "shards").exists()
 
 
-def test_online_data_begin_anew_with_each_epoch(given, tmp_path):
+def test_online_data_begin_anew_with_each_pass(given, tmp_path):
     changes = {"run": {"max_steps": 30}, "evaluation": {"decode": False, "every": 30}}
     data = {"store": None, "online": str(given / "data.yaml"), "eval_examples": 6}
     report = train(plan_of(given, tmp_path / "run", data=data, **changes))
@@ -70,8 +81,10 @@ def test_online_learns_what_the_store_teaches_in_its_order(given, tmp_path):
     quiet = {"decode": False, "roll_outs": 0}
     plan = plan_of(given, tmp_path / "run", data=data, evaluation=quiet)
     with Job.open(plan) as job:
-        streamed = [row["input_ids"] for row in job.rows]
-        keys = [job.rows.keys_of(number) for number in range(len(streamed))]
+        streamed, keys = [], []
+        while sum(map(len, keys)) < NUM_EXAMPLES:
+            streamed.append(next(iter(job.rows))["input_ids"])
+            keys.append(job.rows.keys_of(len(keys)))
     assert sum(len(row) for row in keys) == NUM_EXAMPLES
     assert [key for row in keys for key in row] == [f"0/{n}" for n in range(NUM_EXAMPLES)]
     rows = [json.loads(line) for line in (given / "rows.jsonl").read_text().splitlines()]
@@ -108,6 +121,90 @@ def test_a_queue_feeds_the_training_from_elsewhere(given, tmp_path, free_port):
         report = train(sourced(given, tmp_path / "run", queue=str(tmp_path / "elsewhere.yaml")))
         generation.stop()
     assert report.steps == 8
+
+
+def elsewhere(given, folder, port, **sync):
+    """The plan of a generation elsewhere, and the file that it is in."""
+    sections = yaml.safe_load((given / "data.yaml").read_text())
+    urls = [f"tcp://127.0.0.1:{port}"]
+    sections["sync"] = {"kind": "zmq", "urls": urls, "dtype": "float32", **sync}
+    (folder / "elsewhere.yaml").write_text(yaml.safe_dump(sections))
+    return read_plan(folder / "elsewhere.yaml"), folder / "elsewhere.yaml"
+
+
+def train_in_a_group_of_its_own(plan: str) -> None:
+    os.setsid()
+    torch.set_num_threads(1)
+    if train(TrainingPlan.model_validate_json(plan)).speculator is None:
+        sys.exit(STOPPED_EXIT)
+
+
+def stopped_at(plan, num_steps):
+    """A training of which all processes get SIGTERM after so many steps; how it ended."""
+    log = plan.run.output / "training_log.jsonl"
+    training = processes.Process(target=train_in_a_group_of_its_own, args=(plan.model_dump_json(),))
+    training.start()
+    wait_until(lambda: log.exists() and log.read_text().count("\n") >= num_steps, timeout_s=90)
+    os.killpg(training.pid, signal.SIGTERM)
+    training.join(timeout=30)
+    return training.exitcode, [path.name for path in plan.run.output.glob("checkpoint-*")]
+
+
+def rows_in_order(given):
+    """Keys of the rows of the examples but the first six, which are held out."""
+    store = DiskStore.open(given / "states")
+    examples = sorted(store.read(), key=lambda example: int(example.key[2:]))
+    layout = RowLayout.of(store.schema, None, 64)
+    return examples, [[example.key for example in row] for row in layout.rows(examples[6:])]
+
+
+WITHOUT_EVALUATION = {"decode": False, "roll_outs": 0, "every": 1000}
+
+
+def test_a_training_that_waits_for_a_queue_is_saved_and_stopped(given, tmp_path, free_port):
+    """It has dealt with what it trained on, and with nothing else."""
+    generation, file = elsewhere(given, tmp_path, free_port, heartbeat_s=0.4)
+    examples, rows = rows_in_order(given)
+    plan = plan_of(
+        given,
+        tmp_path / "run",
+        data={"store": None, "queue": str(file)},
+        evaluation=WITHOUT_EVALUATION,
+        optimizer={"rows_per_step": 2},
+        run={"max_steps": 50},
+    )
+    sink = ZmqStore.sink(schema_of(generation), generation.sync)
+    sender = threading.Thread(target=sink.write_batch, args=(examples[:30],))
+    sender.start()
+    try:
+        known = [row for row in rows if all(int(key[2:]) < 30 for key in row)]
+        has_room = known[-1][-1] == "0/29"  # then it waits for what comes next
+        num_steps = (len(known) - has_room) // 2
+        assert num_steps > 1
+        assert stopped_at(plan, num_steps) == (STOPPED_EXIT, [f"checkpoint-{num_steps}"])
+        used = {key for row in rows[: 2 * num_steps] for key in row}
+        assert set(sink.take_acknowledged()) == used | {f"0/{n}" for n in range(6)}
+    finally:
+        sink.abort()
+        sender.join()
+
+
+def test_a_signal_to_the_whole_job_is_no_fault_of_its_generation(given, tmp_path):
+    """It comes in the second pass, while the next generation starts."""
+    num_rows = len(rows_in_order(given)[1])
+    sections = yaml.safe_load((given / "data.yaml").read_text())
+    sections["sync"]["heartbeat_s"] = 0.4
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(sections))
+    plan = plan_of(
+        given,
+        tmp_path / "run",
+        data={"store": None, "online": str(tmp_path / "data.yaml")},
+        evaluation=WITHOUT_EVALUATION,
+        run={"max_steps": 500},
+    )
+    code, states = stopped_at(plan, num_rows)
+    assert code == STOPPED_EXIT
+    assert states == [f"checkpoint-{num_rows}"]
 
 
 def test_a_queue_that_ends_early_says_so(given, tmp_path, free_port):

@@ -2,19 +2,30 @@
 
 import json
 import shutil
+import subprocess
+import weakref
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from transformers import AutoConfig, AutoTokenizer
 
 from speculators_core.cli import main
 from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
 from speculators_core.model import SpeculatorModel
+from speculators_core.registry import COMMANDS
+from speculators_core.training.data import generation_of, open_source
+from speculators_core.training.evaluation import named_prompts
+from speculators_core.training.finish import measure
 from speculators_core.training.job import Job, training_arguments
+from speculators_core.training.run_folder import claim
 from speculators_core.training.settings import TrainingPlan, read_training_plan
+from speculators_core.training.train import run as run_command
 from speculators_core.training.train import train
-from tests.conftest import make_verifier
+from tests.conftest import make_draft, make_verifier
 from tests.training.making import log_of, plan_of, sections_of, weights_of
 
 
@@ -46,7 +57,14 @@ def refused(given, tmp_path, **changes):
         ({"run": {"max_steps": 0}}, "max_steps"),
         ({"optimizer": {"schedule": "step"}}, "schedule"),
         ({"optimizer": {"schedule": "linear", "final_share": 0.1}}, "final_share is for schedule"),
-        ({"evaluation": {"decode": False, "patience": 2}}, "patience needs evaluation.decode"),
+        ({"evaluation": {"decode": False, "patience": 2}}, "patience 2 has no effect: .*decode"),
+        ({"evaluation": {"decode": False, "num_prompts": 2}}, "num_prompts 2 has no effect"),
+        ({"evaluation": {"decode": False, "max_tokens": 9}}, "max_tokens 9 has no effect"),
+        ({"evaluation": {"decode": False, "prompts": "p"}}, "prompts p has no effect"),
+        ({"data": {"eval_examples": 0}}, "roll_outs 12 has no effect: data.eval_examples is 0"),
+        ({"data": {"queue_size": 7}}, "queue_size 7 has no effect: data.store has no queue"),
+        ({"data": {"store": None, "texts": "t", "num_workers": 1}}, "num_workers 1 has no effect"),
+        ({"run": {"epochs": 2.0}}, "epochs 2.0 has no effect: run.max_steps says how long"),
         ({"model": {"start_from": "other"}}, "one of algorithm .* and start_from"),
         ({"model": {"draft_vocab_size": 5000}}, "draft_vocab_size 5000"),
         ({"model": {"verifier": "nowhere"}}, "nowhere"),
@@ -97,6 +115,37 @@ def test_flags_win_over_the_file(given, tmp_path):
     plan = read_training_plan(file, {"optimizer": given_flag, "run": None})
     assert plan.optimizer.learning_rate == 0.5
     assert plan.run.max_steps == 8
+
+
+def test_one_flag_wins_over_the_file_and_of_a_mapping_key_by_key(given, tmp_path, monkeypatch):
+    file = tmp_path / "run.yaml"
+    recipe = {"num_layers": 1, "norm_output": False}
+    file.write_text(yaml.safe_dump(sections_of(given, tmp_path, model={"recipe": recipe})))
+    read = []
+    monkeypatch.setattr(
+        "speculators_core.training.train._print_estimate", lambda plan: read.append(plan)
+    )
+    for flags in (
+        ["--model.recipe.num_layers", "2", "--model.recipe.aux_layer_ids", "[1, 2, 3]"],
+        ["--model.recipe", '{"num_layers": 2, "aux_layer_ids": [1, 2, 3]}'],
+    ):
+        flags += ["--data.row-length", "32", "--run.max-steps", "5"]
+        with pytest.raises(SystemExit):
+            main(["train", "--config", str(file), *flags, "--dry-run"])
+    for plan in read:
+        assert plan.model.recipe == {
+            "num_layers": 2,
+            "norm_output": False,
+            "aux_layer_ids": [1, 2, 3],
+        }
+        assert plan.model.objective == {"ttt_steps": 2}
+        assert (plan.data.row_length, plan.run.max_steps) == (32, 5)
+    assert len(read) == 2
+
+
+def test_a_plan_in_full_has_no_idle_options(given, tmp_path):
+    plan = short(given, tmp_path / "run")
+    assert TrainingPlan.model_validate(plan.model_dump()) == plan
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +289,9 @@ def test_patience_ends_a_run_early(given, tmp_path):
         evaluation={"every": 1, "patience": 2},
         run={"max_steps": 30},
     )
-    assert train(plan).steps < 30
+    steps = train(plan).steps
+    (tmp_path / "run" / "report.json").unlink()
+    assert train(plan).steps == steps < 30
 
 
 def test_the_best_state_becomes_the_speculator(given, tmp_path, monkeypatch):
@@ -284,6 +335,111 @@ def test_trackers_get_the_figures(given, tmp_path):
     assert arguments.report_to == ["tensorboard"]
 
 
-def test_prompts_that_are_missing_leave_no_folder(given, tmp_path):
-    message = refused(given, tmp_path, data={"eval_examples": 0})
+def test_prompts_that_are_missing_are_said_before_anything_is_loaded(given, tmp_path, monkeypatch):
+    monkeypatch.delattr("speculators_core.training.job.load_verifier")
+    message = refused(given, tmp_path, data={"eval_examples": 0}, evaluation={"roll_outs": 0})
     assert "evaluation.decode has no prompts" in message
+    monkeypatch.delattr("speculators_core.training.data.TextExamples")
+    for source in ({}, {"store": None, "texts": str(given / "data.yaml")}):
+        prompts = {"prompts": "nowhere.jsonl"}
+        assert "nowhere.jsonl" in refused(given, tmp_path, data=source, evaluation=prompts)
+
+
+def test_a_dry_run_looks_at_the_folder(given, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(sections_of(given, tmp_path)))
+    with pytest.raises(SpeculatorError, match="and no run"):
+        run_command(config=file, dry_run=True)
+
+
+def test_a_folder_that_another_process_has_is_refused_before_data_are_opened(
+    given, tmp_path, monkeypatch
+):
+    monkeypatch.delattr("speculators_core.training.job.open_source")
+    plan = plan_of(given, tmp_path / "run")
+    with claim(plan), pytest.raises(SpeculatorError, match="another run is writing there"):
+        train(plan)
+
+
+def test_tokens_count_without_padding_and_memory_is_given_back(given, tmp_path):
+    with Job.open(plan_of(given, tmp_path)) as job:
+        trainer = job.trainer = job.make_trainer()
+        batches = [job.rows[0], job.rows[1]]
+        _, trained = trainer.get_batch_samples(iter(batches), 2, torch.device("cpu"))
+        assert trained == sum(int(batch["loss_mask"].sum()) for batch in batches)
+        lengths = job.source.lengths[[number for row in job.rows.rows[:2] for number in row]]
+        assert trainer.state.num_input_tokens_seen == lengths.sum() < 2 * 64
+        held = [weakref.ref(x) for x in (trainer.optimizer, job.draft, job.draft.verifier)]
+        del trainer
+        job.release()
+        assert [reference() for reference in held] == [None] * 3
+
+
+def test_each_process_loads_the_verifier_of_its_texts_on_its_own_device(
+    given, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("speculators_core.training.data.TextExamples", lambda plan: plan)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    data = {"store": None, "texts": str(given / "data.yaml")}
+    plan = plan_of(given, tmp_path, data=data)
+    opened = open_source(plan, generation_of(plan), ExitStack())
+    assert opened.engine.device == "cuda:1"
+
+
+@pytest.mark.parametrize("evaluation", [{}, {"decode": False}], ids=["whole", "head alone"])
+@pytest.mark.parametrize("is_fresh", [True, False], ids=["fresh", "started from"])
+def test_code_of_the_verifier_is_trusted_by_every_reader(
+    given, tmp_path, monkeypatch, verifier, evaluation, is_fresh
+):
+    model = {"trust_remote_code": True}
+    if is_fresh:
+        model |= {"draft_vocab_size": 40}
+    else:
+        make_draft("eagle3", verifier).save_pretrained(tmp_path / "draft")
+        model |= {"algorithm": None, "start_from": str(tmp_path / "draft"), "recipe": {}}
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w5 w6 w7"}')
+    prompts = {} if evaluation else {"prompts": str(tmp_path / "prompts.jsonl")}
+    trusted = []
+
+    def watched(read):
+        def reading(*args, trust_remote_code=None, **kwargs):
+            trusted.append(trust_remote_code)
+            return read(*args, trust_remote_code=trust_remote_code, **kwargs)
+
+        return reading
+
+    for auto in (AutoConfig, AutoTokenizer):
+        monkeypatch.setattr(auto, "from_pretrained", watched(auto.from_pretrained))
+    with Job.open(plan_of(given, tmp_path, model=model, evaluation={**evaluation, **prompts})):
+        pass
+    assert trusted and all(trusted)
+
+
+def test_prompts_that_were_decoded_are_measured_by_category(given, tmp_path, monkeypatch):
+    rows = [{"prompt": f"w{n}", "category": "ab"[n % 2]} for n in range(6)]
+    (tmp_path / "all.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    section = {"prompts": str(tmp_path / "all.jsonl"), "num_prompts": 3}
+    plan = plan_of(given, tmp_path / "run", evaluation=section)
+    (tmp_path / "run").mkdir()
+    counts = {"acceptance_length": 2.0, "num_requests": 3}
+
+    def measured(*arguments):
+        """What `speculators acceptance` leaves."""
+        output = Path(arguments[arguments.index("--output") + 1])
+        found = {"categories": {"a": counts}, "speculative_tokens": 3}
+        report = {"drafts": [{"by_k": [found]}], "environment": {}}
+        output.mkdir()
+        (output / "report.json").write_text(json.dumps(report))
+        asked.append(Path(arguments[arguments.index("--prompts") + 1]).read_text().splitlines())
+        return subprocess.CompletedProcess(arguments, 0, "", "")
+
+    asked = []
+    monkeypatch.setattr("speculators_core.training.finish._command", measured)
+    monkeypatch.setattr(COMMANDS, "names", lambda: ["acceptance"])
+    found = measure(tmp_path / "run" / "speculator", plan, named_prompts(plan.evaluation))
+    assert [[json.loads(line) for line in lines] for lines in asked] == [
+        [rows[0], rows[2], rows[4]]
+    ]
+    assert "--prompts prompts.jsonl" in found.command and str(tmp_path) not in found.command

@@ -1,13 +1,17 @@
 """A run that was killed goes on as if nothing had happened."""
 
+import json
 import random
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from xxhash import xxh3_64
 
 from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
+from speculators_core.training.state_folder import MANIFEST, read_manifest
 from speculators_core.training.train import train
 from tests.conftest import SMALL_RECIPES
 from tests.data_generation.processes import processes
@@ -76,13 +80,41 @@ def test_sigterm_does_not_wait_for_an_evaluation_which_is_made_up_for(given, tmp
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-def test_a_run_that_was_killed_while_it_ended_ends(given, tmp_path):
-    plan = plan_of(given, tmp_path / "run")
-    first = weights_of(train(plan).speculator)
-    (tmp_path / "run" / "report.json").unlink()
-    again = weights_of(train(plan).speculator)
-    assert all(torch.equal(again[name], first[name]) for name in first)
-    assert not list((tmp_path / "run").glob(".speculator*"))
+def test_a_run_that_was_killed_while_it_ended_trains_no_step_more(given, tmp_path):
+    """Nor one whose speculator was removed; an evaluation that is missing is made up for."""
+    plan, run = plan_of(given, tmp_path / "run", evaluation={"every": 8}), tmp_path / "run"
+    report = train(plan)
+    first, log = weights_of(report.speculator), log_of(run)
+    state = run / "checkpoint-8" / "trainer_state.json"
+    for is_evaluated in (True, False):
+        if not is_evaluated:
+            content = json.loads(state.read_text())
+            content["log_history"] = [x for x in content["log_history"] if "eval_loss" not in x]
+            rewrite(state, json.dumps(content | {"best_metric": None, "best_global_step": None}))
+        (run / "report.json").unlink() if is_evaluated else shutil.rmtree(run / "speculator")
+        again = train(plan)
+        assert without_times(again) == without_times(report) and again.steps == 8
+        assert all(torch.equal(weights_of(again.speculator)[name], first[name]) for name in first)
+        assert log_of(run) == log
+        assert not list(run.glob(".speculator*"))
+
+
+def without_times(report):
+    figures = {name: v for name, v in report.figures.items() if name != "runtime"}
+    return report.model_copy(update={"figures": figures})
+
+
+def rewrite(path, text):
+    """Changes a file of a saved state, and what its manifest says of it."""
+    path.write_text(text)
+    manifest = read_manifest(path.parent)
+    checksum = xxh3_64(text.encode()).hexdigest()
+    record = manifest.files[path.name].model_copy(
+        update={"size_bytes": len(text.encode()), "checksum": checksum}
+    )
+    manifest = manifest.model_copy(update={"files": {**manifest.files, path.name: record}})
+    manifest = manifest.model_copy(update={"checksum": manifest.expected_checksum})
+    (path.parent / MANIFEST).write_text(manifest.model_dump_json())
 
 
 def test_another_plan_does_not_go_on_in_the_folder(given, tmp_path):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 import yaml
 
+from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
 from speculators_core.training import run_folder
 from speculators_core.training.run_folder import (
@@ -19,10 +20,11 @@ from speculators_core.training.run_folder import (
     REPORT,
     SPECULATOR,
     check_folder,
-    claim,
     in_full,
+    is_finished,
 )
 from speculators_core.training.settings import TrainingPlan, read_training_plan
+from tests.data_generation.making import generated, schema
 from tests.data_generation.processes import processes
 from tests.training.test_state_folder import write
 
@@ -40,6 +42,19 @@ def make_plan(folder, **changes):
         section, _, key = name.partition("__")
         sections.setdefault(section, {})[key] = value
     return TrainingPlan.read(sections, "test")
+
+
+@contextmanager
+def claim(plan, command):
+    """Taken, and started."""
+    with run_folder.claim(plan) as claimed:
+        claimed.start(command)
+        yield claimed
+
+
+def save_state(plan):
+    """Something is lost with this run."""
+    write(plan.run.output, 1)
 
 
 def record_in(plan):
@@ -60,7 +75,7 @@ def test_a_new_folder_is_taken(tmp_path):
     plan = make_plan(tmp_path)
     with claim(plan, COMMAND) as claimed:
         assert claimed.path == plan.run.output
-        assert not claimed.is_resumed and not claimed.is_finished
+        assert not claimed.is_resumed and not is_finished(plan)
     (start,) = record_in(plan)["starts"]
     assert start["command"] == "speculators train --config 'a b.yaml' --engine.api-key '***'"
     assert start["environment"].keys() >= {"torch", "transformers", "python", "device"}
@@ -118,12 +133,41 @@ def test_a_run_of_the_same_plan_is_gone_on_with(tmp_path):
 def test_a_run_of_another_plan_is_refused(tmp_path, changes, said):
     plan = make_plan(tmp_path)
     with claim(plan, COMMAND):
-        pass
-    before = sorted((path.name, path.read_bytes()) for path in plan.run.output.iterdir())
+        save_state(plan)
+    before = content_of(plan.run.output)
     for enter in (check_folder, lambda other: claim(other, COMMAND).__enter__()):
         with pytest.raises(SpeculatorError, match=f"holds a run with {said}. Run with the same"):
             enter(make_plan(tmp_path, **changes))
-    assert sorted((path.name, path.read_bytes()) for path in plan.run.output.iterdir()) == before
+    assert content_of(plan.run.output) == before
+
+
+def content_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_saved_nothing_makes_room_for_another_plan(tmp_path, caplog):
+    with claim(make_plan(tmp_path), COMMAND):
+        pass
+    plan = make_plan(tmp_path, run__seed=1)
+    with caplog.at_level("INFO"), claim(plan, COMMAND) as claimed:
+        assert not claimed.is_resumed
+        save_state(plan)
+    assert "held a run of another plan that had saved nothing" in caplog.text
+    assert read_training_plan(plan.run.output / CONFIG) == in_full(plan)
+    assert len(record_in(plan)["starts"]) == 1
+    with claim(plan, COMMAND) as claimed:
+        assert claimed.is_resumed
+
+
+def test_until_it_is_started_nothing_is_left_behind(tmp_path):
+    plan = make_plan(tmp_path, run__output=tmp_path / "runs" / "one")
+    with run_folder.claim(plan) as claimed:
+        assert claimed.path.is_dir()
+    assert list(tmp_path.iterdir()) == []
+    claimed.path.mkdir(parents=True)
+    with run_folder.claim(plan):
+        pass
+    assert claimed.path.is_dir()
 
 
 FREE_CHANGES = {
@@ -145,10 +189,15 @@ FREE_CHANGES = {
 @pytest.mark.parametrize("name", FREE_CHANGES)
 def test_what_leaves_the_draft_as_it_is_may_change(tmp_path, name):
     assert {*FREE_CHANGES, "run.output"} == FREE
-    with claim(make_plan(tmp_path), COMMAND):
+    (tmp_path / "q.yaml").write_text(
+        "{data: {verifier: v, datasets: [{path: p}]}, sync: {kind: zmq, urls: ['tcp://h:1']}}"
+    )
+    queue = {"data__store": None, "data__queue": tmp_path / "q.yaml", "run__max_steps": 9}
+    own = queue if name == "data.queue_size" else {}
+    with claim(make_plan(tmp_path, **own), COMMAND):
         pass
-    changed = make_plan(tmp_path, **{name.replace(".", "__"): FREE_CHANGES[name]})
-    assert changed != make_plan(tmp_path)
+    changed = make_plan(tmp_path, **own, **{name.replace(".", "__"): FREE_CHANGES[name]})
+    assert changed != make_plan(tmp_path, **own)
     with claim(changed, COMMAND) as claimed:
         assert claimed.is_resumed
 
@@ -166,7 +215,7 @@ def test_an_option_that_the_record_does_not_know_has_its_default(tmp_path):
     """The run was started by a version without it."""
     plan = make_plan(tmp_path)
     with claim(plan, COMMAND):
-        pass
+        save_state(plan)
     record = record_in(plan)
     del record["plan"]["optimizer"]["max_grad_norm"]
     (plan.run.output / PROVENANCE).write_text(json.dumps(record))
@@ -179,7 +228,7 @@ def test_other_weights_in_the_verifiers_folder_are_another_plan(tmp_path, verifi
     folder = shutil.copytree(verifier_folder, tmp_path / "verifier")
     plan = make_plan(tmp_path, model__verifier=str(folder))
     with claim(plan, COMMAND):
-        pass
+        save_state(plan)
     check_folder(plan)
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
@@ -188,14 +237,83 @@ def test_other_weights_in_the_verifiers_folder_are_another_plan(tmp_path, verifi
         check_folder(plan)
 
 
+@pytest.mark.parametrize(
+    "processes_before, rows, now, rows_now, is_same",
+    [
+        (1, 4, 2, 2, True),
+        (2, 1, 1, 1, False),
+        (2, 2, 1, 2, False),
+    ],
+)
+def test_rows_of_a_step_are_counted_over_all_processes(
+    tmp_path, monkeypatch, processes_before, rows, now, rows_now, is_same
+):
+    plan = make_plan(tmp_path, optimizer__rows_per_step=rows)
+    monkeypatch.setenv("WORLD_SIZE", str(processes_before))
+    with claim(plan, COMMAND):
+        save_state(plan)
+    monkeypatch.setenv("WORLD_SIZE", str(now))
+    plan = make_plan(tmp_path, optimizer__rows_per_step=rows_now)
+    if is_same:
+        assert check_folder(plan)
+    else:
+        said = (
+            f"rows_per_step of all processes {processes_before * rows}, now it is {now * rows_now}"
+        )
+        with pytest.raises(SpeculatorError, match=said):
+            check_folder(plan)
+
+
+def test_other_examples_in_the_store_are_another_plan(tmp_path):
+    def write_store(length):
+        shutil.rmtree(tmp_path / "states", ignore_errors=True)
+        store = DiskStore.create(tmp_path / "states", schema())
+        store.write(generated(0, length, store.schema))
+        store.close()
+
+    plan = make_plan(tmp_path)
+    write_store(8)
+    with claim(plan, COMMAND):
+        save_state(plan)
+    write_store(8)
+    assert check_folder(plan)
+    write_store(9)
+    with pytest.raises(SpeculatorError, match="holds a run with content of data.store '"):
+        check_folder(plan)
+
+
+def test_other_texts_prompts_or_options_of_them_are_another_plan(tmp_path):
+    rows, prompts, config = (tmp_path / name for name in ("rows.jsonl", "prompts.jsonl", "d.yaml"))
+    options = {"verifier": "owner/verifier", "datasets": [{"path": str(rows)}]}
+    plan = make_plan(
+        tmp_path, data__store=None, data__texts=config, evaluation__prompts=str(prompts)
+    )
+    contents = {rows: "{}", prompts: "{}", config: yaml.safe_dump({"data": options})}
+    for path, text in contents.items():
+        path.write_text(text)
+    with claim(plan, COMMAND):
+        save_state(plan)
+    assert check_folder(plan)
+    other = yaml.safe_dump({"data": options, "engine": {"max_length": 9}})
+    for path, text, said in (
+        (rows, "[]", f"content of {rows} '"),
+        (prompts, "[]", f"content of {prompts} '"),
+        (config, other, "engine.max_length of data.texts 2048, now it is 9"),
+    ):
+        path.write_text(text)
+        with pytest.raises(SpeculatorError, match=f"holds a run with {said}"):
+            check_folder(plan)
+        path.write_text(contents[path])
+
+
 def test_a_plan_says_the_same_in_every_directory(tmp_path):
     for name in ("here", "there"):
         (tmp_path / name / "verifier").mkdir(parents=True)
     relative = {"data": {"store": "states"}, "run": {"output": str(tmp_path / "run")}}
     plan = {**relative, "model": {"algorithm": "mtp", "verifier": "verifier"}}
     with standing_in(tmp_path / "here"):
-        with claim(TrainingPlan.read(plan, "test"), COMMAND):
-            pass
+        with claim(TrainingPlan.read(plan, "test"), COMMAND) as claimed:
+            save_state(claimed.plan)
         check_folder(TrainingPlan.read(plan, "test"))
     config = read_training_plan(tmp_path / "run" / CONFIG)
     assert config.data.store == tmp_path / "here" / "states"
@@ -271,7 +389,7 @@ def test_who_comes_second_finds_the_plan_of_the_first(tmp_path, monkeypatch):
         """After the first look, and after another run has come and gone."""
         monkeypatch.setattr(run_folder, "locked", locked)
         with claim(make_plan(tmp_path, run__seed=7), COMMAND):
-            pass
+            save_state(plan)
         with locked(folder):
             yield
 
@@ -283,18 +401,16 @@ def test_who_comes_second_finds_the_plan_of_the_first(tmp_path, monkeypatch):
 # ---- finished runs, and where they came from ----
 
 
-def test_a_finished_run_is_reported_and_left_as_it_is(tmp_path):
+def test_a_run_is_finished_when_its_speculator_and_its_report_are_there(tmp_path):
     plan = make_plan(tmp_path)
     with claim(plan, COMMAND) as claimed:
-        claimed.speculator.mkdir()
-        assert not claimed.is_finished
-        claimed.report.write_text("{}")
-        assert claimed.is_finished
-    assert claimed.speculator.name == SPECULATOR and claimed.report.name == REPORT
-    record = record_in(plan)
-    with claim(plan, COMMAND) as claimed:
-        assert claimed.is_finished
-    assert record_in(plan) == record
+        (claimed.path / SPECULATOR).mkdir()
+        assert not is_finished(plan)
+        (claimed.path / REPORT).write_text("{}")
+        assert is_finished(plan)
+    (claimed.path / SPECULATOR).rename(claimed.path / "away")
+    assert not is_finished(plan)
+    (claimed.path / "away").rename(claimed.path / SPECULATOR)
     with pytest.raises(SpeculatorError, match="run.seed 0, now it is 3"):
         check_folder(make_plan(tmp_path, run__seed=3))
 

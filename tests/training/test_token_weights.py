@@ -9,12 +9,8 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from speculators_core.batch import Batch
-from speculators_core.training.trainer import (
-    PackedDocuments,
-    SpeculatorTrainer,
-    VerifiedDocuments,
-    run_verifier,
-)
+from speculators_core.training.batches import PackedDocuments, VerifiedDocuments, run_verifier
+from speculators_core.training.trainer import SpeculatorTrainer
 from tests.conftest import SMALL_RECIPES, make_draft
 
 OBJECTIVES: dict[str, dict] = {

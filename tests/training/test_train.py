@@ -1,8 +1,10 @@
 import json
+import subprocess
 
 import pytest
 
 from speculators_core.model import SpeculatorModel
+from speculators_core.training import finish
 from speculators_core.training.train import train
 from tests.conftest import SMALL_RECIPES
 from tests.training.making import log_of, plan_of
@@ -39,3 +41,18 @@ def test_a_finished_run_is_reported_and_left_alone(given, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     assert train(plan) == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_what_is_checked_is_served_with_the_verifier_that_it_was_trained_with(
+    tmp_path, monkeypatch
+):
+    """Its config may name another place, where the verifier will be for others."""
+    asked = []
+
+    def answer(*arguments):
+        asked.append(arguments)
+        return subprocess.CompletedProcess(arguments, 0, '{"findings": []}', "")
+
+    monkeypatch.setattr(finish, "_command", answer)
+    assert finish.check(tmp_path / "speculator", "verifier") == "fit to serve"
+    assert asked == [("check", str(tmp_path / "speculator"), "--verifier", "verifier", "--json")]

@@ -20,8 +20,7 @@ from benchmarks.engines import Draft
 from speculators_core.batch import Batch
 from speculators_core.model import SpeculatorModel
 from speculators_core.prompts import TokenizedPrompt
-from speculators_core.training.batches import pack
-from speculators_core.training.trainer import run_verifier
+from speculators_core.training.batches import pack, run_verifier
 
 EAGER = {"enforce_eager": True, "max_model_len": 512}
 SMALL = {

@@ -25,13 +25,18 @@ def test_a_run_is_checked_and_measured_at_its_end(tmp_path):
     roots = {"allowed_roots": [str(tmp_path)]}
     plan = {"data": data, "engine": {"max_length": 256}, "sync": sync, "run": roots}
     generate_data(GenerationPlan.read(plan, "test"))
-    prompts = playground.PROMPTS.read_text().splitlines()[::12]
+    prompts = playground.PROMPTS.read_text().splitlines()[::6]
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts) + "\n")
     sections = {
         "model": {"verifier": str(playground.VERIFIER), "start_from": str(playground.EAGLE3)},
         "data": {"store": str(tmp_path / "states"), "row_length": 512, "eval_examples": 2},
         "optimizer": {"learning_rate": 1e-6},
-        "evaluation": {"prompts": str(tmp_path / "prompts.jsonl"), "max_tokens": 16, "every": 2},
+        "evaluation": {
+            "prompts": str(tmp_path / "prompts.jsonl"),
+            "num_prompts": 4,
+            "max_tokens": 16,
+            "every": 2,
+        },
         "run": {"output": str(tmp_path / "run"), "max_steps": 2, "license": "apache-2.0"},
     }
     report = train(TrainingPlan.read(sections, "test"))
@@ -41,7 +46,7 @@ def test_a_run_is_checked_and_measured_at_its_end(tmp_path):
     card = (report.speculator / "README.md").read_text()
     measured = json.loads((tmp_path / "run" / "acceptance" / "report.json").read_text())
     categories = measured["drafts"][0]["by_k"][0]["categories"]
-    assert categories
+    assert sum(counts["num_requests"] for counts in categories.values()) == 4
     for name, counts in categories.items():
         assert f"| {name} | {counts['acceptance_length']:.2f} |" in card
     assert "speculators acceptance --engine transformers" in card

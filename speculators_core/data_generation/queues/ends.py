@@ -98,6 +98,8 @@ class QueueSource:
         self.schema = schema
         self.url = receiver.url
         self.capacity = receiver.room * receiver.num_producers
+        self.while_waiting: Callable[[], None] = lambda: None
+        """Called at every heartbeat or more often; what it raises ends the reader's wait."""
         self._receiver = receiver
         self._held: dict[str, Arrival] = {}
         self._clean_up = clean_up
@@ -122,7 +124,7 @@ class QueueSource:
         for left in reversed(self._held.values()):
             self._receiver.put_back(left)
         self._held.clear()
-        while (arrival := self._receiver.take(is_holding=bool(self._held))) is not None:
+        while (arrival := self._receiver.take(bool(self._held), self.while_waiting)) is not None:
             example = arrival.load()
             if example is None:
                 self._receiver.settle(arrival)

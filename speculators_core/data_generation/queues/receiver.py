@@ -139,11 +139,14 @@ class Receiver:
 
     # What other threads call.
 
-    def take(self, is_holding: bool = False) -> Arrival | None:
+    def take(
+        self, is_holding: bool = False, while_waiting: Callable[[], None] = lambda: None
+    ) -> Arrival | None:
         """The next one; None when all producers have ended.
 
         ``is_holding``: the reader has some that it has not dealt with. It gets None, too, when no
-        more come before it has.
+        more come before it has. ``while_waiting`` is called at every heartbeat or more often; what
+        it raises ends the wait.
 
         Raises:
             SpeculatorError: nothing was heard for ``timeout_s`` of those that have not.
@@ -152,6 +155,7 @@ class Receiver:
             self._io.check()
             last_there = time.monotonic()
             while not self._queue:
+                while_waiting()
                 if len(self._ended) >= self.num_producers:
                     return None
                 if is_holding and self._all_rest():
@@ -220,8 +224,7 @@ class Receiver:
             except zmq.Again:
                 break
             self._handle(bytes(peer), frames)
-        while self._settled:
-            self._acknowledge(self._settled.popleft())
+        self._acknowledge_settled()
 
     def _beat(self) -> None:
         for peer, producer in list(self._producers.items()):
@@ -231,6 +234,7 @@ class Receiver:
                 self._say(peer, Message(Kind.BEAT, producer.session))
 
     def _leave(self) -> None:
+        self._acknowledge_settled()
         for peer in self._producers:
             self._say(peer, Message(Kind.WAIT, body=Reason(reason="the consumer has left")))
 
@@ -334,6 +338,10 @@ class Receiver:
         else:
             self._open[digest] = Arrival(digest, load, [receipt])
             self._queue.append(self._open[digest])
+
+    def _acknowledge_settled(self) -> None:
+        while self._settled:
+            self._acknowledge(self._settled.popleft())
 
     def _acknowledge(self, receipt: Receipt) -> None:
         producer = self._producers.get(receipt.peer)
