@@ -45,7 +45,7 @@ def test_two_processes_give_the_losses_and_weights_of_one(
     """
     # Muon iterates in bfloat16: what differs in the last bit of a gradient grows to 2^-8 of a step.
     optimizer = {"optimizer": "adamw", "weight_decay": 0.01}
-    few = {"data": {"limit": 14}}
+    few = {"data": {"limit": 16}}
     changes = {**EXACT, **few, "optimizer": {**optimizer, "rows_per_step": 2}}
     alone = train(plan_of(given, tmp_path / "alone", algorithm, **changes))
     spread = {**few, "optimizer": optimizer, "run": {**EXACT["run"], "fsdp": fsdp}}
