@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +85,7 @@ def test_online_learns_what_the_store_teaches_in_its_order(given, tmp_path):
         streamed, keys = [], []
         while sum(map(len, keys)) < NUM_EXAMPLES:
             streamed.append(next(iter(job.rows))["input_ids"])
+            assert os.getsid(job.source._process._process.pid) != os.getsid(0)  # of no signal to us
             keys.append(job.rows.keys_of(len(keys)))
     assert sum(len(row) for row in keys) == NUM_EXAMPLES
     assert [key for row in keys for key in row] == [f"0/{n}" for n in range(NUM_EXAMPLES)]
@@ -132,20 +134,24 @@ def elsewhere(given, folder, port, **sync):
     return read_plan(folder / "elsewhere.yaml"), folder / "elsewhere.yaml"
 
 
-def train_in_a_group_of_its_own(plan: str) -> None:
-    os.setsid()
+def train_and_leave(plan: str) -> None:
     torch.set_num_threads(1)
     if train(TrainingPlan.model_validate_json(plan)).speculator is None:
         sys.exit(STOPPED_EXIT)
 
 
+def children_of(pid):
+    return map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+
 def stopped_at(plan, num_steps):
     """A training of which all processes get SIGTERM after so many steps; how it ended."""
     log = plan.run.output / "training_log.jsonl"
-    training = processes.Process(target=train_in_a_group_of_its_own, args=(plan.model_dump_json(),))
+    training = processes.Process(target=train_and_leave, args=(plan.model_dump_json(),))
     training.start()
     wait_until(lambda: log.exists() and log.read_text().count("\n") >= num_steps, timeout_s=90)
-    os.killpg(training.pid, signal.SIGTERM)
+    for pid in training.pid, *children_of(training.pid):
+        os.kill(pid, signal.SIGTERM)
     training.join(timeout=30)
     return training.exitcode, [path.name for path in plan.run.output.glob("checkpoint-*")]
 

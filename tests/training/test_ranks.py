@@ -59,6 +59,8 @@ def test_two_processes_give_the_losses_and_weights_of_one(
         for run in ("spread", "alone")
     ]
     for name, value in evaluations[1].items():
+        if name == "epoch":  # counts the row that two processes take twice
+            continue
         assert evaluations[0][name] == pytest.approx(value, rel=1e-4), name
     assert ours.keys() == expected.keys()
     assert SpeculatorModel.from_pretrained(speculator).config.speculators_model_type == algorithm
