@@ -76,6 +76,7 @@ class Generation:
             raise self._fault or error from error
         self._watcher.join()
         if self._fault is not None:
+            self.while_waiting()
             raise self._fault
 
     def done(self, keys: Iterable[str]) -> None:

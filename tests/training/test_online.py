@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -82,10 +83,11 @@ def test_online_learns_what_the_store_teaches_in_its_order(given, tmp_path):
     quiet = {"decode": False, "roll_outs": 0}
     plan = plan_of(given, tmp_path / "run", data=data, evaluation=quiet)
     with Job.open(plan) as job:
-        streamed, keys = [], []
+        streamed, keys = [next(iter(job.rows))["input_ids"]], [job.rows.keys_of(0)]
+        generation = job.source._process._process.pid
+        assert os.getsid(generation) != os.getsid(0)  # a signal to our group is not for it
         while sum(map(len, keys)) < NUM_EXAMPLES:
             streamed.append(next(iter(job.rows))["input_ids"])
-            assert os.getsid(job.source._process._process.pid) != os.getsid(0)  # of no signal to us
             keys.append(job.rows.keys_of(len(keys)))
     assert sum(len(row) for row in keys) == NUM_EXAMPLES
     assert [key for row in keys for key in row] == [f"0/{n}" for n in range(NUM_EXAMPLES)]
@@ -144,12 +146,13 @@ def children_of(pid):
     return map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
 
 
-def stopped_at(plan, num_steps):
+def stopped_at(plan, num_steps, pause_s=0.0):
     """A training of which all processes get SIGTERM after so many steps; how it ended."""
     log = plan.run.output / "training_log.jsonl"
     training = processes.Process(target=train_and_leave, args=(plan.model_dump_json(),))
     training.start()
     wait_until(lambda: log.exists() and log.read_text().count("\n") >= num_steps, timeout_s=90)
+    time.sleep(pause_s)
     for pid in training.pid, *children_of(training.pid):
         os.kill(pid, signal.SIGTERM)
     training.join(timeout=30)
@@ -208,7 +211,7 @@ def test_a_signal_to_the_whole_job_is_no_fault_of_its_generation(given, tmp_path
         evaluation=WITHOUT_EVALUATION,
         run={"max_steps": 500},
     )
-    code, states = stopped_at(plan, num_rows)
+    code, states = stopped_at(plan, num_rows, pause_s=1.0)
     assert code == STOPPED_EXIT
     assert states == [f"checkpoint-{num_rows}"]
 
