@@ -200,7 +200,7 @@ def test_given_verifier_is_written_into_what_goes_up_alone(hub, tmp_path):
     assert local["speculators_config"]["verifier"].pop("name_or_path") == "../verifier"
     assert config == local
     assert parse(sent[CARD].decode()).data.base_model == VERIFIER
-    for name in ("model.safetensors", "training_log.json"):
+    for name in ("model.safetensors", "training_log.jsonl"):
         assert sent[name] == before[name]
     assert not push(folder, REPO, PushSettings(verifier=VERIFIER)).is_sent
 

@@ -15,6 +15,7 @@ from datasets import Dataset
 from benchmarks.playground.corpus import write_lines
 from speculators_core.data_generation.generate import generate_data
 from speculators_core.data_generation.settings import read_plan
+from speculators_core.training.run_folder import CONFIG, PROVENANCE
 from speculators_core.training.settings import read_training_plan
 from speculators_core.training.train import STOPPED_EXIT, train
 
@@ -54,7 +55,7 @@ def _beginnings(rows: Dataset) -> list[dict[str, list[int]]]:
 
 
 def train_speculator(name: str, verifier: Path, work: Path, folder: Path) -> None:
-    """Trains a draft by its plan and copies it to ``folder``.
+    """Trains a draft by its plan and copies it to ``folder``, without the run's own papers.
 
     The checkpoint names its verifier by the relative folder, so both move together.
     """
@@ -67,6 +68,6 @@ def train_speculator(name: str, verifier: Path, work: Path, folder: Path) -> Non
         raise SystemExit(STOPPED_EXIT)
     part = folder.with_name(f".{name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(report.speculator, part)
+    shutil.copytree(report.speculator, part, ignore=shutil.ignore_patterns(CONFIG, PROVENANCE))
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)

@@ -6,10 +6,15 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from benchmarks import playground
 from benchmarks.playground import corpus
+from benchmarks.playground.speculators import PLANS
 from benchmarks.playground.verifier import grow, verifier_config
+from speculators_core.data_generation.settings import read_plan
 from speculators_core.model import SpeculatorModel
 from speculators_core.prompts import read_prompts, tokenize
+from speculators_core.registry import MODELS
 from speculators_core.training.batches import pack, run_verifier
+from speculators_core.training.settings import read_training_plan
+from speculators_core.verifier import read_verifier_config
 
 
 def test_prompts_are_held_out_and_balanced():
@@ -31,9 +36,33 @@ def test_it_is_small_bf16_and_whole():
         assert speculator.config.speculators_model_type == name
         assert speculator.config.verifier.name_or_path == "../verifier"
         assert speculator.dtype == torch.bfloat16
-    for folder in (playground.VERIFIER, *playground.SPECULATORS.values()):
-        log = json.loads((folder / "training_log.json").read_text())
-        assert log["seconds"] > 0 and any("eval_loss" in entry for entry in log["history"])
+    log = json.loads((playground.VERIFIER / "training_log.json").read_text())
+    assert log["seconds"] > 0 and any("eval_loss" in entry for entry in log["history"])
+
+
+@pytest.mark.parametrize("name", playground.SPECULATORS)
+def test_speculators_are_what_their_plans_say(name):
+    """Their shape, their learning rate, and how long they were trained."""
+    plan = read_training_plan(PLANS / f"{name}.yaml")
+    states = read_plan(PLANS / "answers.yaml").data.states
+    folder = playground.SPECULATORS[name]
+    found = SpeculatorModel.from_pretrained(folder)
+    recipe = dict(plan.model.recipe)
+    if "aux_layer_ids" in type(found).recipe_class.model_fields:
+        recipe["aux_layer_ids"] = states.layer_ids
+    planned = MODELS.load(name).from_training_args(
+        read_verifier_config(str(playground.VERIFIER)),
+        name_or_path=plan.model.verifier_name,
+        **recipe,
+    )
+    assert found.config.to_dict() | {"dtype": None} == planned.config.to_dict() | {"dtype": None}
+    lines = [json.loads(line) for line in (folder / "training_log.jsonl").open()]
+    assert max(line["epoch"] for line in lines) == pytest.approx(plan.run.epochs, abs=0.01)
+    assert any("eval_acceptance_length" in line for line in lines)
+    card = (folder / "README.md").read_text()
+    rate = f"learning rate {plan.optimizer.learning_rate:g}"
+    assert f"Optimizer: {plan.optimizer.optimizer}, {rate}" in card
+    assert not (folder / "run.json").exists()
 
 
 def test_chat_template_is_what_the_verifier_learnt():

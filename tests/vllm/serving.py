@@ -65,10 +65,13 @@ def fit(
     rows = [{"input_ids": t.tolist(), "loss_mask": [1] * len(t)} for t in texts]
     packed = [pack(rows[first : first + 8], 8 * 49) for first in range(0, 32, 8)]
     batches = [change(run_verifier(verifier, p, model.config.aux_layer_ids)) for p in packed]
+    is_mtp = model.config.speculators_model_type == "mtp"
+    # To say what the text says, though the verifier is hardly sure of it, is all that counts here.
+    objective, _ = model.get_trainer_kwargs(targets="text") if is_mtp else ({}, {})
     optimizer = torch.optim.Adam([w for w in model.parameters() if w.requires_grad], lr=3e-3)
     for step in range(200):
         optimizer.zero_grad()
-        model(batches[step % len(batches)])[1].backward()
+        model(batches[step % len(batches)], **objective)[1].backward()
         optimizer.step()
 
 

@@ -692,7 +692,6 @@ SERVED: dict[str, tuple[str, list[Damage]]] = {
         ],
     ),
     "fewer positions than the text": ("mtp", [config_edit(layer(max_position_embeddings=16))]),
-    "weights at their largest": ("mtp", [fill(3e38)]),
     "weights at their largest, for a block": ("dflash", [fill(-3e38)]),
     "more tokens than were trained": ("dflash", [config_edit(method(speculative_tokens=40))]),
     "another mask token and garbage that nobody reads": (
