@@ -16,6 +16,7 @@ from pydantic import Field
 
 from benchmarks.wire import ServerSettings
 from speculators_core.errors import SpeculatorError
+from speculators_core.flags import Several
 from speculators_core.settings import Settings
 from speculators_vllm import offline
 
@@ -26,7 +27,7 @@ YARDSTICK_K = 3
 class AcceptanceSettings(Settings):
     """What is measured, and on what."""
 
-    model: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = ()
+    model: Annotated[tuple[str, ...], Several] = ()
     """Drafts to compare: speculators or language models (folders or hub ids), prompt-lookup, and
     assisted (Transformers' own prompt lookup); the playground's speculators where none is given.
     With --base-url, the name of what that server runs."""
@@ -36,9 +37,7 @@ class AcceptanceSettings(Settings):
     """vLLM, or the reference decoder."""
     prompts: str = "playground"
     """The word playground, a JSONL file, or a hub data set."""
-    k: Annotated[
-        tuple[Annotated[int, Field(ge=1)], ...], Parameter(consume_multiple=True, negative=())
-    ] = ()
+    k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Several] = ()
     """Numbers of speculative tokens to measure; the checkpoint's own where none is given."""
     temperature: float = Field(0.0, ge=0.0)
     """0 is greedy; above it outputs are sampled and not compared."""

@@ -18,6 +18,7 @@ from cyclopts import Parameter
 from pydantic import Field
 
 from benchmarks.ratios import Line, alternate, in_process, print_lines
+from speculators_core.flags import Several
 from speculators_core.settings import Settings
 
 QueueKind = Literal["mp_queue", "zmq"]
@@ -30,9 +31,12 @@ PIECE = 8
 class DataSettings(Settings):
     """What is measured."""
 
-    parts: Annotated[
-        tuple[Part, ...], Parameter(consume_multiple=True, negative=()), Field(min_length=1)
-    ] = ("engine", "disk", "queues", "memory")
+    parts: Annotated[tuple[Part, ...], Several, Field(min_length=1)] = (
+        "engine",
+        "disk",
+        "queues",
+        "memory",
+    )
     """Measurements."""
     verifier: str | None = None
     """Of engine, queues and memory; the playground's where None."""

@@ -10,11 +10,11 @@ from pydantic import Field
 
 from benchmarks.training_runs import RunSettings, measure_runs
 from benchmarks.training_steps import StepSettings, measure_steps
+from speculators_core.flags import Several
 from speculators_core.settings import Settings
 
 Algorithm = Literal["eagle3", "peagle", "dflash", "mtp"]
 Part = Literal["steps", "peers", "overhead", "online"]
-Several = Parameter(consume_multiple=True, negative=())
 
 
 class TrainingSettings(Settings):

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
 from pydantic import Field
 
 from benchmarks.ratios import Line, in_process, print_lines
+from speculators_core.flags import Several
 from speculators_core.settings import Settings
 
 PEERS = Path(__file__).parents[1] / "tests/data/interop"
@@ -35,13 +35,13 @@ class RunSettings(Settings):
 
     trainers: Annotated[
         tuple[Literal["equal", "ours"], ...],
-        Parameter(consume_multiple=True, negative=()),
+        Several,
         Field(min_length=1),
     ] = ("equal", "ours")
     """Beside the peers: AdamW and their loss, and our defaults."""
     peers: Path = PEERS
     """Folder with a verifier, speculators for it, and acceptance.json."""
-    rows: int = Field(700, ge=8)
+    rows: int = Field(700, ge=10)
     """Rows to train on."""
     length: int = Field(1024, ge=32)
     """Tokens of each."""
@@ -215,7 +215,6 @@ def _step_rates(settings: RunSettings, work: Path, algorithm: str) -> tuple[floa
     from speculators_core.training.job import Job
     from speculators_core.training.settings import TrainingPlan
     from speculators_core.training.sources import Rows
-    from speculators_core.training.watch import Display, LogFile, Schedule
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -238,15 +237,13 @@ def _step_rates(settings: RunSettings, work: Path, algorithm: str) -> tuple[floa
         },
         "benchmark",
     )
+    plan.run.output.mkdir()
+    clock = Clock()
     ours, bare = [], []
-    with Job.open(plan) as job:
-        trainer, rows = job.make_trainer(), job.rows
+    with Job.open(plan) as job, job.watching(trainer := job.make_trainer()):
+        rows = job.rows
         assert isinstance(rows, Rows)
-        clock, display = Clock(), Display(settings.length)
-        log = LogFile(work / f"steps {algorithm}.jsonl")
-        every = Schedule(10**6, None, None, trainer.evaluate)
-        for callback in (every, job.stop, log, display, clock):
-            trainer.add_callback(callback)
+        trainer.add_callback(clock)
         kwargs, _ = job.draft.get_trainer_kwargs(**plan.model.objective)
         weights = [weight for weight in job.draft.parameters() if weight.requires_grad]
         for _ in range(3):
@@ -270,7 +267,11 @@ def _step_rates(settings: RunSettings, work: Path, algorithm: str) -> tuple[floa
 
 
 def measure_online(settings: RunSettings, algorithms: Sequence[str], work: Path) -> Iterator[Line]:
-    """Training while data are generated, beside the slower side alone; a thread for each side."""
+    """Training while data are generated, beside the slower side alone; a thread for each side.
+
+    Both hold out the same rows; their losses over them are compared on the way.
+    """
+    in_process(_write_online, settings, work)
     generation, training, online = (
         in_process(_alone, what, settings, algorithms[0], work)
         for what in ("generate", "train", "online")
@@ -285,15 +286,40 @@ def measure_online(settings: RunSettings, algorithms: Sequence[str], work: Path)
         reference=tokens / slower["seconds"],
         target=0.9,
     )
-    yield Line(
-        what="loss over held-out rows, online",
-        unit="",
-        ours=online["loss"],
-        beside="from the store",
-        reference=training["loss"],
-        target=None,
-        digits=".3f",
-    )
+    for (step, ours), (_, reference) in zip(online["losses"], training["losses"], strict=True):
+        yield Line(
+            what=f"held-out loss at step {step}, online",
+            unit="",
+            ours=ours,
+            beside="from the store",
+            reference=reference,
+            target=None,
+            digits=".3f",
+        )
+
+
+EVALUATIONS = 4
+
+
+def _num_held_out(settings: RunSettings) -> int:
+    return min(16, settings.rows // 10)
+
+
+def _write_online(settings: RunSettings, work: Path) -> None:
+    """A plan (online.yaml) of the same rows, those first that training from the store holds out."""
+    import yaml
+
+    from speculators_core.training.sources import Split, StoredExamples
+
+    stored = StoredExamples(work / "states")
+    split = Split.draw(stored, _num_held_out(settings), None, settings.seed)
+    held_out = [example.input_ids.tolist() for example in stored.read(split.held_out)]
+    lines = (work / "rows.jsonl").read_text().splitlines(keepends=True)
+    lines.sort(key=lambda line: json.loads(line)["input_ids"] not in held_out)
+    (work / "online.jsonl").write_text("".join(lines))
+    plan = yaml.safe_load((work / "data.yaml").read_text())
+    plan["data"]["datasets"] = [{"path": str(work / "online.jsonl")}]
+    (work / "online.yaml").write_text(yaml.safe_dump(plan))
 
 
 def _alone(what: str, settings: RunSettings, algorithm: str, work: Path) -> dict[str, Any]:
@@ -314,20 +340,22 @@ def _run_side(what: str, settings: RunSettings, algorithm: str, work: Path) -> d
         report = generate_data(plan.model_copy(update={"sync": sync}))
         return {"what": "generation", "seconds": report.seconds}
     source = (
-        {"store": str(work / "states")} if what == "train" else {"online": str(work / "data.yaml")}
+        {"store": str(work / "states")}
+        if what == "train"
+        else {"online": str(work / "online.yaml")}
     )
     steps = int(0.9 * settings.rows)
     sections: dict[str, dict[str, Any]] = {
-        "data": {**source, "eval_examples": 16},
-        "evaluation": {"decode": False, "roll_outs": 0, "every": steps},
+        "data": {**source, "eval_examples": _num_held_out(settings)},
+        "evaluation": {"decode": False, "roll_outs": 0, "every": steps // EVALUATIONS},
         "run": {"max_steps": steps},
     }
-    report_of_run = train_draft(settings, algorithm, sections, work / what)
+    train_draft(settings, algorithm, sections, work / what)
     log = (work / what / "speculator" / "training_log.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in log]
     seconds = next(line["train_runtime"] for line in lines if "train_runtime" in line)
     return {
         "what": "training",
         "seconds": seconds * settings.rows / steps,
-        "loss": report_of_run["figures"]["loss"],
+        "losses": [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line],
     }

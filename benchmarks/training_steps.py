@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
 from pydantic import BaseModel, Field
 from rich.table import Table
 
 from benchmarks.ratios import in_process
 from speculators_core.console import console
+from speculators_core.flags import Several
 from speculators_core.settings import Settings
 
 AUX_LAYER_IDS = (1, 3, 4)
@@ -31,7 +31,7 @@ class StepSettings(Settings):
 
     lengths: Annotated[
         tuple[Annotated[int, Field(ge=16)], ...],
-        Parameter(consume_multiple=True, negative=()),
+        Several,
         Field(min_length=1),
     ] = (1024, 2048, 4096, 8192)
     """Tokens of the packed row."""

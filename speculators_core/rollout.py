@@ -126,13 +126,13 @@ def share_drafts(num_places: Sequence[int], count: int, seed: int = 0) -> list[i
 
 
 def reachable(
-    places: Sequence[int], num_drafts: int, num_tokens: int
+    places: Sequence[int], num_drafts: int, num_tokens: int, length: int
 ) -> tuple[list[int], list[int]]:
-    """The places that so many drafts can come to, and the rows of `VerifiedText.choices` that they
-    are held against, of a text that goes on for ever."""
+    """The places that so many drafts can come to in a text of ``length`` tokens, and the rows of
+    `VerifiedText.choices` that they are held against."""
     end = places[0] + num_drafts * (num_tokens + 1)
     reached = [place for place in places if place < end]
-    return reached, list(range(reached[0], reached[-1] + num_tokens))
+    return reached, list(range(reached[0], min(length, reached[-1] + num_tokens)))
 
 
 @torch.no_grad()

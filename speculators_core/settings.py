@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from speculators_core.errors import SpeculatorError, first_fault, first_line
 from speculators_core.registry import did_you_mean
@@ -37,23 +37,6 @@ class Settings(BaseModel):
             return cls.model_validate(options)
         except ValidationError as error:
             raise SpeculatorError(f"{where}: {first_fault(error)}") from error
-
-
-def flags_of(section: type[Settings]) -> Any:
-    """The section as flags of the command line beside a file.
-
-    Any option may be missing, and rules over several wait until the file's have joined them
-    (`read_sections`).
-    """
-    fields: dict[str, Any] = {}
-    for name, field in section.model_fields.items():
-        kind = cast(Any, field.annotation)
-        if kind == dict[str, JsonValue]:
-            kind = dict[str, Any]  # `--model.recipe.num_layers 2` has one word a key
-        fields[name] = (kind, field)
-        if field.is_required():
-            fields[name] = (kind | None, Field(None, description=field.description))
-    return create_model(section.__name__, __base__=Settings, __doc__=section.__doc__, **fields)
 
 
 def read_sections(

@@ -24,6 +24,7 @@ from pydantic import Field
 
 from speculators_core.console import console, progress, result_alone_on_stdout
 from speculators_core.errors import SpeculatorError
+from speculators_core.flags import Several
 from speculators_core.settings import Settings
 from speculators_vllm import offline
 
@@ -46,7 +47,7 @@ class CertifySettings(Settings):
     """Verifier; the one that the speculator names where none is given."""
     prompts: str | None = None
     """A JSONL file or a hub data set; a dozen built-in ones where none is given."""
-    flags: Annotated[tuple[dict[str, Any], ...], Parameter(consume_multiple=True, negative=())] = ()
+    flags: Annotated[tuple[dict[str, Any], ...], Several] = ()
     """Sets of vLLM arguments, each as JSON, with `concurrency` for requests at one time. Where
     none is given: none, no prefix caching, chunked prefill with a small budget, and 8 requests at
     one time. Tokens are sampled with the first set."""
@@ -54,9 +55,7 @@ class CertifySettings(Settings):
     """Arguments of vLLM's `LLM` for every set, as JSON."""
     speculative_config: dict[str, Any] = Field(default_factory=dict)
     """Keys over the checkpoint's, as JSON: num_speculative_tokens, draft_sample_method, ..."""
-    dtypes: Annotated[
-        tuple[Dtype, ...], Parameter(consume_multiple=True, negative=()), Field(min_length=1)
-    ] = ("float32", "auto")
+    dtypes: Annotated[tuple[Dtype, ...], Several, Field(min_length=1)] = ("float32", "auto")
     """Of both models; auto is the verifier's own."""
     max_tokens: int = Field(64, ge=2)
     """New tokens of each greedy output, at most."""

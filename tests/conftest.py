@@ -16,7 +16,7 @@ from jaxtyping import install_import_hook  # noqa: E402  # after the OpenMP libr
 
 CHECKED = """
 acceptance attention batch chain drafter layers losses masks row_cache verifier vocabulary
-training.batches training.evaluation training.metrics training.trainer
+training.evaluation training.metrics training.trainer
 data_generation.queues.shared_memory data_generation.queues.zmq_store
 data_generation.queues.mp_queue data_generation.queues.ends
 """
@@ -32,12 +32,14 @@ from jaxtyping import jaxtyped  # noqa: E402
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 from speculators_core.batch import Batch  # noqa: E402
+from speculators_core.data_generation.examples import GeneratedExample  # noqa: E402
+from speculators_core.data_generation.packing import RowLayout  # noqa: E402
 from speculators_core.model import SpeculatorModel  # noqa: E402
 from speculators_core.models.dflash import DFlashDraftModel  # noqa: E402
 from speculators_core.models.eagle3 import Eagle3DraftModel  # noqa: E402
 from speculators_core.models.mtp import MTPDraftModel  # noqa: E402
 from speculators_core.models.peagle import PEagleDraftModel  # noqa: E402
-from speculators_core.training.batches import pack, run_verifier  # noqa: E402
+from speculators_core.verifier import LayerTaps  # noqa: E402
 
 # The hook would check the configs of these files too, whose values are pydantic's to judge.
 DRAFTS = {
@@ -97,8 +99,28 @@ def make_eagle3(verifier: PreTrainedModel, **kwargs) -> Eagle3DraftModel:
     return make_draft("eagle3", verifier, **kwargs)
 
 
+def pack_texts(verifier: PreTrainedModel, texts, row_length=None, layer_ids=AUX_LAYER_IDS) -> Batch:
+    """Texts of ``input_ids`` and, where not all are trained, ``loss_mask``, end to end in a row.
+
+    The verifier sees each alone. Without ``row_length`` the row is as long as they are.
+    """
+    examples, taps_ids = [], [*layer_ids, verifier.config.num_hidden_layers]
+    for number, text in enumerate(texts):
+        ids = torch.as_tensor(text["input_ids"])
+        with torch.no_grad(), LayerTaps(verifier, taps_ids) as taps:
+            verifier.get_decoder()(input_ids=ids[None].to(verifier.device), use_cache=False)
+        states = taps.states(taps_ids)[0].unflatten(-1, (len(taps_ids), -1))
+        mask = torch.tensor(text.get("loss_mask", [1] * len(ids))).bool()
+        examples.append(GeneratedExample(str(number), ids, mask, 1, states.cpu()))
+    return RowLayout(row_length, tuple(range(len(layer_ids))), len(layer_ids)).pack(examples)
+
+
 def make_batch(
-    verifier: PreTrainedModel, lengths=(9, 6), row_length: int = 18, num_tokens: int = 93
+    verifier: PreTrainedModel,
+    lengths=(9, 6),
+    row_length: int = 18,
+    num_tokens: int = 93,
+    layer_ids=AUX_LAYER_IDS,
 ) -> Batch:
     """Random documents, the first two tokens of each without loss, as the verifier sees them."""
     generator = torch.Generator().manual_seed(2)
@@ -109,7 +131,7 @@ def make_batch(
         }
         for n in lengths
     ]
-    return run_verifier(verifier, pack(documents, row_length), AUX_LAYER_IDS)
+    return pack_texts(verifier, documents, row_length, layer_ids)
 
 
 @pytest.fixture(scope="session")

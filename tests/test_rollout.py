@@ -21,9 +21,8 @@ from speculators_core.rollout import (
     share_drafts,
 )
 from speculators_core.texts import AcceptanceCounts
-from speculators_core.training.batches import pack, run_verifier
 from speculators_core.verifier import VerifierHead
-from tests.conftest import AUX_LAYER_IDS, DRAFTS, make_draft, make_verifier
+from tests.conftest import DRAFTS, make_draft, make_verifier, pack_texts
 
 PROMPTS = ([5, 9, 17, 3], [40, 41], [20, 21, 22, 60, 5, 5])
 NUM_TOKENS = 3
@@ -83,12 +82,7 @@ def model(request, verifier, texts):
     """A draft that has learnt two of the three texts, so that some of what it says is right."""
     torch.manual_seed(0)
     draft = make_draft(request.param, verifier).train()
-    documents = [
-        {"input_ids": text.token_ids.tolist(), "loss_mask": [1] * len(text.token_ids)}
-        for text in texts[:2]
-    ]
-    length = sum(len(document["input_ids"]) for document in documents)
-    batch = run_verifier(verifier, pack(documents, length), AUX_LAYER_IDS)
+    batch = pack_texts(verifier, [{"input_ids": text.token_ids} for text in texts[:2]])
     optimizer = torch.optim.AdamW([w for w in draft.parameters() if w.requires_grad], 5e-3)
     for _ in range(60):
         optimizer.zero_grad()
@@ -321,9 +315,8 @@ def test_no_draft_asks_for_more_than_what_is_reachable(model, verifier, texts):
     length = len(text.token_ids)
     for num_drafts in (1, 3, 100):
         places = list(range(4, length))
-        reached, rows = reachable(places, num_drafts, 3)
+        reached, rows = reachable(places, num_drafts, 3, length)
         assert (len(reached) == len(places)) == (num_drafts == 100)
-        rows = [row for row in rows if row < length]
         choices = torch.full_like(text.choices, UNKNOWN)
         choices[rows] = text.choices[rows]
         few = VerifiedText(text.token_ids, text.states, choices)

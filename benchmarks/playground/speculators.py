@@ -29,9 +29,8 @@ BEGINNINGS, STATES = "beginnings.jsonl", "states"
 def make_states(rows: Dataset, verifier: Path, work: Path) -> None:
     """What the verifier writes behind beginnings of ``rows``, with its states, in ``work``."""
     beginnings = work / BEGINNINGS
-    if not beginnings.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        write_lines(_beginnings(rows), beginnings)
+    work.mkdir(parents=True, exist_ok=True)
+    write_lines(_beginnings(rows), beginnings)
     plan = read_plan(PLANS / "answers.yaml")
     (source,) = plan.data.datasets
     source = source.model_copy(update={"path": str(beginnings)})

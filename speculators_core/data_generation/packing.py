@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,31 @@ from speculators_core.batch import PADDING, Batch
 from speculators_core.data_generation.examples import GeneratedExample, Schema
 from speculators_core.data_generation.protocols import HoldingSource
 from speculators_core.errors import SpeculatorError
+
+Item = TypeVar("Item")
+
+
+def fill_rows(
+    items: Iterable[Item], length_of: Callable[[Item], int], row_length: int
+) -> Iterator[list[Item]]:
+    """The items of each row, in order: a row ends where it is full or the next would not fit.
+
+    One longer than a row has one for itself.
+    """
+    row: list[Item] = []
+    used = 0
+    for item in items:
+        length = length_of(item)
+        if row and used + length > row_length:
+            yield row
+            row, used = [], 0
+        row.append(item)
+        used += length
+        if used >= row_length:
+            yield row
+            row, used = [], 0
+    if row:
+        yield row
 
 
 @dataclass(frozen=True)
@@ -62,19 +88,7 @@ class RowLayout:
         One that is full is given without a look at the next, for which a queue may have to wait.
         """
         room = self.row_length or 1  # an example a row
-        row: list[GeneratedExample] = []
-        used = 0
-        for example in examples:
-            if row and used + len(example.input_ids) > room:
-                yield row
-                row, used = [], 0
-            row.append(example)
-            used += len(example.input_ids)
-            if used >= room:
-                yield row
-                row, used = [], 0
-        if row:
-            yield row
+        return fill_rows(examples, lambda example: len(example.input_ids), room)
 
     def pack(self, examples: Sequence[GeneratedExample]) -> Batch:
         """One row of these examples."""

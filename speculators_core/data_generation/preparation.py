@@ -4,7 +4,6 @@ import fcntl
 import os
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from speculators_core.data_generation.stores.disk import (
     write_text,
 )
 from speculators_core.errors import SpeculatorError, first_line
-from speculators_core.provenance import sample_weights, versions
+from speculators_core.provenance import sample_weights, this_command, versions
 
 CONFIG = "config.yaml"
 COMMAND = "command.txt"
@@ -158,7 +157,7 @@ def _write_provenance(folder: Path, plan: GenerationPlan) -> None:
     """What reruns this run."""
     text = yaml.safe_dump(plan.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
     write_text(folder / CONFIG, text)
-    write_text(folder / COMMAND, f"{shlex.join(without_secrets(sys.argv))}\n")
+    write_text(folder / COMMAND, f"{shlex.join(without_secrets(this_command()))}\n")
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:

@@ -203,7 +203,7 @@ def roll_out_held_out(
     with without_traces(draft):
         for at in drawn[rank::world]:
             example, share = held_out.examples[at], shares[at]
-            reached, rows = reachable(places[at], share, num_tokens)
+            reached, rows = reachable(places[at], share, num_tokens, len(example.input_ids))
             text = _verified_text(example, layout, draft.verifier_head, rows)
             total += roll_out(draft, text, reached, num_tokens, share)
     return total
@@ -218,7 +218,7 @@ def _verified_text(
     """The example with the verifier's tokens after these rows."""
     aux, last = list(layout.aux_slots), layout.last_slot
     choices = torch.full_like(example.input_ids, UNKNOWN)
-    index = torch.tensor([row for row in rows if row < len(choices)], device=choices.device)
+    index = torch.tensor(rows, device=choices.device)
     choices[index] = greedy_tokens(head, example.hidden_states[index, last]).to(choices.device)
     return VerifiedText(example.input_ids, example.hidden_states[:, aux].flatten(1), choices)
 

@@ -170,21 +170,11 @@ class Job:
         Raises:
             SpeculatorError: a loss was not finite, or the data ended early.
         """
-        plan, output = self.plan, self.plan.run.output
-        display = Display(self.rows_per_step * plan.data.row_length)
+        plan = self.plan
         trainer = self.trainer = self.make_trainer()
-        section = plan.evaluation
-        schedule = Schedule(section.every, plan.run.save_every, section.patience, trainer.evaluate)
-        for callback in (schedule, self.stop, LogFile(output / LOG), display):
-            trainer.add_callback(callback)
-        if isinstance(self.rows, Stream):
-            trainer.add_callback(Settlement(self.rows.settle))
-        newest = newest_state(output)
-        try:
-            with self.stop.listening():
-                trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
-        finally:
-            display.close()
+        newest = newest_state(plan.run.output)
+        with self.watching(trainer) as schedule, self.stop.listening():
+            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         state = trainer.state
         if state.global_step < self.num_steps and not (self.was_stopped or schedule.has_ended):
             raise SpeculatorError(
@@ -193,6 +183,21 @@ class Job:
                 "data.eval_examples must have a token to learn."
             )
         return state
+
+    @contextmanager
+    def watching(self, trainer: SpeculatorTrainer) -> Iterator[Schedule]:
+        """Evaluates, saves, logs and shows what the trainer does."""
+        plan, section = self.plan, self.plan.evaluation
+        schedule = Schedule(section.every, plan.run.save_every, section.patience, trainer.evaluate)
+        display = Display(self.rows_per_step * plan.data.row_length)
+        for callback in (schedule, self.stop, LogFile(plan.run.output / LOG), display):
+            trainer.add_callback(callback)
+        if isinstance(self.rows, Stream):
+            trainer.add_callback(Settlement(self.rows.settle))
+        try:
+            yield schedule
+        finally:
+            display.close()
 
     def best_draft(self) -> SpeculatorModel:
         """The draft with the weights of its longest acceptance length, or the last ones.

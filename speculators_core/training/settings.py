@@ -9,19 +9,17 @@ A YAML file holds the five sections, flags of the command line win over it:
     run:        {output: runs/eagle3}
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from cyclopts import Parameter
 from pydantic import Field, JsonValue, field_validator, model_validator
 
+from speculators_core.flags import Several
 from speculators_core.settings import Settings, read_sections
 
 Schedule = Literal["cosine", "linear", "constant"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
-Several = Parameter(consume_multiple=True, negative=())
 
 
 class ModelSection(Settings):
@@ -48,12 +46,6 @@ class ModelSection(Settings):
     trust_remote_code: bool = False
     """Runs code that the verifier's folder brings."""
 
-    @field_validator("recipe", "objective", mode="before")
-    @classmethod
-    def _parse(cls, options: Any) -> Any:
-        """Numbers, truth values and lists of flags (`--model.recipe.num_layers 2`) come as text."""
-        return {k: _parsed(v) for k, v in options.items()} if isinstance(options, dict) else options
-
     @model_validator(mode="after")
     def _is_one_draft(self) -> Self:
         if (self.algorithm is None) == (self.start_from is None):
@@ -68,13 +60,6 @@ class ModelSection(Settings):
         if self.draft_config is not None and self.recipe:
             raise ValueError("recipe and draft_config exclude each other; set one")
         return self
-
-
-def _parsed(value: Any) -> Any:
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 class DataSection(Settings):

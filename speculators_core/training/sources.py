@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from speculators_core.data_generation.examples import GeneratedExample, Schema
-from speculators_core.data_generation.packing import RowLayout
+from speculators_core.data_generation.packing import RowLayout, fill_rows
 from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
-from speculators_core.training.batches import fill_rows
 
 MAX_EVAL_SHARE = 0.1
 """Of the examples, at most so many are held out."""
@@ -145,9 +144,8 @@ class Rows(Dataset):
         self.examples = examples
         self.layout = layout
         assert layout.row_length is not None
-        lengths = np.minimum(examples.lengths[np.asarray(numbers)], layout.row_length)
-        places = fill_rows(lengths.tolist(), layout.row_length)
-        self.rows = [[numbers[place] for place in row] for row in places]
+        lengths = examples.lengths.tolist()
+        self.rows = list(fill_rows(numbers, lengths.__getitem__, layout.row_length))
 
     def __len__(self) -> int:
         return len(self.rows)

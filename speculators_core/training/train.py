@@ -10,7 +10,8 @@ from cyclopts import Parameter
 from pydantic import Field
 
 from speculators_core.console import console, result_alone_on_stdout
-from speculators_core.settings import Settings, flags_of
+from speculators_core.flags import flags_of
+from speculators_core.settings import Settings
 from speculators_core.training.settings import (
     DataSection,
     EvaluationSection,
@@ -104,6 +105,7 @@ def train(plan: TrainingPlan) -> TrainReport:
         SpeculatorError: plan, data, verifier or folder are at fault, the run does not fit this
             machine, or a loss was not finite.
     """
+    from speculators_core.provenance import this_command
     from speculators_core.training.estimate import refuse
     from speculators_core.training.free_space import rank
     from speculators_core.training.job import Job
@@ -117,7 +119,7 @@ def train(plan: TrainingPlan) -> TrainReport:
         refuse(job.estimate())
         _ = job.prompts  # a fault in them leaves no folder behind
         if folder is not None:
-            folder.start(sys.argv)
+            folder.start(this_command())
         state = job.train()
         if job.was_stopped:
             return TrainReport(speculator=None, steps=state.global_step)

@@ -22,7 +22,6 @@ from speculators_core.batch import PADDING, Batch
 from speculators_core.errors import SpeculatorError
 from speculators_core.model import SpeculatorModel
 from speculators_core.training import state as saved
-from speculators_core.training.batches import PackedTokens, run_verifier
 from speculators_core.training.evaluation import name_teacher_forced
 from speculators_core.training.faults import describe_no_fault, find_fault
 from speculators_core.training.metrics import WeightedMeans
@@ -177,10 +176,7 @@ class SpeculatorTrainer(Trainer):
     def _batch(self, inputs: Mapping[str, Any]) -> Batch:
         tensors = {name: t for name, t in inputs.items() if name not in ("row", REPEATS)}
         dtype = torch.bfloat16 if self.args.bf16 else self.speculator.dtype
-        if "hidden_states" in tensors:
-            return Batch(**tensors).to(dtype=dtype)
-        draft = self.speculator
-        return run_verifier(draft.verifier, PackedTokens(**tensors), draft.aux_layer_ids, dtype)
+        return Batch(**tensors).to(dtype=dtype)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Raises SpeculatorError where a gradient is not finite, and says of which batch."""

@@ -12,9 +12,9 @@ from speculators_core.data_generation.settings import read_plan
 from speculators_core.model import SpeculatorModel
 from speculators_core.prompts import read_prompts, tokenize
 from speculators_core.registry import MODELS
-from speculators_core.training.batches import pack, run_verifier
 from speculators_core.training.settings import read_training_plan
 from speculators_core.verifier import read_verifier_config
+from tests.conftest import pack_texts
 
 
 def test_prompts_are_held_out_and_balanced():
@@ -117,8 +117,7 @@ def test_training_forward_foresees_what_decoding_keeps(name):
         return_dict_in_generate=True,
     )
     ids = output.sequences[0].tolist()
-    row = pack([{"input_ids": ids, "loss_mask": [1] * len(ids)}], len(ids))
-    batch = run_verifier(model.verifier, row, model.aux_layer_ids)
+    batch = pack_texts(model.verifier, [{"input_ids": ids}], None, model.aux_layer_ids)
     with torch.no_grad():
         if name == "dflash":
             anchors = torch.arange(start, len(ids) - 1)

@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks import training_runs
 from benchmarks.training_runs import RunSettings, train_draft, write_data
+from speculators_core.training.sources import Split, StoredExamples
 from tests.data import INTEROP
 
 
@@ -42,3 +43,13 @@ def test_trainer_and_bare_steps_are_timed_in_turns(settings, work, monkeypatch):
     monkeypatch.setattr(training_runs, "STEPS", 6)
     ours, bare = training_runs._step_rates(settings, work, "mtp")
     assert ours > 0 and bare > 0
+
+
+def test_online_and_from_the_store_the_same_rows_are_held_out(settings, work):
+    (line, *losses) = training_runs.measure_online(settings, ["mtp"], work)
+    assert line.ours > 0 and line.reference > 0
+    first = [json.loads(next((work / "online.jsonl").open()))["input_ids"]]
+    stored = StoredExamples(work / "states")
+    (number,) = Split.draw(stored, 1, None, settings.seed).held_out
+    assert [example.input_ids.tolist() for example in stored.read([number])] == first
+    assert losses and all(loss.ours > 0 and loss.reference > 0 for loss in losses)

@@ -20,7 +20,6 @@ from speculators_core.feature_draft import default_aux_layer_ids
 from speculators_core.losses import LOSSES, MASK_SUM_FLOOR
 from speculators_core.model import SpeculatorModel
 from speculators_core.models.eagle3 import Eagle3DraftModel, Eagle3Objective
-from speculators_core.training.batches import PackedTokens, run_verifier
 from speculators_core.vocabulary import choose_draft_vocabulary
 from tests.conftest import make_batch, make_eagle3, make_verifier
 from tests.data import INTEROP, interop_case
@@ -65,12 +64,6 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def batch(verifier) -> Batch:
     return make_batch(verifier)
-
-
-def rebatch(verifier, model, batch: Batch) -> Batch:
-    """The same tokens with the aux layers of ``model``."""
-    tokens = PackedTokens(batch.input_ids, batch.document_ids, batch.position_ids, batch.loss_mask)
-    return run_verifier(verifier, tokens, model.config.aux_layer_ids)
 
 
 @functools.cache
@@ -153,7 +146,7 @@ def test_interop_round_trip_keeps_every_tensor_and_key(tmp_path):
 def test_packed_documents_lose_what_they_lose_apart(verifier, variant):
     model = make_eagle3(verifier, **VARIANTS[variant])
     lengths = (9, 6)
-    packed = rebatch(verifier, model, make_batch(verifier, lengths))
+    packed = make_batch(verifier, lengths, layer_ids=model.aux_layer_ids)
     objective = Eagle3Objective(loss="kl_div", ttt_steps=3)
     tokens, loss, _ = model(packed, objective)
     total, trained = torch.zeros(3), torch.zeros(3)
@@ -176,7 +169,7 @@ def test_packed_documents_lose_what_they_lose_apart(verifier, variant):
 def test_first_unroll_step_is_what_decoding_proposes(verifier, variant):
     """What trains is what decodes: teacher-forced step 0 against the cached decoder, row by row."""
     model = make_eagle3(verifier, **VARIANTS[variant])
-    batch = rebatch(verifier, model, make_batch(verifier, (10,), 10))
+    batch = make_batch(verifier, (10,), 10, layer_ids=model.aux_layer_ids)
     expected = model.lm_head(next(model.unroll(batch, 1)))[0].argmax(-1)  # row i
     state = model.start_drafting()
     for row in range(9):
@@ -188,7 +181,7 @@ def test_first_unroll_step_is_what_decoding_proposes(verifier, variant):
 def test_later_unroll_steps_are_what_decoding_proposes(verifier, variant):
     """With the draft's own tokens as the text, the unroll must propose what decoding does."""
     model = make_eagle3(verifier, **VARIANTS[variant])
-    batch = rebatch(verifier, model, make_batch(verifier, (8,), 8))
+    batch = make_batch(verifier, (8,), 8, layer_ids=model.aux_layer_ids)
     row = 4
     state = model.start_drafting()
     proposed = model.propose(

@@ -1,17 +1,13 @@
 """Batches count by the tokens that they train, however they are split over steps."""
 
 import copy
-from dataclasses import fields
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import TrainingArguments
 
-from speculators_core.batch import Batch
-from speculators_core.training.batches import PackedDocuments, VerifiedDocuments, run_verifier
 from speculators_core.training.trainer import SpeculatorTrainer
-from tests.conftest import SMALL_RECIPES, make_draft
+from tests.conftest import SMALL_RECIPES, make_draft, pack_texts
 
 OBJECTIVES: dict[str, dict] = {
     "eagle3": {"ttt_steps": 2},
@@ -22,11 +18,11 @@ OBJECTIVES: dict[str, dict] = {
 
 
 @pytest.fixture(scope="module")
-def rows() -> PackedDocuments:
-    """Two rows: all tokens of the first are trained, three of the second."""
+def texts() -> list[dict]:
+    """All tokens of the first are trained, three of the second."""
     ids = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(1)).tolist()
     masks = [[1] * 20, [0] * 14 + [1] * 3 + [0] * 3]
-    return PackedDocuments(Dataset.from_dict({"input_ids": ids, "loss_mask": masks}), 20)
+    return [{"input_ids": i, "loss_mask": m} for i, m in zip(ids, masks, strict=True)]
 
 
 def trained(model, dataset, folder):
@@ -61,33 +57,16 @@ def trained(model, dataset, folder):
 
 
 @pytest.mark.parametrize("name", SMALL_RECIPES)
-def test_a_batch_counts_by_its_trained_tokens(verifier, rows, tmp_path, name):
+def test_a_batch_counts_by_its_trained_tokens(verifier, texts, tmp_path, name):
     model = make_draft(name, verifier)
     by_hand = copy.deepcopy(model).train()
     kwargs, _ = by_hand.get_trainer_kwargs(**OBJECTIVES[name])
-    batches = [run_verifier(verifier, rows[i], model.aux_layer_ids) for i in range(2)]
+    batches = [pack_texts(verifier, [text], 20, model.aux_layer_ids) for text in texts]
     counts = [int(batch.loss_mask.sum()) for batch in batches]
     assert counts == [20, 3]
     total = sum(n * by_hand(b, **kwargs)[1] for n, b in zip(counts, batches, strict=True))
     (total / sum(counts)).backward()
-    weights = trained(model, rows, tmp_path)
+    weights = trained(model, batches, tmp_path)
     for key, weight in by_hand.named_parameters():
         step = 0.0 if weight.grad is None else weight.grad
         assert torch.allclose(weights[key], weight.detach() - step, atol=1e-6), key
-
-
-def test_states_made_beforehand_train_the_same(verifier, rows, tmp_path):
-    one, other = make_draft("eagle3", verifier), make_draft("eagle3", verifier)
-    verified = VerifiedDocuments(rows, verifier, one.aux_layer_ids)
-    on_the_fly = trained(one, rows, tmp_path / "one")
-    for key, weight in trained(other, verified, tmp_path / "other").items():
-        assert torch.equal(weight, on_the_fly[key]), key
-
-
-def test_states_are_held_in_the_type_asked_for(verifier, rows):
-    batch = VerifiedDocuments(rows, verifier, (1, 2), torch.bfloat16)[0]
-    assert batch.hidden_states.dtype == batch.last_hidden_states.dtype == torch.bfloat16
-    assert batch.to(dtype=torch.float32).hidden_states.dtype == torch.float32
-    two_rows = {f.name: getattr(batch, f.name).repeat_interleave(2, 0) for f in fields(batch)}
-    with pytest.raises(ValueError, match="one packed row, found 2"):
-        Batch(**two_rows)

@@ -1,5 +1,7 @@
 import json
 import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,6 +43,24 @@ def test_a_finished_run_is_reported_and_left_alone(given, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     assert train(plan) == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (None, "speculators train --config run.yaml"),
+        ("speculators_core.__main__", "python -m speculators_core train --config run.yaml"),
+    ],
+)
+def test_a_run_notes_the_command_as_one_types_it(given, tmp_path, monkeypatch, module, expected):
+    argv = ["/home/a/venv/bin/speculators", "train", "--config", "run.yaml"]
+    monkeypatch.setattr(sys, "argv", argv)
+    main = SimpleNamespace(__spec__=module and SimpleNamespace(name=module))
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    changes = {"evaluation": {"decode": False, "roll_outs": 0}, "run": {"max_steps": 1}}
+    train(plan_of(given, tmp_path / "run", **changes))
+    (start,) = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    assert start["command"] == expected
 
 
 def test_what_is_checked_is_served_with_the_verifier_that_it_was_trained_with(

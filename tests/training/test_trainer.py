@@ -1,28 +1,26 @@
 import dataclasses
-import itertools
 import math
 
 import pytest
 import torch
 from accelerate.state import GradientState
-from datasets import Dataset
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from speculators_core.batch import Batch
 from speculators_core.errors import SpeculatorError
 from speculators_core.model import SpeculatorModel
-from speculators_core.training.batches import PackedDocuments, pack, run_verifier
 from speculators_core.training.optimizers import MuonAdamW
 from speculators_core.training.trainer import SpeculatorTrainer, _OutOfRows
 from speculators_core.training.watch import Interrupted
-from tests.conftest import SMALL_RECIPES, make_batch, make_draft, make_eagle3
+from tests.conftest import SMALL_RECIPES, make_batch, make_draft, make_eagle3, pack_texts
 
 
-def documents(num=24, length=20):
+def make_rows(verifier, num=12):
+    """Each of two texts."""
     generator = torch.Generator().manual_seed(4)
-    rows = torch.randint(3, 96, (num, length), generator=generator).tolist()
-    return Dataset.from_dict({"input_ids": rows, "loss_mask": [[1] * length] * num})
+    texts = torch.randint(3, 96, (num, 2, 20), generator=generator)
+    return [pack_texts(verifier, [{"input_ids": text} for text in row]) for row in texts]
 
 
 def make_trainer(model, folder, **arguments):
@@ -42,8 +40,8 @@ def make_trainer(model, folder, **arguments):
         ),
         train_kwargs=kwargs,
         eval_kwargs=eval_kwargs,
-        train_dataset=PackedDocuments(documents(), 40),
-        eval_dataset=PackedDocuments(documents(4), 40),
+        train_dataset=make_rows(model.verifier),
+        eval_dataset=make_rows(model.verifier, 2),
         optimizers=(MuonAdamW(model, 5e-3), None),
     )
 
@@ -75,23 +73,6 @@ def batch_of(verifier, row=0):
     return {**vars(make_batch(verifier)), "row": torch.tensor([row])}
 
 
-@pytest.mark.parametrize(
-    ("lengths", "row_length"),
-    [((7, 9), 20), ((7, 9), 16), ((8, 8, 8), 24), ((4, 5), 9), ((3, 15, 2), 20), ((6,), 6)],
-)
-def test_verifier_sees_each_document_alone(verifier, lengths, row_length):
-    """Whether they are run in their row, or side by side because their lengths are alike."""
-    packed = make_batch(verifier, lengths, row_length)
-    for end, length in zip(itertools.accumulate(lengths), lengths, strict=True):
-        ids = packed.input_ids[0, end - length : end].tolist()
-        alone = run_verifier(
-            verifier, pack([{"input_ids": ids, "loss_mask": [1] * length}], length), (1, 2, 3)
-        )
-        for name in ("hidden_states", "last_hidden_states"):
-            together = getattr(packed, name)[:, end - length : end]
-            assert torch.allclose(together, getattr(alone, name), atol=1e-4)
-
-
 def test_training_lowers_the_loss_and_saves_what_loads(verifier, tmp_path):
     model = make_eagle3(verifier, name_or_path="none")
     trainer = train(
@@ -116,10 +97,8 @@ def test_metrics_are_the_models_own(verifier, tmp_path):
     model = make_eagle3(verifier)
     trainer = train(model, tmp_path, max_steps=1, save_strategy="no")
     metrics = trainer.evaluate()
-    rows = PackedDocuments(documents(4), 40)
     expected = []
-    for index in range(len(rows)):
-        batch = run_verifier(verifier, rows[index], (1, 2, 3))
+    for batch in make_rows(verifier, 2):
         with torch.no_grad():
             _, loss, _ = model(batch, **trainer.eval_kwargs)
         expected.append(loss.item())
@@ -131,7 +110,7 @@ def test_a_row_that_fills_up_the_last_step_of_an_epoch_counts_for_nothing(
 ):
     trainer = second_of_two([[5, 9, 0, 0]])
     num_trained = int(batch_of(verifier)["loss_mask"].sum())
-    trainer.train_dataset = PackedDocuments(documents(5), 20)
+    trainer.train_dataset = range(5)
     found = []
     for is_end in (False, True):
         monkeypatch.setattr(GradientState, "end_of_dataloader", is_end)
@@ -142,7 +121,7 @@ def test_a_row_that_fills_up_the_last_step_of_an_epoch_counts_for_nothing(
     assert all(loss > 0 for loss in found[0])
     assert found[1][0] > 0 and found[1][1] == 0
     assert trainer._means._sums["loss_1"][1] == 3 * num_trained
-    trainer.train_dataset = PackedDocuments(documents(6), 20)  # nobody lacks a row
+    trainer.train_dataset = range(6)  # nobody lacks a row
     _, total = trainer.get_batch_samples(iter([batch_of(verifier)] * 2), 2, torch.device("cpu"))
     assert total == 5 + 2 * num_trained
 

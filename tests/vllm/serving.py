@@ -20,7 +20,7 @@ from benchmarks.engines import Draft
 from speculators_core.batch import Batch
 from speculators_core.model import SpeculatorModel
 from speculators_core.prompts import TokenizedPrompt
-from speculators_core.training.batches import pack, run_verifier
+from tests.conftest import pack_texts
 
 EAGER = {"enforce_eager": True, "max_model_len": 512}
 SMALL = {
@@ -62,9 +62,11 @@ def fit(
         do_sample=False,
         pad_token_id=0,
     )
-    rows = [{"input_ids": t.tolist(), "loss_mask": [1] * len(t)} for t in texts]
-    packed = [pack(rows[first : first + 8], 8 * 49) for first in range(0, 32, 8)]
-    batches = [change(run_verifier(verifier, p, model.config.aux_layer_ids)) for p in packed]
+    rows = [{"input_ids": text} for text in texts]
+    batches = [
+        change(pack_texts(verifier, rows[first : first + 8], None, model.aux_layer_ids))
+        for first in range(0, 32, 8)
+    ]
     is_mtp = model.config.speculators_model_type == "mtp"
     # To say what the text says, though the verifier is hardly sure of it, is all that counts here.
     objective, _ = model.get_trainer_kwargs(targets="text") if is_mtp else ({}, {})
