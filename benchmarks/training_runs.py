@@ -45,8 +45,8 @@ class RunSettings(Settings):
     """Rows to train on."""
     length: int = Field(1024, ge=32)
     """Tokens of each."""
-    seed: int = Field(0, ge=0)
-    """Of rows and drafts."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several, Field(min_length=1)] = (0,)
+    """Of drafts; the first is that of the rows as well. `peers` tells the median of all."""
 
 
 def measure_runs(parts: Sequence[str], settings: RunSettings, algorithms: Sequence[str]) -> None:
@@ -70,7 +70,7 @@ def write_data(settings: RunSettings, work: Path) -> None:
     from speculators_core.data_generation.settings import read_plan
 
     rows = list(_library_rows(settings))
-    random.Random(settings.seed).shuffle(rows)
+    random.Random(settings.seeds[0]).shuffle(rows)
     text = "".join(f"{json.dumps({'input_ids': row})}\n" for row in rows[: settings.rows])
     (work / "rows.jsonl").write_text(text)
     sections = {
@@ -122,7 +122,7 @@ def train_draft(
         "data": {"row_length": settings.length, "eval_examples": 0},
         "optimizer": {"learning_rate": 1e-3},
         "evaluation": {"decode": False, "roll_outs": 0},
-        "run": {"output": str(output), "seed": settings.seed, "check": False},
+        "run": {"output": str(output), "seed": settings.seeds[0], "check": False},
     }
     plan = {name: {**base[name], **sections.get(name, {})} for name in base}
     start = time.perf_counter()
@@ -172,13 +172,16 @@ def measure_peers(settings: RunSettings, algorithms: Sequence[str], work: Path) 
             loss = losses.get(algorithm, {}) if name == "equal" else {}
             model = {"draft_config": str(shape), "objective": OBJECTIVES[algorithm] | loss}
             sections = {**plans[name], "model": model, "data": {"store": str(work / "states")}}
-            output = work / f"{algorithm} {name}"
-            report = in_process(train_draft, settings, algorithm, sections, output)
-            ours = in_process(acceptance_length, settings, report["speculator"])
+            lengths = []
+            for seed in settings.seeds:
+                output = work / f"{algorithm} {name} {seed}"
+                sections["run"] = {"seed": seed}
+                report = in_process(train_draft, settings, algorithm, sections, output)
+                lengths.append(in_process(acceptance_length, settings, report["speculator"]))
             yield Line(
                 what=f"{algorithm}, {name}",
                 unit="tau",
-                ours=ours,
+                ours=statistics.median(lengths),
                 beside="the peer's",
                 reference=peer,
                 target=1.0 if name == "equal" else None,
@@ -312,7 +315,7 @@ def _write_online(settings: RunSettings, work: Path) -> None:
     from speculators_core.training.sources import Split, StoredExamples
 
     stored = StoredExamples(work / "states")
-    split = Split.draw(stored, _num_held_out(settings), None, settings.seed)
+    split = Split.draw(stored, _num_held_out(settings), None, settings.seeds[0])
     held_out = [example.input_ids.tolist() for example in stored.read(split.held_out)]
     lines = (work / "rows.jsonl").read_text().splitlines(keepends=True)
     lines.sort(key=lambda line: json.loads(line)["input_ids"] not in held_out)

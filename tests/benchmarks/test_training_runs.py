@@ -50,6 +50,19 @@ def test_online_and_from_the_store_the_same_rows_are_held_out(settings, work):
     assert line.ours > 0 and line.reference > 0
     first = [json.loads(next((work / "online.jsonl").open()))["input_ids"]]
     stored = StoredExamples(work / "states")
-    (number,) = Split.draw(stored, 1, None, settings.seed).held_out
+    (number,) = Split.draw(stored, 1, None, settings.seeds[0]).held_out
     assert [example.input_ids.tolist() for example in stored.read([number])] == first
     assert losses and all(loss.ours > 0 and loss.reference > 0 for loss in losses)
+
+
+def test_beside_a_peer_stands_the_median_of_the_seeds(settings, monkeypatch, tmp_path):
+    def answer(function, *arguments):
+        if function is train_draft:
+            _, _, sections, _ = arguments
+            return {"speculator": f"seed {sections['run']['seed']}"}
+        return {"seed 4": 1.0, "seed 5": 3.0, "seed 6": 2.0}.get(arguments[-1], 1.6)
+
+    monkeypatch.setattr(training_runs, "in_process", answer)
+    several = settings.model_copy(update={"seeds": (4, 5, 6), "trainers": ("ours",)})
+    (line,) = training_runs.measure_peers(several, ["mtp"], tmp_path)
+    assert (line.ours, line.reference) == (2.0, 1.6)

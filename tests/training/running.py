@@ -17,7 +17,12 @@ def train_here(plan: str) -> None:
 
 
 def train_and_die(plan: str, lines: int, number: int) -> None:
-    """Sends itself a signal when so many lines of the log have been written."""
+    signal_after(lines, number)
+    train_here(plan)
+
+
+def signal_after(lines: int, number: int) -> None:
+    """This process sends itself a signal when a run has logged so many lines."""
     on_log = LogFile.on_log
     written = 0
 
@@ -29,7 +34,6 @@ def train_and_die(plan: str, lines: int, number: int) -> None:
             os.kill(os.getpid(), number)
 
     LogFile.on_log = counted
-    train_here(plan)
 
 
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
@@ -50,8 +54,10 @@ def train_and_stop_evaluating(plan: str, number: int) -> None:
     train_here(plan)
 
 
-def train_as_rank(plan: str, rank: int, world_size: int, port: int) -> None:
-    """One of the processes that torchrun would start."""
+def train_as_rank(plan: str, rank: int, world_size: int, port: int, stopped: bool) -> None:
+    """One of the processes that torchrun would start; the last is ``stopped`` after two lines."""
+    if stopped and rank == world_size - 1:
+        signal_after(2, TERM)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

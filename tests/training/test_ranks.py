@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from speculators_core.model import SpeculatorModel
+from speculators_core.training.state import read_weights
 from speculators_core.training.train import train
 from tests.conftest import SMALL_RECIPES
 from tests.data_generation.processes import processes
@@ -13,9 +14,13 @@ from tests.training.running import train_as_rank
 EXACT = {"run": {"saved_dtype": "float32", "max_steps": 4}}
 
 
-def train_with(plan, port, world_size=2):
-    arguments = [(plan.model_dump_json(), rank, world_size, port) for rank in range(world_size)]
-    started = [processes.Process(target=train_as_rank, args=a) for a in arguments]
+def train_with(plan, port, world_size=2, stopped=False):
+    started = [
+        processes.Process(
+            target=train_as_rank, args=(plan.model_dump_json(), rank, world_size, port, stopped)
+        )
+        for rank in range(world_size)
+    ]
     for process in started:
         process.start()
     for process in started:
@@ -67,22 +72,25 @@ def test_two_processes_give_the_losses_and_weights_of_one(
 
 
 @pytest.mark.slow
-def test_a_sharded_run_goes_on_in_one_process(given, tmp_path, free_port):
-    """The state of two FSDP2 ranks, taken up by one process, and by two without shards."""
-    run = {**EXACT["run"], "max_steps": 4}
-    first = plan_of(given, tmp_path / "run", run={**run, "max_steps": 4, "fsdp": True})
-    train_with(first, free_port)
-    states = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
-    assert states == ["checkpoint-4"]
-    from speculators_core.training.state import read_weights
-
+def test_a_sharded_run_that_one_process_hears_to_stop_is_saved_and_goes_on(
+    given, tmp_path, free_port
+):
+    """Bit for bit as if it had not been stopped; its state loads in one process."""
+    changes = {"run": {**EXACT["run"], "fsdp": True}}
+    run = plan_of(given, tmp_path / "run", **changes)
+    train_with(run, free_port, stopped=True)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not (tmp_path / "run" / "speculator").exists()
+    train_with(run, free_port)
+    train_with(plan_of(given, tmp_path / "undisturbed", **changes), free_port)
+    assert log_of(tmp_path / "run") == log_of(tmp_path / "undisturbed")
     draft = SpeculatorModel.from_pretrained(tmp_path / "run" / "speculator", dtype=torch.float32)
-    draft.zero_grad()
-    before = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
+    ended = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
+    assert_close(ended, weights_of(tmp_path / "undisturbed" / "speculator"), 0.0)
     for weight in draft.parameters():
         weight.data.zero_()
     read_weights(tmp_path / "run" / "checkpoint-4", draft)
-    assert_close(draft.state_dict(), before, 0.0)
+    assert_close(draft.state_dict(), ended, 0.0)
 
 
 @pytest.mark.slow
