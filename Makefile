@@ -12,8 +12,9 @@ DEVICE := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 demo: $(READY)
 	$(BIN)/python -m benchmarks.acceptance --limit-per-category 4 --max-tokens 96 --output results/demo
 
+# Two processes, each with one core; a file's tests share an engine, so they stay together.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -4,6 +4,8 @@ import os
 
 from speculators_vllm import openmp
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several that share the cores
+    os.environ.update(OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
 openmp.preload()
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -152,3 +154,13 @@ def eagle3_folder(verifier, verifier_folder, tmp_path) -> Path:
     model = make_eagle3(verifier, name_or_path=str(verifier_folder))
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """What was printed about odd names can be sent between processes."""
+    report = yield
+    report.sections = [
+        (title, text.encode(errors="replace").decode()) for title, text in report.sections
+    ]
+    return report

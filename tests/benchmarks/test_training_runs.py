@@ -45,7 +45,9 @@ def test_trainer_and_bare_steps_are_timed_in_turns(settings, work, monkeypatch):
     assert ours > 0 and bare > 0
 
 
-def test_online_and_from_the_store_the_same_rows_are_held_out(settings, work):
+def test_online_and_from_the_store_the_same_rows_are_held_out(settings, work, monkeypatch):
+    monkeypatch.setattr(training_runs, "in_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(training_runs, "_alone", training_runs._run_side)
     (line, *losses) = training_runs.measure_online(settings, ["mtp"], work)
     assert line.ours > 0 and line.reference > 0
     first = [json.loads(next((work / "online.jsonl").open()))["input_ids"]]
