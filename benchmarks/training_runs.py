@@ -347,7 +347,7 @@ def _run_side(what: str, settings: RunSettings, algorithm: str, work: Path) -> d
         if what == "train"
         else {"online": str(work / "online.yaml")}
     )
-    steps = int(0.9 * settings.rows)
+    steps = int(0.9 * settings.rows) // EVALUATIONS * EVALUATIONS
     sections: dict[str, dict[str, Any]] = {
         "data": {**source, "eval_examples": _num_held_out(settings)},
         "evaluation": {"decode": False, "roll_outs": 0, "every": steps // EVALUATIONS},
