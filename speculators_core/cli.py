@@ -40,6 +40,9 @@ def _one_line(error: Exception) -> str:
     """A wrong flag or value; pydantic's complaint where it judged."""
     cause = error.__cause__
     text = first_fault(cause) if isinstance(cause, ValidationError) else str(error)
+    if isinstance(error, cyclopts.UnusedCliTokensError):
+        tokens = " ".join(map(repr, error.unused_tokens or ()))
+        text = f"unexpected {tokens}; a switch takes no value: --name is on, --no-name is off"
     return f"error: {' '.join(text.split())}"
 
 

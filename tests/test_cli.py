@@ -56,6 +56,11 @@ def test_unknown_flag_is_refused(capsys):
     assert "--modle" in refused(capsys, "acceptance", "--modle", "x")
 
 
+def test_a_value_behind_a_switch_is_explained(capsys):
+    error = refused(capsys, "acceptance", "--ignore-eos", "false")
+    assert "unexpected 'false'; a switch takes no value: --name is on, --no-name is off" in error
+
+
 def test_k_below_one_is_refused(capsys):
     assert "k.0: Input should be greater than or equal to 1" in refused(
         capsys, "acceptance", "--k", "0"

@@ -82,10 +82,10 @@ def check_data(schema: Schema, weights: str | None, model: ModelSection, where: 
         ("weights", weights or "", sample_weights(verifier) or weights or ""),
     ):
         if theirs != ours:
-            shown = "" if what == "weights" else f" {theirs}, not {ours}"
+            shown = "weights are others" if what == "weights" else f"{what} is {theirs}, not {ours}"
             raise SpeculatorError(
-                f"{where}: made with {schema.verifier}, whose {what}{shown or ' are others'} than "
-                f"those of {verifier}. Generate data with `data.verifier: {verifier}`."
+                f"{where}: made with {schema.verifier}, and not with {verifier}: its {shown}. "
+                f"Generate data with `data.verifier: {verifier}`."
             )
     check_tokenizer(where, schema.verifier, verifier)
 

@@ -91,6 +91,26 @@ def card_facts(job: Job) -> CardFacts:
             hardware=environment()["device"],
         ),
         versions=environment(),
+        measured=_measured_on_the_way(job),
+    )
+
+
+def _measured_on_the_way(job: Job) -> Measurement | None:
+    """Acceptance over held-out examples, where no prompts with categories were named."""
+    assert job.trainer is not None
+    figures = best_figures(job.trainer.state)
+    if "acceptance_length" not in figures:
+        return None
+    row = CategoryAcceptance(
+        category="held-out examples" if not job.named_prompts else "all",
+        acceptance_length=figures["acceptance_length"],
+        num_prompts=len(job.prompts),
+    )
+    return Measurement(
+        rows=(row,),
+        command=f"speculators train --config {CONFIG}",
+        versions=environment(),
+        speculative_tokens=job.draft.config.proposal.speculative_tokens,
     )
 
 

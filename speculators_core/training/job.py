@@ -147,8 +147,8 @@ class Job:
         assert isinstance(self.rows, Rows)
         return math.ceil(plan.run.epochs * math.ceil(len(self.rows) / self.rows_per_step))
 
-    def estimate(self) -> Estimate:
-        """What the run takes."""
+    def estimate(self, *, is_timed: bool) -> Estimate:
+        """What the run takes; ``is_timed``: some steps are made for that."""
         is_stream = isinstance(self.source, Generation | Received)  # it is not opened for this
         rows = None if is_stream else self.rows
         assert not isinstance(rows, Stream)
@@ -160,6 +160,7 @@ class Job:
             num_tokens=None if rows is None else rows.num_tokens,
             world_size=world_size(),
             stored_dtype=self.source.schema.real_dtype,
+            is_timed=is_timed,
         )
 
     # ---- the run ----

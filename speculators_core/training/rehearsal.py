@@ -5,6 +5,7 @@ memory, and what lives of them at one time is added up. So the count holds for e
 objective and type, and changes with the code that it is about.
 """
 
+import math
 import statistics
 import time
 import weakref
@@ -42,6 +43,8 @@ GPU_ALLOCATOR_SHARE = 0.2
 TIMED_STEPS = 2
 TIMED_S = 20.0
 """No further step is timed after so long."""
+SHORT_ROW = 1024
+"""Tokens of a row that takes no time."""
 
 
 class Fake(Tensor):
@@ -361,6 +364,9 @@ def measure_rate(draft: SpeculatorModel, plan: TrainingPlan, device: torch.devic
     """Tokens a second, padding included, of whole steps over one full row: forward, backward,
     optimizer. The first step, which is slower, counts only where it alone takes `TIMED_S`.
 
+    Where steps over a full row would take longer, shorter rows are timed, and a full one is taken
+    to follow the power of the length that the last two show.
+
     Draft and verifier move to the device. Weights are afterwards as they were, without gradients.
     """
     draft.to(device)
@@ -370,23 +376,45 @@ def measure_rate(draft: SpeculatorModel, plan: TrainingPlan, device: torch.devic
     make = MuonAdamW if plan.optimizer.optimizer == "muon" else adamw
     optimizer = make(draft, plan.optimizer.learning_rate, plan.optimizer.weight_decay)
     options, _ = draft.get_trainer_kwargs(**plan.model.objective)
-    seconds: list[float] = []
+
+    def time_steps(length: int) -> float:
+        of_length = plan.model_copy(
+            update={"data": plan.data.model_copy(update={"row_length": length})}
+        )
+        row = _make_row(draft, of_length, device, length, states_on=device)
+        seconds: list[float] = []
+        while len(seconds) <= TIMED_STEPS and sum(seconds) < TIMED_S:
+            start = time.perf_counter()
+            with _precision(row.hidden_states.dtype, device):
+                _, loss, _ = draft(row, **options)
+            loss.backward()
+            optimizer.step()
+            draft.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[1:] or seconds)
+
     try:
         with _as_trained(draft, plan, device):
-            row = _make_row(draft, plan, device, plan.data.row_length, states_on=device)
-            while len(seconds) <= TIMED_STEPS and sum(seconds) < TIMED_S:
-                start = time.perf_counter()
-                with _precision(row.hidden_states.dtype, device):
-                    _, loss, _ = draft(row, **options)
-                loss.backward()
-                optimizer.step()
-                draft.zero_grad()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                seconds.append(time.perf_counter() - start)
+            return plan.data.row_length / _time_row(time_steps, plan.data.row_length)
     finally:
         draft.zero_grad()
         with torch.no_grad():
             for weight, value in zip(trained, before, strict=True):
                 weight.copy_(value)
-    return plan.data.row_length / statistics.median(seconds[1:] or seconds)
+
+
+def _time_row(time_steps: Callable[[int], float], row_length: int) -> float:
+    """Seconds of a step over a row, from rows of it and of its halves as far as time allows."""
+    lengths = [row_length]
+    while lengths[0] >= 2 * SHORT_ROW:
+        lengths.insert(0, lengths[0] // 2)
+    taken: list[float] = []
+    for length in lengths:
+        taken.append(time_steps(length))
+        if (1 + TIMED_STEPS) * 4 * taken[-1] > TIMED_S:  # of twice the length, at most
+            break
+    power = math.log2(taken[-1] / taken[-2]) if len(taken) > 1 else 1.0
+    missing = row_length / lengths[len(taken) - 1]
+    return taken[-1] * missing ** min(2.0, max(1.0, power))

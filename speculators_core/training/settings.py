@@ -77,7 +77,7 @@ class DataSection(Settings):
     with it; nothing is written to disk."""
     texts: Path | None = None
     """The same, with the verifier (on Transformers) in the training process: for small runs."""
-    row_length: int = Field(2048, ge=16)
+    row_length: int = Field(2048, ge=16, le=2**20)
     """Tokens of a row, filled with whole examples; one longer than a row is cut."""
     eval_examples: int = Field(64, ge=0)
     """Examples that are held out, at most a tenth, chosen by the seed; of a queue the first."""

@@ -116,7 +116,7 @@ def train(plan: TrainingPlan) -> TrainReport:
         text = (plan.run.output / REPORT).read_text(encoding="utf-8")
         return TrainReport.model_validate_json(text)
     with claim(plan) if rank() == 0 else nullcontext() as folder, Job.open(plan) as job:
-        refuse(job.estimate())
+        refuse(job.estimate(is_timed=False))
         _ = job.prompts  # a fault in them leaves no folder behind
         if folder is not None:
             folder.start(this_command())
@@ -168,7 +168,7 @@ def _print_estimate(plan: TrainingPlan) -> None:
 
     check_folder(plan)
     with Job.open(plan) as job:
-        estimate = job.estimate()
+        estimate = job.estimate(is_timed=True)
     print_estimate(estimate)
     refuse(estimate)
 

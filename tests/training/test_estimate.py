@@ -29,8 +29,10 @@ from speculators_core.training.rehearsal import (
     step_memory,
 )
 from speculators_core.training.settings import TrainingPlan
+from speculators_core.training.train import train
 from speculators_core.vocabulary import choose_draft_vocabulary
 from tests.conftest import SMALL_RECIPES, VOCAB_SIZE, make_draft, make_verifier
+from tests.training.making import plan_of as plan_of_run
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -411,6 +413,32 @@ def test_timed_steps_leave_the_draft_as_it_was(optimizer):
     assert torch.equal(torch.rand(3), expected)
     assert not draft.training and all(weight.grad is None for weight in draft.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in draft.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("exponent", "slow", "expected", "timed"),
+    [
+        (1.0, 1e-4, 1.6384, [1024, 2048, 4096, 8192, 16384]),
+        (2.0, 1e-7, 26.8435456, [1024, 2048, 4096]),
+        (1.0, 1.0, 16384.0, [1024]),
+    ],
+)
+def test_a_long_row_is_timed_as_far_as_time_allows(exponent, slow, expected, timed):
+    asked = []
+
+    def time_steps(length):
+        asked.append(length)
+        return slow * length**exponent
+
+    assert rehearsal._time_row(time_steps, 16384) == pytest.approx(expected)
+    assert asked == timed
+    assert rehearsal._time_row(lambda length: float(length), 1500) == 1500.0
+
+
+def test_a_run_that_begins_times_nothing(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimates, "measure_rate", pytest.fail)
+    changes = {"evaluation": {"decode": False, "roll_outs": 0}, "run": {"max_steps": 1}}
+    assert train(plan_of_run(given, tmp_path / "run", **changes)).steps == 1
 
 
 def test_the_rate_is_measured_where_none_is_given():

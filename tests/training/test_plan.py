@@ -80,7 +80,7 @@ def test_a_fault_is_one_line_and_nothing_is_written(given, tmp_path, changes, me
 def test_data_of_another_verifier_are_refused(given, tmp_path):
     make_verifier(hidden_size=64).save_pretrained(tmp_path / "wide")
     message = refused(given, tmp_path, model={"verifier": str(tmp_path / "wide")})
-    assert "width 32, not 64" in message
+    assert "its width is 32, not 64" in message
     torch.manual_seed(3)
     other = make_verifier()
     other.lm_head.weight.data += 0.1

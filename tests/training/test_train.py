@@ -34,6 +34,11 @@ def test_a_run_ends_with_a_speculator_and_its_papers(given, tmp_path, algorithm)
     for figure in ("acceptance_length", "predicted_acceptance_length", "joint_1"):
         assert f"eval_{figure}" in evaluations[-1]
     assert any(name.startswith("eval_teacher_forced_") for name in evaluations[-1])
+    length = evaluations[-1]["eval_acceptance_length"]
+    if report.best_step in (None, 8):
+        card = (report.speculator / "README.md").read_text()
+        assert f"| held-out examples | {length:.2f} | 3 |" in card
+        assert "speculators train --config config.yaml" in card
     assert json.loads((run / "report.json").read_text())["steps"] == 8
 
 
