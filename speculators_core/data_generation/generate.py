@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -236,8 +237,12 @@ def generate_data_process(plan: GenerationPlan) -> GenerationProcess:
 
 
 def _generate(connection: Any, plan: str) -> None:
+    from tqdm import tqdm
+
     from speculators_core.data_generation.workers import watch_parent
 
+    # Its own is a semaphore, of which Python warns where a process is ended that holds one.
+    tqdm.set_lock(threading.RLock())
     os.setsid()  # a signal to the parent's group is the parent's, which stops this run itself
     watch_parent()
     try:

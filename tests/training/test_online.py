@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -66,6 +67,16 @@ def test_one_command_starts_both_sides_and_stops_both(given, tmp_path):
     lines = [line for line in log_of(tmp_path / "run") if "eval_loss" in line]
     assert [line["step"] for line in lines] == [4, 8]
     assert not list(tmp_path.rglob("*.arrow")) and not (tmp_path / "run" / "shards").exists()
+
+
+def test_the_command_ends_without_a_warning_of_what_it_left(given, tmp_path):
+    plan = sourced(given, tmp_path / "run", online=str(given / "data.yaml"))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(plan.model_dump(mode="json")))
+    command = [sys.executable, "-m", "speculators_core", "train", "--config", "run.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert (tmp_path / "run" / "speculator").is_dir()
 
 
 def test_online_data_begin_anew_with_each_pass(given, tmp_path):
