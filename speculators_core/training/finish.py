@@ -75,7 +75,7 @@ def card_facts(job: Job) -> CardFacts:
     """What the model card says of the run, before its speculator is measured."""
     plan = job.plan
     assert job.trainer is not None
-    state = job.trainer.state
+    state, here = job.trainer.state, environment()
     return CardFacts(
         license=plan.run.license,
         data=_data_facts(job),
@@ -88,15 +88,15 @@ def card_facts(job: Job) -> CardFacts:
             row_length=plan.data.row_length,
             schedule=plan.optimizer.schedule,
             started_from=plan.model.start_from,
-            hardware=environment()["device"],
+            hardware=here["device"],
         ),
-        versions=environment(),
-        measured=_measured_on_the_way(job),
+        versions=here,
+        measured=_measured_on_the_way(job, here),
     )
 
 
-def _measured_on_the_way(job: Job) -> Measurement | None:
-    """Acceptance over held-out examples, where no prompts with categories were named."""
+def _measured_on_the_way(job: Job, here: dict[str, str]) -> Measurement | None:
+    """Acceptance when the speculator's weights were evaluated; None where nothing was decoded."""
     assert job.trainer is not None
     figures = best_figures(job.trainer.state)
     if "acceptance_length" not in figures:
@@ -109,7 +109,7 @@ def _measured_on_the_way(job: Job) -> Measurement | None:
     return Measurement(
         rows=(row,),
         command=f"speculators train --config {CONFIG}",
-        versions=environment(),
+        versions=here,
         speculative_tokens=job.draft.config.proposal.speculative_tokens,
     )
 

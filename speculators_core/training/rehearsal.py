@@ -267,11 +267,12 @@ def rehearse(
     options, _ = draft.get_trainer_kwargs(**plan.model.objective)
     rehearsal, step, dtype = Rehearsal(device), _Step(draft), compute_dtype(plan, device)
     with _as_trained(draft, plan, device):
-        row = _make_row(draft, plan, CPU, first_document, states_on=torch.device("meta"))
+        length = plan.data.row_length
+        row = _make_row(draft, dtype, length, first_document, CPU, states_on=torch.device("meta"))
         row = replace(
             row,
-            hidden_states=rehearsal.stand_in(row.hidden_states, dtype),
-            last_hidden_states=rehearsal.stand_in(row.last_hidden_states, dtype),
+            hidden_states=rehearsal.stand_in(row.hidden_states),
+            last_hidden_states=rehearsal.stand_in(row.last_hidden_states),
         )
         named = [*step.named_parameters(), *step.named_buffers()]
         weights = {name: _stand_in(rehearsal, name, tensor) for name, tensor in named}
@@ -316,16 +317,19 @@ def states_width(draft: SpeculatorModel) -> int:
 
 def _make_row(
     draft: SpeculatorModel,
-    plan: TrainingPlan,
-    device: torch.device,
+    dtype: torch.dtype,
+    length: int,
     first_document: int,
-    states_on: torch.device,
+    device: torch.device,
+    states_on: torch.device | None = None,
 ) -> Batch:
-    """A row of random tokens, all to be learnt: a document of so many, and short ones behind it."""
-    length, width = plan.data.row_length, states_width(draft)
+    """A row of random tokens, all to be learnt: a document of so many, and short ones behind it.
+
+    Its states, of this type, are on ``device`` where ``states_on`` is None.
+    """
+    width, states_on = states_width(draft), states_on or device
     rows = torch.arange(length, device=device)
     behind = rows - first_document
-    dtype = compute_dtype(plan, device)
     num_tokens = len(draft.verifier_head.embed_tokens.weight)
     aux_width = len(draft.aux_layer_ids) * width
     return Batch(
@@ -378,10 +382,7 @@ def measure_rate(draft: SpeculatorModel, plan: TrainingPlan, device: torch.devic
     options, _ = draft.get_trainer_kwargs(**plan.model.objective)
 
     def time_steps(length: int) -> float:
-        of_length = plan.model_copy(
-            update={"data": plan.data.model_copy(update={"row_length": length})}
-        )
-        row = _make_row(draft, of_length, device, length, states_on=device)
+        row = _make_row(draft, compute_dtype(plan, device), length, length, device)
         seconds: list[float] = []
         while len(seconds) <= TIMED_STEPS and sum(seconds) < TIMED_S:
             start = time.perf_counter()

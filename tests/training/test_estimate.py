@@ -190,7 +190,9 @@ def allocated_bytes(draft, plan, first_document) -> int:
     """What torch's allocator itself counted at most while a real step ran."""
     options, _ = draft.get_trainer_kwargs(**plan.model.objective)
     with rehearsal._as_trained(draft, plan, CPU):
-        row = rehearsal._make_row(draft, plan, CPU, first_document, states_on=CPU)
+        row = rehearsal._make_row(
+            draft, compute_dtype(plan, CPU), plan.data.row_length, first_document, CPU
+        )
         for weight in draft.parameters():
             weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
         torch.manual_seed(plan.run.seed)  # as a rehearsal does
