@@ -39,6 +39,29 @@ class Settings(BaseModel):
             raise SpeculatorError(f"{where}: {first_fault(error)}") from error
 
 
+class _Loader(yaml.SafeLoader):
+    """`yaml.SafeLoader` with a table of its own, which no other package has changed.
+
+    `lmformatenforcer`, which vLLM's structured output imports, changes the shared table in place:
+    from then on dates are strings.
+    """
+
+    yaml_constructors = {
+        f"tag:yaml.org,2002:{kind}": getattr(yaml.SafeLoader, f"construct_yaml_{kind}")
+        for kind in "null bool int float binary timestamp omap pairs set str seq map".split()
+    } | {None: yaml.SafeLoader.construct_undefined}
+
+
+def load_yaml(text: str) -> Any:
+    """The content of a YAML document, whichever packages were imported before.
+
+    Raises:
+        yaml.YAMLError: it is not valid YAML, or has a tag beyond the safe ones.
+        ValueError: a value that its type cannot hold, such as the date 2001-99-99.
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
 def read_sections(
     file: Path | None, plan: type[Settings], flags: Mapping[str, Settings | None]
 ) -> dict[str, Any]:
@@ -72,7 +95,7 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 def _read_yaml(file: Path, known: list[str]) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = load_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise SpeculatorError(f"{file} cannot be read: {first_line(error)}.") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none

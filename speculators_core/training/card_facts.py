@@ -8,7 +8,7 @@ from pydantic import Field
 
 from speculators_core.data_generation.settings import DatasetConfig
 from speculators_core.errors import SpeculatorError
-from speculators_core.settings import Settings
+from speculators_core.settings import Settings, load_yaml
 
 
 class DataFacts(Settings):
@@ -56,7 +56,7 @@ def _was_regenerated(dataset: DatasetConfig, verifier: str) -> bool:
     from speculators_core.data_generation.answers.answer_file import beside
 
     try:
-        stated = yaml.safe_load(beside(Path(dataset.path), "yaml").read_text(encoding="utf-8"))
+        stated = load_yaml(beside(Path(dataset.path), "yaml").read_text(encoding="utf-8"))
         return bool(stated["options"]["answers"]["verifier"] == verifier)
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return False

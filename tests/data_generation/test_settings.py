@@ -1,4 +1,7 @@
+import datetime
+
 import pytest
+import yaml
 
 from speculators_core.data_generation.settings import (
     EngineConfig,
@@ -8,6 +11,7 @@ from speculators_core.data_generation.settings import (
     read_plan,
 )
 from speculators_core.errors import SpeculatorError
+from speculators_core.settings import load_yaml
 
 WHOLE = """
 data:
@@ -84,6 +88,13 @@ def test_a_mistake_is_one_line(file, tmp_path, what):
     with pytest.raises(SpeculatorError, match=words) as error:
         read_plan(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["timestamp", "int", "bool"])
+def test_yaml_does_not_depend_on_what_other_packages_made_of_its_loader(monkeypatch, kind):
+    as_text = yaml.SafeLoader.yaml_constructors["tag:yaml.org,2002:str"]
+    monkeypatch.setitem(yaml.SafeLoader.yaml_constructors, f"tag:yaml.org,2002:{kind}", as_text)
+    assert load_yaml("[2001-01-02, 3, yes]") == [datetime.date(2001, 1, 2), 3, True]
 
 
 def test_sections_are_read_without_a_file():

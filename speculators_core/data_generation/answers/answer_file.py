@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from speculators_core.data_generation.answers.dialogues import Dialogue
 from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.settings import load_yaml
 
 
 class _Line(BaseModel):
@@ -125,7 +126,7 @@ def _whole_lines(file: BinaryIO) -> Iterator[str]:
 
 def _compare(stated: Path, options: Mapping[str, Any]) -> None:
     try:
-        earlier = yaml.safe_load(stated.read_text(encoding="utf-8"))["options"]
+        earlier = load_yaml(stated.read_text(encoding="utf-8"))["options"]
         before, now = _flat(earlier), _flat(options)
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise SpeculatorError(
