@@ -92,7 +92,7 @@ def _rate_with_states(settings: DataSettings) -> float:
     from speculators_vllm import offline
 
     offline.prepare()
-    from speculators_core.data_generation.engines import InferencePipeline
+    from speculators_core.data_generation.engines.pipeline import InferencePipeline
 
     plan = _plan(settings, engine={"engine": "vllm"})
     with InferencePipeline.from_config(plan) as engine:
@@ -137,7 +137,7 @@ def _texts(settings: DataSettings, count: int) -> list[Any]:
 
     from benchmarks.playground.corpus import read_library
     from speculators_core.data_generation.examples import Example
-    from speculators_core.verifier import read_tokenizer
+    from speculators_core.verifier.reading import read_tokenizer
 
     tokenizer = read_tokenizer(_plan(settings).data.verifier)
     ids: list[int] = []
@@ -303,7 +303,7 @@ def measure_queues(settings: DataSettings) -> Iterator[Line]:
 
 
 def _rates_through(settings: DataSettings, kind: QueueKind) -> tuple[float, float]:
-    from speculators_core.data_generation.engines import InferencePipeline, schema_of
+    from speculators_core.data_generation.engines.pipeline import InferencePipeline, schema_of
 
     plan = _plan(settings, sync={"dtype": settings.dtype})
     schema = schema_of(plan)
@@ -411,7 +411,7 @@ def measure_memory(settings: DataSettings) -> Iterator[Line]:
 
 
 def _peak_mb(settings: DataSettings, factor: int) -> float:
-    from speculators_core.data_generation.generate import generate_data
+    from speculators_core.data_generation.runs.generate import generate_data
 
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"

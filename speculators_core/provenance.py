@@ -3,7 +3,9 @@
 import hashlib
 import os
 import platform
+import re
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -60,6 +62,8 @@ def hash_weights(folder: str | Path) -> str | None:
 
 
 SAMPLES = 16
+
+
 SAMPLE_BYTES = 2**16
 
 
@@ -83,3 +87,19 @@ def sample_weights(folder: str | Path) -> str | None:
                 stream.seek(size * sample // SAMPLES)
                 digest.update(stream.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+SECRET_FLAG = re.compile(r"--.*(key|token|password|secret)", re.IGNORECASE)
+
+
+def without_secrets(arguments: Sequence[str]) -> list[str]:
+    """A command line without the values of its secret flags."""
+    shown: list[str] = []
+    for argument in arguments:
+        name, has_value, _ = argument.partition("=")
+        if shown and SECRET_FLAG.fullmatch(shown[-1]):
+            shown.append("***")
+        else:
+            is_secret = has_value and SECRET_FLAG.fullmatch(name)
+            shown.append(f"{name}=***" if is_secret else argument)
+    return shown

@@ -78,14 +78,14 @@ PROPOSALS = Registry(
     "proposal_type",
     "speculators.proposals",
     {
-        "greedy": "speculators_core.proposals:GreedyTokenProposalConfig",
-        "sampling": "speculators_core.proposals:SamplingTokenProposalConfig",
+        "greedy": "speculators_core.format.proposals:GreedyTokenProposalConfig",
+        "sampling": "speculators_core.format.proposals:SamplingTokenProposalConfig",
     },
 )
 ENGINES = Registry(
     "engine",
     "speculators.engines",
-    {"transformers": "speculators_core.data_generation.engines:TransformersPipeline"},
+    {"transformers": "speculators_core.data_generation.engines.transformers:TransformersPipeline"},
 )
 ANSWERERS = Registry(
     "engine",

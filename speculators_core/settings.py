@@ -109,3 +109,12 @@ def _read_yaml(file: Path, known: list[str]) -> dict[str, Any]:
                 f"{did_you_mean(str(name), known)}"
             )
     return content
+
+
+def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their full names: ``{"a": {"b": 1}}`` is ``{"a.b": 1}``."""
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found

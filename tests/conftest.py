@@ -17,7 +17,11 @@ os.environ.update(
 from jaxtyping import install_import_hook  # noqa: E402  # after the OpenMP library
 
 CHECKED = """
-acceptance attention batch chain drafter layers losses masks row_cache verifier vocabulary
+batch format.vocabulary
+verifier.head verifier.taps verifier.proof verifier.fit verifier.reading
+decoding.acceptance decoding.drafter decoding.row_cache
+models.parts.attention models.parts.unroll models.parts.layers models.parts.losses
+models.parts.masks
 training.evaluation training.metrics training.trainer
 data_generation.queues.shared_memory data_generation.queues.zmq_store
 data_generation.queues.mp_queue data_generation.queues.ends
@@ -36,12 +40,12 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM  # noqa:
 from speculators_core.batch import Batch  # noqa: E402
 from speculators_core.data_generation.examples import GeneratedExample  # noqa: E402
 from speculators_core.data_generation.packing import RowLayout  # noqa: E402
-from speculators_core.model import SpeculatorModel  # noqa: E402
 from speculators_core.models.dflash import DFlashDraftModel  # noqa: E402
 from speculators_core.models.eagle3 import Eagle3DraftModel  # noqa: E402
 from speculators_core.models.mtp import MTPDraftModel  # noqa: E402
 from speculators_core.models.peagle import PEagleDraftModel  # noqa: E402
-from speculators_core.verifier import LayerTaps  # noqa: E402
+from speculators_core.models.speculator import SpeculatorModel  # noqa: E402
+from speculators_core.verifier.taps import LayerTaps  # noqa: E402
 
 # The hook would check the configs of these files too, whose values are pydantic's to judge.
 DRAFTS = {

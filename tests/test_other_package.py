@@ -5,13 +5,13 @@ import sys
 import pytest
 import torch
 
-from speculators_core.config import (
+from speculators_core.errors import SpeculatorError
+from speculators_core.format.config import (
     SpeculatorModelConfig,
     reload_and_populate_models,
     reload_schemas,
 )
-from speculators_core.errors import SpeculatorError
-from speculators_core.model import SpeculatorModel
+from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.registry import MODELS
 from tests.conftest import SMALL_RECIPES, make_batch
 from tests.data import INTEROP

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from speculators_core.data_generation.stores.disk import write_text
+from speculators_core.files import write_text
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data"}
 """Folders that are not source of the library itself, or are tables of data."""

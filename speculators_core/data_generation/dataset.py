@@ -10,8 +10,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from speculators_core.batch import Batch
 from speculators_core.data_generation.examples import GeneratedExample
 from speculators_core.data_generation.packing import RowLayout, rows_held
-from speculators_core.data_generation.protocols import DataSource, HoldingSource
 from speculators_core.data_generation.stores.disk import DiskStore
+from speculators_core.data_generation.stores.protocols import DataSource, HoldingSource
 from speculators_core.errors import SpeculatorError
 
 

@@ -17,11 +17,13 @@ from transformers import PretrainedConfig
 
 from speculators_core.data_generation.settings import DataGenConfig, StoredDtype
 from speculators_core.errors import SpeculatorError
-from speculators_core.feature_draft import default_aux_layer_ids
 from speculators_core.settings import Settings
+from speculators_core.verifier.taps import default_aux_layer_ids
 
 FP8_MAX = 448.0
 """The largest number of float8_e4m3fn."""
+
+
 KEY_LENGTH = 512
 """Characters of a key, at most."""
 
@@ -263,3 +265,11 @@ def _to_fp8(
     largest = torch.linalg.vector_norm(real, ord=torch.inf, dim=(1, 2), keepdim=True)
     scales = (largest / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
     return (real / scales).to(torch.float8_e4m3fn), scales
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An example that the engine could not run."""
+
+    key: str
+    reason: str

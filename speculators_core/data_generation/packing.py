@@ -9,7 +9,7 @@ from torch import Tensor
 
 from speculators_core.batch import PADDING, Batch
 from speculators_core.data_generation.examples import GeneratedExample, Schema
-from speculators_core.data_generation.protocols import HoldingSource
+from speculators_core.data_generation.stores.protocols import HoldingSource
 from speculators_core.errors import SpeculatorError
 
 Item = TypeVar("Item")

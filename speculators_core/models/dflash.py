@@ -23,19 +23,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from speculators_core.attention import (
-    Attend,
-    DraftCache,
-    Keys,
-    OwnKey,
-    Queries,
-    attend_packed,
-)
 from speculators_core.batch import PADDING, Batch
-from speculators_core.config import SpeculatorModelConfig
-from speculators_core.drafter import Chooser, Confirmed, Proposal
+from speculators_core.decoding.drafter import Chooser, Confirmed, Proposal
 from speculators_core.errors import SpeculatorError
-from speculators_core.feature_draft import (
+from speculators_core.format.config import SpeculatorModelConfig
+from speculators_core.models.feature_draft import (
     AuxLayerIds,
     DraftRecipe,
     FeatureDraftConfig,
@@ -45,9 +37,22 @@ from speculators_core.feature_draft import (
     recipe_layer_ids,
     speculators_config,
 )
-from speculators_core.layers import decoder_layer, family_of, keys_and_values, sliding_window
-from speculators_core.losses import MASK_SUM_FLOOR, LossWeights, score_rows
-from speculators_core.masks import document_starts, spans_before
+from speculators_core.models.parts.attention import (
+    Attend,
+    DraftCache,
+    Keys,
+    OwnKey,
+    Queries,
+    attend_packed,
+)
+from speculators_core.models.parts.layers import (
+    decoder_layer,
+    family_of,
+    keys_and_values,
+    sliding_window,
+)
+from speculators_core.models.parts.losses import MASK_SUM_FLOOR, LossWeights, score_rows
+from speculators_core.models.parts.masks import document_starts, spans_before
 from speculators_core.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -21,14 +21,14 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from speculators_core.attention import Attend, DraftCache
 from speculators_core.batch import PADDING, Batch
-from speculators_core.chain import propose_in_steps, unroll
-from speculators_core.config import SpeculatorModelConfig
-from speculators_core.drafter import Chooser, Confirmed, Proposal
-from speculators_core.eagle_stack import EagleStackConfig, EagleStackModel, EagleStackRecipe
-from speculators_core.layers import UnrolledAttention, cached_attend
-from speculators_core.losses import MASK_SUM_FLOOR, LossWeights, score_rows
+from speculators_core.decoding.drafter import Chooser, Confirmed, Proposal
+from speculators_core.format.config import SpeculatorModelConfig
+from speculators_core.models.eagle_stack import EagleStackConfig, EagleStackModel, EagleStackRecipe
+from speculators_core.models.parts.attention import Attend, DraftCache
+from speculators_core.models.parts.layers import UnrolledAttention, cached_attend
+from speculators_core.models.parts.losses import MASK_SUM_FLOOR, LossWeights, score_rows
+from speculators_core.models.parts.unroll import propose_in_steps, unroll
 from speculators_core.settings import Settings
 
 

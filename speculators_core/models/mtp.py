@@ -21,14 +21,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from speculators_core.attention import Attend, DraftCache
 from speculators_core.batch import PADDING, Batch
-from speculators_core.chain import propose_in_steps, unroll
-from speculators_core.config import SpeculatorModelConfig
-from speculators_core.drafter import Chooser, Confirmed, Proposal
+from speculators_core.decoding.drafter import Chooser, Confirmed, Proposal
 from speculators_core.errors import SpeculatorError
-from speculators_core.feature_draft import speculators_config
-from speculators_core.layers import (
+from speculators_core.format.config import SpeculatorModelConfig
+from speculators_core.models.feature_draft import speculators_config
+from speculators_core.models.parts.attention import Attend, DraftCache
+from speculators_core.models.parts.layers import (
     Hidden,
     Rotary,
     UnrolledAttention,
@@ -36,8 +35,14 @@ from speculators_core.layers import (
     decoder_layer,
     family_of,
 )
-from speculators_core.losses import MASK_SUM_FLOOR, LossWeights, VerifierLogits, score_rows
-from speculators_core.model import SpeculatorModel
+from speculators_core.models.parts.losses import (
+    MASK_SUM_FLOOR,
+    LossWeights,
+    VerifierLogits,
+    score_rows,
+)
+from speculators_core.models.parts.unroll import propose_in_steps, unroll
+from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.settings import Settings
 
 LAYER_TYPES = ("qwen3", "qwen2", "llama")

@@ -27,15 +27,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from speculators_core.attention import DraftCache, Keys, OwnKey, Queries, attend_packed
 from speculators_core.batch import PADDING, Batch
-from speculators_core.config import SpeculatorModelConfig
-from speculators_core.drafter import Chooser, Confirmed, Proposal
-from speculators_core.eagle_stack import EagleStackConfig, EagleStackModel, EagleStackRecipe
-from speculators_core.feature_draft import check_mask_token
-from speculators_core.layers import cached_attend, sliding_window
-from speculators_core.losses import MASK_SUM_FLOOR, LossWeights, score_rows
-from speculators_core.masks import document_starts, spans_before
+from speculators_core.decoding.drafter import Chooser, Confirmed, Proposal
+from speculators_core.format.config import SpeculatorModelConfig
+from speculators_core.models.eagle_stack import EagleStackConfig, EagleStackModel, EagleStackRecipe
+from speculators_core.models.feature_draft import check_mask_token
+from speculators_core.models.parts.attention import DraftCache, Keys, OwnKey, Queries, attend_packed
+from speculators_core.models.parts.layers import cached_attend, sliding_window
+from speculators_core.models.parts.losses import MASK_SUM_FLOOR, LossWeights, score_rows
+from speculators_core.models.parts.masks import document_starts, spans_before
 from speculators_core.settings import Settings
 
 

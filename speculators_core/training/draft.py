@@ -8,14 +8,14 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from speculators_core.config import SpeculatorModelConfig
 from speculators_core.data_generation.examples import Schema
 from speculators_core.errors import SpeculatorError
-from speculators_core.model import SpeculatorModel
+from speculators_core.format.config import SpeculatorModelConfig
+from speculators_core.format.vocabulary import choose_draft_vocabulary, special_token_ids
+from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.registry import MODELS
 from speculators_core.training.settings import ModelSection
-from speculators_core.verifier import read_tokenizer, read_verifier_config
-from speculators_core.vocabulary import choose_draft_vocabulary, special_token_ids
+from speculators_core.verifier.reading import read_tokenizer, read_verifier_config
 
 CountTokens = Callable[[], Int64[Tensor, "vocab"]]
 """How often each token is one to learn, in the data."""

@@ -22,12 +22,9 @@ from torch import Tensor
 
 from speculators_core.data_generation.examples import GeneratedExample, Schema
 from speculators_core.data_generation.packing import RowLayout
-from speculators_core.errors import SpeculatorError
-from speculators_core.losses import CHUNK_LOGITS, FEWEST_ROWS, GPU_CHUNK_LOGITS
-from speculators_core.model import SpeculatorModel
-from speculators_core.prompts import Prompt, read_prompts, tokenize
-from speculators_core.proposals import GreedyTokenProposalConfig
-from speculators_core.rollout import (
+from speculators_core.decoding.acceptance import AcceptanceCounts
+from speculators_core.decoding.prompts import Prompt, read_prompts, tokenize
+from speculators_core.diagnosis.rollout import (
     UNKNOWN,
     SurvivalCounts,
     VerifiedText,
@@ -36,9 +33,13 @@ from speculators_core.rollout import (
     roll_out,
     share_drafts,
 )
-from speculators_core.texts import AcceptanceCounts
+from speculators_core.errors import SpeculatorError
+from speculators_core.format.proposals import GreedyTokenProposalConfig
+from speculators_core.models.parts.losses import CHUNK_LOGITS, FEWEST_ROWS, GPU_CHUNK_LOGITS
+from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.training.settings import EvaluationSection
-from speculators_core.verifier import VerifierHead, read_tokenizer
+from speculators_core.verifier.head import VerifierHead
+from speculators_core.verifier.reading import read_tokenizer
 
 Figure = TypeVar("Figure")
 

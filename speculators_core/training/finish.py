@@ -13,24 +13,24 @@ from pathlib import Path
 
 from transformers import TrainerState
 
-from speculators_core.checkpoint import as_dtype
-from speculators_core.data_generation.stores.disk import write_text
+from speculators_core.decoding.prompts import Prompt
 from speculators_core.errors import SpeculatorError
-from speculators_core.model import SpeculatorModel
-from speculators_core.prompts import Prompt
+from speculators_core.files import write_text
+from speculators_core.format.checkpoint import as_dtype, is_hub_id
+from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.provenance import environment
-from speculators_core.registry import COMMANDS
-from speculators_core.training.card import REPOSITORY, VERIFIER, is_hub_id, write_card
-from speculators_core.training.card_facts import (
+from speculators_core.publishing.card import REPOSITORY, VERIFIER, write_card
+from speculators_core.publishing.card_facts import (
     CardFacts,
     CategoryAcceptance,
     DataFacts,
     Measurement,
     TrainingFacts,
 )
+from speculators_core.registry import COMMANDS
 from speculators_core.training.job import LOG, Job
-from speculators_core.training.run_folder import CONFIG, PROVENANCE, SPECULATOR
 from speculators_core.training.settings import TrainingPlan
+from speculators_core.training.states.run_folder import CONFIG, PROVENANCE, SPECULATOR
 
 logger = logging.getLogger(__name__)
 

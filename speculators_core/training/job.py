@@ -13,32 +13,32 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from speculators_core.batch import Batch
 from speculators_core.data_generation.packing import RowLayout
+from speculators_core.decoding.prompts import Prompt
 from speculators_core.errors import SpeculatorError
-from speculators_core.model import SpeculatorModel, load_verifier
-from speculators_core.prompts import Prompt
-from speculators_core.training.data import (
-    Source,
-    generation_of,
-    open_source,
-    split_of,
-    token_counter,
-)
+from speculators_core.models.speculator import SpeculatorModel
+from speculators_core.training.budget.estimate import Estimate, estimate
 from speculators_core.training.draft import draft_class, make_draft
-from speculators_core.training.estimate import Estimate, estimate
 from speculators_core.training.evaluation import (
     HeldOut,
     choose_prompts,
     evaluate_truth,
     named_prompts,
 )
-from speculators_core.training.free_space import rank, world_size
-from speculators_core.training.online import Generation, Received, TextExamples
 from speculators_core.training.optimizers import MuonAdamW, adamw
+from speculators_core.training.ranks import rank, world_size
+from speculators_core.training.rows.online import Generation, Received, TextExamples
+from speculators_core.training.rows.opening import (
+    Source,
+    generation_of,
+    open_source,
+    split_of,
+    token_counter,
+)
+from speculators_core.training.rows.sources import Rows, Split, StoredExamples, Stream
 from speculators_core.training.settings import TrainingPlan
 from speculators_core.training.sharding import shard
-from speculators_core.training.sources import Rows, Split, StoredExamples, Stream
-from speculators_core.training.state import read_weights
-from speculators_core.training.state_folder import newest_state
+from speculators_core.training.states.state import read_weights
+from speculators_core.training.states.state_folder import newest_state
 from speculators_core.training.trainer import SpeculatorTrainer
 from speculators_core.training.watch import (
     Display,
@@ -47,7 +47,7 @@ from speculators_core.training.watch import (
     Settlement,
     StopOnSignal,
 )
-from speculators_core.verifier import read_verifier_config
+from speculators_core.verifier.reading import load_verifier, read_verifier_config
 
 LOG = "training_log.jsonl"
 

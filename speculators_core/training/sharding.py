@@ -7,7 +7,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from speculators_core.model import SpeculatorModel
+from speculators_core.models.speculator import SpeculatorModel
 
 
 def shard(model: SpeculatorModel, device: torch.device, dtype: torch.dtype | None = None) -> None:

@@ -106,10 +106,10 @@ def train(plan: TrainingPlan) -> TrainReport:
             machine, or a loss was not finite.
     """
     from speculators_core.provenance import this_command
-    from speculators_core.training.estimate import refuse
-    from speculators_core.training.free_space import rank
+    from speculators_core.training.budget.estimate import refuse
     from speculators_core.training.job import Job
-    from speculators_core.training.run_folder import REPORT, check_folder, claim, is_finished
+    from speculators_core.training.ranks import rank
+    from speculators_core.training.states.run_folder import REPORT, check_folder, claim, is_finished
 
     check_folder(plan)
     if is_finished(plan):
@@ -127,8 +127,8 @@ def train(plan: TrainingPlan) -> TrainReport:
 
 
 def _end(job: Any, is_first: bool) -> TrainReport:
-    from speculators_core.data_generation.stores.disk import write_text
-    from speculators_core.training.card import write_card
+    from speculators_core.files import write_text
+    from speculators_core.publishing.card import write_card
     from speculators_core.training.finish import (
         best_figures,
         card_facts,
@@ -136,7 +136,7 @@ def _end(job: Any, is_first: bool) -> TrainReport:
         measure,
         write_speculator,
     )
-    from speculators_core.training.run_folder import REPORT, SPECULATOR
+    from speculators_core.training.states.run_folder import REPORT, SPECULATOR
 
     plan, state = job.plan, job.trainer.state
     speculator = plan.run.output / SPECULATOR
@@ -162,9 +162,9 @@ def _end(job: Any, is_first: bool) -> TrainReport:
 
 
 def _print_estimate(plan: TrainingPlan) -> None:
-    from speculators_core.training.estimate import print_estimate, refuse
+    from speculators_core.training.budget.estimate import print_estimate, refuse
     from speculators_core.training.job import Job
-    from speculators_core.training.run_folder import check_folder
+    from speculators_core.training.states.run_folder import check_folder
 
     check_folder(plan)
     with Job.open(plan) as job:

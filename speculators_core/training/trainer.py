@@ -20,13 +20,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from speculators_core.batch import PADDING, Batch
 from speculators_core.errors import SpeculatorError
-from speculators_core.model import SpeculatorModel
-from speculators_core.training import state as saved
+from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.training.evaluation import name_teacher_forced
 from speculators_core.training.faults import describe_no_fault, find_fault
 from speculators_core.training.metrics import WeightedMeans
 from speculators_core.training.sharding import gather_draft, is_sharded
-from speculators_core.training.state_folder import rotate_states
+from speculators_core.training.states import state as saved
+from speculators_core.training.states.state_folder import rotate_states
 from speculators_core.training.watch import Interrupted
 
 REPEATS = "repeats"

@@ -17,7 +17,7 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from speculators_core.console import LINE_EVERY_S, console
-from speculators_core.data_generation.stores.disk import write_text
+from speculators_core.files import write_text
 
 LEAST_BETWEEN = 20
 """Steps between evaluations, at least, where the plan does not say how many."""

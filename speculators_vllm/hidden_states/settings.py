@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from speculators_core.errors import SpeculatorError, first_fault
 from speculators_core.settings import Settings
-from speculators_core.verifier import read_verifier_config
+from speculators_core.verifier.reading import read_verifier_config
 from speculators_vllm.hidden_states import CONNECTOR_MODULE
 
 METHOD = "extract_hidden_states"

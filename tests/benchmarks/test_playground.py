@@ -9,11 +9,11 @@ from benchmarks.playground import corpus
 from benchmarks.playground.speculators import PLANS
 from benchmarks.playground.verifier import grow, verifier_config
 from speculators_core.data_generation.settings import read_plan
-from speculators_core.model import SpeculatorModel
-from speculators_core.prompts import read_prompts, tokenize
+from speculators_core.decoding.prompts import read_prompts, tokenize
+from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.registry import MODELS
 from speculators_core.training.settings import read_training_plan
-from speculators_core.verifier import read_verifier_config
+from speculators_core.verifier.reading import read_verifier_config
 from tests.conftest import pack_texts
 
 

@@ -5,13 +5,13 @@ import time
 
 import datasets  # noqa: F401  # what a run imports when it needs it, imported ahead
 
-from speculators_core.data_generation.engines import TransformersPipeline
+from speculators_core.data_generation.engines.transformers import TransformersPipeline
 from speculators_core.data_generation.examples import Schema
-from speculators_core.data_generation.generate import generate_data
 from speculators_core.data_generation.queues.mp_queue import MPQueueStore
 from speculators_core.data_generation.queues.zmq_store import ZmqStore
+from speculators_core.data_generation.runs.generate import generate_data
+from speculators_core.data_generation.runs.workers import run_here  # noqa: F401
 from speculators_core.data_generation.settings import GenerationPlan, SyncConfig
-from speculators_core.data_generation.workers import run_here  # noqa: F401
 
 
 def run_slowly(plan):

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from speculators_core.batch import PADDING, Batch
-from speculators_core.config import SpeculatorModelConfig
-from speculators_core.drafter import Chooser, Confirmed, Proposal
-from speculators_core.model import SpeculatorModel
-from speculators_core.vocabulary import choose_draft_vocabulary
+from speculators_core.decoding.drafter import Chooser, Confirmed, Proposal
+from speculators_core.format.config import SpeculatorModelConfig
+from speculators_core.format.vocabulary import choose_draft_vocabulary
+from speculators_core.models.speculator import SpeculatorModel
 from tests.conftest import VOCAB_SIZE, make_verifier
 from tests.data import INTEROP
-from tests.test_masks import picture
+from tests.models.parts.test_masks import picture
 
 HIDDEN_SIZE = 32
 REDUCED = choose_draft_vocabulary({i: i for i in range(40, 90)}, 30, VOCAB_SIZE, always=[0, 2])

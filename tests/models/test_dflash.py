@@ -11,12 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from speculators_core.batch import Batch
-from speculators_core.config import SpeculatorModelConfig, own_fields
-from speculators_core.drafter import Chooser
+from speculators_core.decoding.drafter import Chooser
 from speculators_core.errors import SpeculatorError
-from speculators_core.losses import LOSSES
-from speculators_core.masks import spans_before
-from speculators_core.model import SpeculatorModel
+from speculators_core.format.config import SpeculatorModelConfig, own_fields
 from speculators_core.models import dflash
 from speculators_core.models.dflash import (
     DFlashDraftModel,
@@ -25,6 +22,9 @@ from speculators_core.models.dflash import (
     DFlashSpeculatorConfig,
     position_weights,
 )
+from speculators_core.models.parts.losses import LOSSES
+from speculators_core.models.parts.masks import spans_before
+from speculators_core.models.speculator import SpeculatorModel
 from tests.conftest import make_draft
 from tests.data import INTEROP, interop_case
 from tests.models.laws import (
@@ -51,7 +51,7 @@ from tests.models.laws import (
     served,
     without,
 )
-from tests.test_masks import picture
+from tests.models.parts.test_masks import picture
 
 VARIANTS: dict[str, dict] = {
     "full": {},

@@ -12,17 +12,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from speculators_core import attention, losses
 from speculators_core.batch import Batch
-from speculators_core.drafter import Chooser
+from speculators_core.decoding.drafter import Chooser
 from speculators_core.errors import SpeculatorError
-from speculators_core.feature_draft import default_aux_layer_ids
-from speculators_core.losses import LOSSES, MASK_SUM_FLOOR
-from speculators_core.model import SpeculatorModel
+from speculators_core.format.vocabulary import choose_draft_vocabulary
 from speculators_core.models.eagle3 import Eagle3DraftModel, Eagle3Objective
-from speculators_core.vocabulary import choose_draft_vocabulary
+from speculators_core.models.parts import attention, losses
+from speculators_core.models.parts.losses import LOSSES, MASK_SUM_FLOOR
+from speculators_core.models.speculator import SpeculatorModel
+from speculators_core.verifier.taps import default_aux_layer_ids
 from tests.conftest import make_batch, make_eagle3, make_verifier
 from tests.data import INTEROP, interop_case
+from tests.format.test_checkpoint import change_tensor
 from tests.models.laws import (
     Recorder,
     assert_close,
@@ -43,8 +44,7 @@ from tests.models.laws import (
     served,
     without,
 )
-from tests.test_checkpoint import change_tensor
-from tests.test_masks import picture
+from tests.models.parts.test_masks import picture
 
 VARIANTS = {
     "plain": {"norm_before_residual": False, "norm_before_fc": False, "norm_output": False},

@@ -11,18 +11,18 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from speculators_core.batch import Batch
-from speculators_core.config import SpeculatorModelConfig, own_fields
-from speculators_core.drafter import Chooser
+from speculators_core.decoding.drafter import Chooser
 from speculators_core.errors import SpeculatorError
-from speculators_core.layers import FAMILIES
-from speculators_core.losses import LOSSES
-from speculators_core.model import SpeculatorModel
+from speculators_core.format.config import SpeculatorModelConfig, own_fields
 from speculators_core.models.mtp import (
     MTPDraftModel,
     MTPObjective,
     MTPRecipe,
     MTPSpeculatorConfig,
 )
+from speculators_core.models.parts.layers import FAMILIES
+from speculators_core.models.parts.losses import LOSSES
+from speculators_core.models.speculator import SpeculatorModel
 from tests.conftest import make_draft
 from tests.data import INTEROP, interop_case
 from tests.models.laws import (

@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from speculators_core.batch import Batch
-from speculators_core.config import SpeculatorModelConfig, own_fields
-from speculators_core.drafter import Chooser
+from speculators_core.decoding.drafter import Chooser
 from speculators_core.errors import SpeculatorError
-from speculators_core.losses import LOSSES
-from speculators_core.model import SpeculatorModel
+from speculators_core.format.config import SpeculatorModelConfig, own_fields
+from speculators_core.models.parts.losses import LOSSES
 from speculators_core.models.peagle import (
     Elements,
     PEagleDraftModel,
@@ -23,6 +22,7 @@ from speculators_core.models.peagle import (
     draw_elements,
     readable_rows,
 )
+from speculators_core.models.speculator import SpeculatorModel
 from tests.conftest import make_draft
 from tests.data import INTEROP, interop_case
 from tests.models.laws import (
@@ -784,7 +784,7 @@ def test_bad_objective_is_named(kwargs, message):
 
 
 def test_checkpoint_without_mask_state_is_refused(tmp_path):
-    from tests.test_checkpoint import change_tensor
+    from tests.format.test_checkpoint import change_tensor
 
     lively_draft().save_pretrained(tmp_path)
     change_tensor(tmp_path, "mask_hidden", lambda t: None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from speculators_core.data_generation.generate import generate_data
+from speculators_core.data_generation.runs.generate import generate_data
 from speculators_core.data_generation.settings import read_plan
 from speculators_core.training.settings import TrainingPlan
 from tests.conftest import VOCAB_SIZE, make_verifier

@@ -11,18 +11,18 @@ from transformers import AutoTokenizer
 
 from benchmarks.playground import VERIFIER
 from speculators_core.data_generation.examples import GeneratedExample
-from speculators_core.errors import SpeculatorError
-from speculators_core.independent import LanguageModelDraft
-from speculators_core.proposals import GreedyTokenProposalConfig, SamplingTokenProposalConfig
-from speculators_core.replay import see
-from speculators_core.rollout import (
+from speculators_core.decoding.acceptance import AcceptanceCounts
+from speculators_core.decoding.independent import LanguageModelDraft
+from speculators_core.diagnosis.replay import see
+from speculators_core.diagnosis.rollout import (
     SurvivalCounts,
     VerifiedText,
     bonus_places,
     roll_out,
     share_drafts,
 )
-from speculators_core.texts import AcceptanceCounts
+from speculators_core.errors import SpeculatorError
+from speculators_core.format.proposals import GreedyTokenProposalConfig, SamplingTokenProposalConfig
 from speculators_core.training import evaluation
 from speculators_core.training.evaluation import (
     HeldOut,
@@ -35,7 +35,7 @@ from speculators_core.training.evaluation import (
     without_traces,
 )
 from speculators_core.training.settings import EvaluationSection
-from speculators_core.verifier import VerifierHead
+from speculators_core.verifier.head import VerifierHead
 from tests.conftest import DRAFTS, make_batch, make_draft, make_verifier
 from tests.data_generation.making import schema
 from tests.data_generation.processes import processes

@@ -15,14 +15,14 @@ from transformers import AutoConfig, AutoTokenizer
 from speculators_core.cli import main
 from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
-from speculators_core.model import SpeculatorModel
+from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.registry import COMMANDS
-from speculators_core.training.data import generation_of, open_source
 from speculators_core.training.evaluation import named_prompts
 from speculators_core.training.finish import measure
 from speculators_core.training.job import Job, training_arguments
-from speculators_core.training.run_folder import claim
+from speculators_core.training.rows.opening import generation_of, open_source
 from speculators_core.training.settings import TrainingPlan, read_training_plan
+from speculators_core.training.states.run_folder import claim
 from speculators_core.training.train import run as run_command
 from speculators_core.training.train import train
 from tests.conftest import make_draft, make_verifier
@@ -339,7 +339,7 @@ def test_prompts_that_are_missing_are_said_before_anything_is_loaded(given, tmp_
     monkeypatch.delattr("speculators_core.training.job.load_verifier")
     message = refused(given, tmp_path, data={"eval_examples": 0}, evaluation={"roll_outs": 0})
     assert "evaluation.decode has no prompts" in message
-    monkeypatch.delattr("speculators_core.training.data.TextExamples")
+    monkeypatch.delattr("speculators_core.training.rows.opening.TextExamples")
     for source in ({}, {"store": None, "texts": str(given / "data.yaml")}):
         prompts = {"prompts": "nowhere.jsonl"}
         assert "nowhere.jsonl" in refused(given, tmp_path, data=source, evaluation=prompts)
@@ -379,7 +379,7 @@ def test_tokens_count_without_padding_and_memory_is_given_back(given, tmp_path):
 def test_each_process_loads_the_verifier_of_its_texts_on_its_own_device(
     given, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("speculators_core.training.data.TextExamples", lambda plan: plan)
+    monkeypatch.setattr("speculators_core.training.rows.opening.TextExamples", lambda plan: plan)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "1")
     data = {"store": None, "texts": str(given / "data.yaml")}

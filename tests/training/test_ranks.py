@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from speculators_core.model import SpeculatorModel
-from speculators_core.training.state import read_weights
+from speculators_core.models.speculator import SpeculatorModel
+from speculators_core.training.states.state import read_weights
 from speculators_core.training.train import train
 from tests.conftest import SMALL_RECIPES
 from tests.data_generation.processes import processes

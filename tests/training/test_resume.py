@@ -11,7 +11,7 @@ from xxhash import xxh3_64
 
 from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
-from speculators_core.training.state_folder import MANIFEST, read_manifest
+from speculators_core.training.states.state_folder import MANIFEST, read_manifest
 from speculators_core.training.train import train
 from tests.conftest import SMALL_RECIPES
 from tests.data_generation.processes import processes

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from speculators_core.model import SpeculatorModel
+from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.training import finish
 from speculators_core.training.train import train
 from tests.conftest import SMALL_RECIPES

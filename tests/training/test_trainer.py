@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from speculators_core.batch import Batch
 from speculators_core.errors import SpeculatorError
-from speculators_core.model import SpeculatorModel
+from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.training.optimizers import MuonAdamW
 from speculators_core.training.trainer import SpeculatorTrainer, _OutOfRows
 from speculators_core.training.watch import Interrupted

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from speculators_core.data_generation.engines import Failure, TransformersPipeline, schema_of
-from speculators_core.data_generation.examples import Example, GeneratedExample
+from speculators_core.data_generation.engines.pipeline import schema_of
+from speculators_core.data_generation.engines.transformers import TransformersPipeline
+from speculators_core.data_generation.examples import Example, Failure, GeneratedExample
 from speculators_core.data_generation.settings import GenerationPlan
 from tests.conftest import make_verifier
 from tests.vllm.serving import SMALL

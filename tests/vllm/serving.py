@@ -16,10 +16,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from benchmarks.engines import Draft
+from benchmarks.acceptance.engines import Draft
 from speculators_core.batch import Batch
-from speculators_core.model import SpeculatorModel
-from speculators_core.prompts import TokenizedPrompt
+from speculators_core.decoding.prompts import TokenizedPrompt
+from speculators_core.models.speculator import SpeculatorModel
 from tests.conftest import pack_texts
 
 EAGER = {"enforce_eager": True, "max_model_len": 512}

@@ -38,7 +38,7 @@ class AnswerFile:
             SpeculatorError: there is an output, and it is not to be gone on with, was made with
                 other options, or is not what such a run writes; or another run is writing it.
         """
-        from speculators_core.data_generation.stores.disk import write_text
+        from speculators_core.files import write_text
         from speculators_core.provenance import versions
 
         self.path = path

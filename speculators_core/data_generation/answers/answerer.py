@@ -1,20 +1,15 @@
 """What a verifier is asked, how it answers, and what lets it answer."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from cyclopts import Parameter
 from pydantic import Field
-from xxhash import xxh64_hexdigest
 
 from speculators_core.settings import Settings
 
 if TYPE_CHECKING:
     from speculators_core.data_generation.answers.dialogues import Dialogue
-
-CALL_ID_LENGTH = 9
-"""Characters; Mistral's templates take no other number."""
 
 
 class SamplingConfig(Settings):
@@ -81,45 +76,6 @@ class AnswersConfig(Settings):
     @property
     def engine_name(self) -> str:
         return self.engine or ("vllm" if self.endpoint.base_url is None else "openai")
-
-
-@dataclass(frozen=True)
-class Call:
-    """Of a tool."""
-
-    name: str
-    arguments: str
-    """JSON, as the verifier wrote it."""
-    id: str | None = None
-    """The verifier's; None where it wrote none."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One turn of the verifier."""
-
-    content: str
-    reasoning: str = ""
-    calls: tuple[Call, ...] = ()
-    is_cut: bool = False
-    """It reached `max_tokens` before its end."""
-    num_tokens: int = 0
-
-    def message(self, turn: str) -> dict[str, Any]:
-        """As chat templates and servers take it; a call without an id gets one of the turn."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.content}
-        if self.reasoning:
-            message["reasoning_content"] = self.reasoning
-        if self.calls:
-            message["tool_calls"] = [
-                {
-                    "id": call.id or xxh64_hexdigest(f"{turn}/{number}".encode())[:CALL_ID_LENGTH],
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
-                for number, call in enumerate(self.calls)
-            ]
-        return message
 
 
 class Answerer(Protocol):

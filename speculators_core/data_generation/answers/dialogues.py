@@ -6,18 +6,63 @@ asked for         ^1               ^2                     ^3 if 2 calls what the
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from xxhash import xxh64_intdigest
+from xxhash import xxh64_hexdigest, xxh64_intdigest
 
-from speculators_core.data_generation.answers.answerer import Answer
 from speculators_core.data_generation.texts.messages import Message
 
 KEPT = ("role", "content", "name", "tool_call_id")
 """Keys of a message that is not the assistant's."""
+
+
 SEED_BITS = 31
 """All that some servers take."""
+
+
+CALL_ID_LENGTH = 9
+"""Characters; Mistral's templates take no other number."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Of a tool."""
+
+    name: str
+    arguments: str
+    """JSON, as the verifier wrote it."""
+    id: str | None = None
+    """The verifier's; None where it wrote none."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One turn of the verifier."""
+
+    content: str
+    reasoning: str = ""
+    calls: tuple[Call, ...] = ()
+    is_cut: bool = False
+    """It reached `max_tokens` before its end."""
+    num_tokens: int = 0
+
+    def message(self, turn: str) -> dict[str, Any]:
+        """As chat templates and servers take it; a call without an id gets one of the turn."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id or xxh64_hexdigest(f"{turn}/{number}".encode())[:CALL_ID_LENGTH],
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for number, call in enumerate(self.calls)
+            ]
+        return message
 
 
 class Dialogue:

@@ -96,8 +96,8 @@ def regenerate(data: DatasetConfig, settings: RegenerateSettings) -> RegenerateR
             conversations than ``max_failures`` could not be answered.
     """
     from speculators_core.data_generation.answers.answer_file import AnswerFile, beside
-    from speculators_core.data_generation.paths import Roots
-    from speculators_core.data_generation.progress import metered
+    from speculators_core.data_generation.runs.progress import metered
+    from speculators_core.files import Roots
     from speculators_core.registry import ANSWERERS
 
     roots = Roots(

@@ -23,9 +23,7 @@ import pyarrow.parquet as parquet
 from jaxtyping import Int64
 from pydantic import Field, ValidationError
 
-from speculators_core.data_generation.engines import Failure
-from speculators_core.data_generation.examples import GeneratedExample, Schema
-from speculators_core.data_generation.stores.durable import replaced, sync, sync_names, write_text
+from speculators_core.data_generation.examples import Failure, GeneratedExample, Schema
 from speculators_core.data_generation.stores.shards import (
     SUFFIXES,
     Shard,
@@ -35,15 +33,28 @@ from speculators_core.data_generation.stores.shards import (
     write_shard,
 )
 from speculators_core.errors import SpeculatorError, first_fault, first_line
-from speculators_core.settings import Settings
+from speculators_core.files import replaced, sync, sync_names, write_text
+from speculators_core.settings import Settings, flat
 
 MANIFEST = "store.json"
+
+
 INDEX = "index.parquet"
+
+
 REPORT = "report.json"
+
+
 SHARDS = "shards"
+
+
 SHARD_NAME = re.compile(r"(\d{6,9})\.safetensors(\.zst)?")
+
+
 OPEN_SHARDS = 16
 """Shards that one process keeps mapped; of compressed ones, which lie in memory, one."""
+
+
 INDEX_SCHEMA = pa.schema(
     {
         "key": pa.string(),
@@ -398,12 +409,3 @@ def check_same(folder: Path, found: Manifest, expected: Manifest) -> None:
                 f"{folder} was made with {key} {before!r:.80}, now it is {now!r:.80}: the shards "
                 "would not fit together. Run with the same options, or name another folder."
             )
-
-
-def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by their full names: ``{"a": {"b": 1}}`` is ``{"a.b": 1}``."""
-    found: dict[str, Any] = {}
-    for key, value in options.items():
-        name = f"{prefix}{key}"
-        found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return found

@@ -24,10 +24,9 @@ from safetensors.torch import load
 from torch import Tensor
 from xxhash import xxh3_64
 
-from speculators_core.data_generation.engines import Failure
-from speculators_core.data_generation.examples import GeneratedExample, Schema
-from speculators_core.data_generation.stores.durable import replaced
+from speculators_core.data_generation.examples import Failure, GeneratedExample, Schema
 from speculators_core.errors import SpeculatorError, first_fault, first_line
+from speculators_core.files import replaced
 from speculators_core.settings import Settings
 
 FORMAT = "speculators-data-1"

@@ -24,7 +24,6 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from speculators_core.data_generation.paths import Roots
 from speculators_core.data_generation.settings import DataGenConfig
 from speculators_core.data_generation.texts.messages import Message
 from speculators_core.data_generation.texts.spans import (
@@ -35,6 +34,7 @@ from speculators_core.data_generation.texts.spans import (
     TokenSequence,
 )
 from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.files import Roots
 
 RENDERING_ERRORS = (
     TemplateError,

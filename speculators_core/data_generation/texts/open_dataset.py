@@ -6,9 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speculators_core.data_generation.paths import Roots
 from speculators_core.data_generation.settings import DatasetConfig
 from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.files import Roots
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features, IterableDataset

@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from speculators_core.data_generation.examples import Example
-from speculators_core.data_generation.paths import Roots
 from speculators_core.data_generation.settings import DataGenConfig, DatasetConfig, GenerationPlan
 from speculators_core.data_generation.texts.conversations import load_chat_template, load_tokenizer
 from speculators_core.data_generation.texts.digests import Digests
@@ -19,6 +18,7 @@ from speculators_core.data_generation.texts.open_dataset import open_rows
 from speculators_core.data_generation.texts.rows import RowKind, RowParts, RowReader, choose_parts
 from speculators_core.data_generation.texts.spans import RowSkipped, SkipReason, TokenSequence
 from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.files import Roots
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -1,6 +1,6 @@
 """How vLLM serves the algorithm of another package."""
 
-from speculators_vllm.proposers import Proposer
+from speculators_vllm.plugin.proposers import Proposer
 
 
 def configure(speculator, draft):

@@ -6,11 +6,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from speculators_core.config import SpeculatorModelConfig
-from speculators_core.drafter import join
-from speculators_core.feature_draft import speculators_config
-from speculators_core.losses import score_rows
-from speculators_core.model import SpeculatorModel
+from speculators_core.decoding.drafter import join
+from speculators_core.format.config import SpeculatorModelConfig
+from speculators_core.models.feature_draft import speculators_config
+from speculators_core.models.parts.losses import score_rows
+from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.settings import Settings
 
 

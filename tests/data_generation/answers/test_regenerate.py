@@ -16,8 +16,7 @@ import yaml
 
 from benchmarks import playground
 from speculators_core.cli import main
-from speculators_core.data_generation.answers.answerer import Answer, Call
-from speculators_core.data_generation.answers.dialogues import Dialogue
+from speculators_core.data_generation.answers.dialogues import Answer, Call, Dialogue
 from speculators_core.data_generation.answers.openai_endpoint import FIRST_PAUSE_S
 from speculators_core.data_generation.settings import GenerationPlan
 from speculators_core.data_generation.texts.sources import Counts, read_plan_examples

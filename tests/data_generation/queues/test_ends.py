@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from speculators_core.data_generation.dataset import GeneratedDataset
 from speculators_core.data_generation.packing import RowLayout, rows_held
-from speculators_core.data_generation.protocols import HoldingSource
+from speculators_core.data_generation.stores.protocols import HoldingSource
 from speculators_core.errors import SpeculatorError
 from tests.data_generation.queues.queue_processes import (
     SCHEMA,

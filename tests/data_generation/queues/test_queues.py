@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from speculators_core.data_generation.examples import Schema
-from speculators_core.data_generation.protocols import DataSink, DataSource
+from speculators_core.data_generation.stores.protocols import DataSink, DataSource
 from speculators_core.errors import SpeculatorError
 from tests.data_generation.queues.queue_processes import (
     SCHEMA,

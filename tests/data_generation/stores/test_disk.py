@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from speculators_core.data_generation.engines import Failure
+from speculators_core.data_generation.examples import Failure
 from speculators_core.data_generation.stores.disk import INDEX, MANIFEST, OPEN_SHARDS, DiskStore
 from speculators_core.data_generation.stores.shards import read_header
 from speculators_core.errors import SpeculatorError

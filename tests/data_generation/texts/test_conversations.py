@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from speculators_core.data_generation.paths import Roots
 from speculators_core.data_generation.settings import DataGenConfig
 from speculators_core.data_generation.texts.conversations import (
     ChatTemplate,
@@ -19,6 +18,7 @@ from speculators_core.data_generation.texts.conversations import (
 )
 from speculators_core.data_generation.texts.spans import RowSkipped, SkipReason
 from speculators_core.errors import SpeculatorError
+from speculators_core.files import Roots
 from tests.data_generation.texts.families import (
     FAMILIES,
     TEMPLATES,

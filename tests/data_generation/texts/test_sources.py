@@ -13,7 +13,6 @@ from datasets import Dataset, DatasetDict, load_dataset_builder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speculators_core.data_generation.paths import Roots
 from speculators_core.data_generation.settings import DataGenConfig, DatasetConfig, GenerationPlan
 from speculators_core.data_generation.texts.digests import Digests
 from speculators_core.data_generation.texts.open_dataset import _open_hub
@@ -26,6 +25,7 @@ from speculators_core.data_generation.texts.sources import (
 )
 from speculators_core.data_generation.texts.spans import TokenSequence
 from speculators_core.errors import SpeculatorError
+from speculators_core.files import Roots
 from tests.data_generation.texts.families import learned_texts, make_tokenizer
 
 USER = {"role": "user", "content": "hello"}

@@ -1,0 +1,1 @@
+"""How much of what speculators propose is kept, and what that gains."""

@@ -1,0 +1,352 @@
+"""A vLLM server that somebody started, asked over HTTP.
+
+Prompts go to ``/v1/completions`` as token ids, and token ids come back as they are made. What was
+kept of each draft comes with the answer where the server has
+``--per-request-spec-decode-metrics``; else its counters at ``/metrics`` say it of all together.
+"""
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, Field
+
+from benchmarks.acceptance import wire
+from benchmarks.acceptance.statistics import Counters, RequestRecord, Timing
+from speculators_core.decoding.prompts import TokenizedPrompt
+from speculators_core.errors import SpeculatorError
+
+if TYPE_CHECKING:  # which imports this file
+    from benchmarks.acceptance.records import Decoding, Done
+
+COUNTERS_WITHIN_S = 2.0
+"""Time in which counters reach the tokens that have already arrived."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """What a server says of itself."""
+
+    url: str
+    version: str
+    model: str
+    """The name that requests carry."""
+    root: str
+    """Folder or hub id that the name stands for."""
+    max_model_len: int
+    has_prefix_cache: bool | None
+    speculative_tokens: int
+    """0 without speculation."""
+
+
+class _Version(BaseModel):
+    version: str
+
+
+class _Model(BaseModel):
+    id: str
+    root: str
+    max_model_len: int
+    parent: str | None = None
+    """Of an adapter."""
+
+
+class _Models(BaseModel):
+    data: list[_Model] = Field(min_length=1)
+
+
+class _Drafts(BaseModel):
+    acceptance_histogram: list[int]
+    per_step_accepted: list[int] | None = None
+
+    @property
+    def accepted(self) -> list[int]:
+        """In order, where the server tells the order."""
+        if self.per_step_accepted is not None:
+            return self.per_step_accepted
+        return [kept for kept, times in enumerate(self.acceptance_histogram) for _ in range(times)]
+
+
+class _Metrics(BaseModel):
+    speculative_decoding: _Drafts | None = None
+
+
+class _Choice(BaseModel):
+    token_ids: list[int]
+    prompt_token_ids: list[int] | None = None
+    finish_reason: str | None = None
+
+
+class _Chunk(BaseModel):
+    """One event of a streamed completion."""
+
+    choices: list[_Choice] = []
+    metrics: _Metrics | None = None
+    error: Any = None
+
+
+def find(settings: wire.ServerSettings, verifier: str | None) -> tuple[str, dict[str, Server]]:
+    """The verifier, and the servers: ``speculating``, and ``baseline`` where there is one.
+
+    Raises:
+        SpeculatorError: a server is not within reach, wants another key, is not vLLM's or does not
+            do its part; or the two differ in more than speculation.
+    """
+    assert settings.base_url is not None
+    server = inspect(settings.base_url, settings)
+    if not server.speculative_tokens:
+        raise SpeculatorError(
+            f"{server.url} counts no drafts at /metrics. Start it with --speculative-config and "
+            "without --disable-log-stats."
+        )
+    found = verifier or _verifier_of(server)
+    if settings.baseline_url is None:
+        return found, {"speculating": server}
+    baseline = inspect(settings.baseline_url, settings)
+    _check_baseline(baseline, server)
+    if (alone := verifier or _verifier_of(baseline)) != found:
+        raise SpeculatorError(
+            f"{server.url} serves {found} and {baseline.url} {alone}; expected one verifier. "
+            "Pass --verifier if they are."
+        )
+    return found, {"speculating": server, "baseline": baseline}
+
+
+def inspect(url: str, settings: wire.ServerSettings) -> Server:
+    """What the server at ``url`` says of itself."""
+    return asyncio.run(_inspect(_checked_url(url), settings))
+
+
+def _checked_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        extra = parts.path not in ("", "/") or parts.query or parts.fragment
+    except ValueError:  # a port that is no number
+        whole, extra = False, ""
+    if "@" in url:
+        raise SpeculatorError(
+            "A server's URL holds credentials, which a report would show: pass --api-key."
+        )
+    if not whole or extra:
+        raise SpeculatorError(f"{url}: expected a server as http://host:port, without a path.")
+    return url.rstrip("/")
+
+
+async def _inspect(url: str, settings: wire.ServerSettings) -> Server:
+    async with wire.session(settings) as session:
+        version = wire.read(_Version, await wire.get(session, url, "/version"), f"{url}/version")
+        models = wire.read(
+            _Models, await wire.get(session, url, "/v1/models"), f"{url}/v1/models"
+        ).data
+        metrics = await wire.get(session, url, "/metrics")
+    model = next((found for found in models if found.parent is None), models[0])
+    caching = re.search(r'enable_prefix_caching="(True|False)"', metrics)
+    return Server(
+        url=url,
+        version=version.version,
+        model=model.id,
+        root=model.root,
+        max_model_len=model.max_model_len,
+        has_prefix_cache=None if caching is None else caching[1] == "True",
+        speculative_tokens=len(read_counters(metrics).accepted_per_position),
+    )
+
+
+def _check_baseline(baseline: Server, server: Server) -> None:
+    """Raises SpeculatorError unless the two differ in nothing but speculation."""
+    if baseline.speculative_tokens:
+        raise SpeculatorError(
+            f"--baseline-url {baseline.url} speculates itself; expected a server without "
+            "--speculative-config."
+        )
+    for what in ("version", "max_model_len", "has_prefix_cache"):
+        ours, alone = getattr(server, what), getattr(baseline, what)
+        if ours != alone:
+            raise SpeculatorError(
+                f"{what} is {ours} at {server.url} and {alone} at {baseline.url}: a speed-up is "
+                "measured against the same server without speculation."
+            )
+
+
+def _verifier_of(server: Server) -> str:
+    """The verifier that a server runs, under the name or path that it was started with."""
+    from speculators_core.format import checkpoint
+    from speculators_core.format.checkpoint import locate_verifier
+    from speculators_core.format.config import SpeculatorModelConfig
+
+    try:
+        folder = checkpoint.fetch(server.root, files=[checkpoint.CONFIG])
+        if "speculators_model_type" not in checkpoint.read_config(folder):
+            return server.root
+        verifier = SpeculatorModelConfig.from_pretrained(folder).verifier.name_or_path
+    except SpeculatorError as error:
+        raise SpeculatorError(
+            f"{server.url} serves {server.root}, whose tokenizer is not within reach here. Pass "
+            f"--verifier. ({error})"
+        ) from error
+    if verifier is None:
+        raise SpeculatorError(f"{server.root} names no verifier. Pass --verifier.")
+    return locate_verifier(verifier, beside=folder)
+
+
+def remarks(what: str, runs: Sequence[Sequence[RequestRecord]], counters: Counters) -> list[str]:
+    """What to know before believing figures of a server; ``what`` it was measured with."""
+    ours = [record for run in runs for record in run]
+    found = []
+    if any(record.accepted for record in ours):
+        found.append("drafts are counted by request, as the server tells with each answer")
+    elif counters.num_drafts:
+        found.append(
+            "drafts are counted by the server's /metrics, of all requests together; "
+            "--per-request-spec-decode-metrics detailed makes it tell them by request"
+        )
+    others = counters.generation_tokens - sum(len(record.output_ids) for record in ours)
+    if others:
+        found.append(
+            f"the server {what} counted {others:+} tokens beside these {len(ours)} requests: "
+            "somebody else used it, and speeds are not of these prompts alone, nor are drafts that "
+            "its /metrics counted"
+        )
+    if counters.cached_prompt_tokens:
+        share = counters.cached_prompt_tokens / counters.prompt_tokens
+        found.append(f"{share:.1%} of prompt tokens {what} came from the prefix cache")
+    return found
+
+
+async def fetch_counters(server: Server, settings: wire.ServerSettings, at_least: int) -> Counters:
+    """The server's counters, once they hold so many tokens or have had time to."""
+    deadline = time.monotonic() + COUNTERS_WITHIN_S
+    async with wire.session(settings) as session:
+        while True:
+            found = read_counters(await wire.get(session, server.url, "/metrics"))
+            if found.generation_tokens >= at_least or time.monotonic() > deadline:
+                return found
+            await asyncio.sleep(COUNTERS_WITHIN_S / 20)
+
+
+async def complete_all(
+    server: Server,
+    settings: wire.ServerSettings,
+    prompts: Sequence[TokenizedPrompt],
+    decoding: "Decoding",
+    concurrency: int,
+    done: "Done",
+) -> list[RequestRecord]:
+    """Every prompt's continuation, ``concurrency`` of them in flight as long as prompts last.
+
+    Raises:
+        SpeculatorError: a request failed; it names the prompt, and ends the others.
+    """
+    records: dict[int, RequestRecord] = {}
+    waiting = iter(enumerate(prompts, 1))
+    began = time.perf_counter()
+
+    async def work(session: Any) -> None:
+        for number, prompt in waiting:
+            where = f"prompt {number} at {server.url}"
+            with wire.failures(where):
+                records[number] = await _complete(session, server, prompt, decoding, began, where)
+            done()
+
+    async with wire.session(settings, concurrency) as session:
+        workers = [asyncio.create_task(work(session)) for _ in range(concurrency)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+    return [records[number] for number in sorted(records)]
+
+
+async def _complete(
+    session: Any,
+    server: Server,
+    prompt: TokenizedPrompt,
+    decoding: "Decoding",
+    began: float,
+    where: str,
+) -> RequestRecord:
+    body = _request(server, prompt, decoding)
+    url = f"{server.url}/v1/completions"
+    output_ids: list[int] = []
+    accepted: list[int] = []
+    sent = time.perf_counter()
+    first_token = last_token = sent
+    is_finished = False
+    async with session.post(url, json=body, allow_redirects=False) as reply:
+        if reply.status != 200:
+            raise SpeculatorError(f"{where}: {await wire.describe(reply)}")
+        async for event in wire.events(reply.content):
+            chunk = wire.read(_Chunk, event, where)
+            if chunk.error is not None:
+                raise SpeculatorError(f"{where}: {wire.shown(json.dumps(chunk.error))}")
+            if chunk.metrics and chunk.metrics.speculative_decoding:
+                accepted = chunk.metrics.speculative_decoding.accepted
+            for choice in chunk.choices:
+                if choice.prompt_token_ids not in (None, prompt.token_ids):
+                    raise SpeculatorError(f"{where}: the server changed the prompt.")
+                if choice.token_ids:
+                    last_token = time.perf_counter()
+                    first_token = first_token if output_ids else last_token
+                output_ids += choice.token_ids
+                is_finished |= choice.finish_reason is not None
+    if not is_finished or not output_ids:
+        raise SpeculatorError(f"{where}: the answer broke off after {len(output_ids)} tokens.")
+    return RequestRecord(
+        category=prompt.category,
+        num_prompt_tokens=len(prompt.token_ids),
+        output_ids=output_ids,
+        accepted=accepted,
+        seconds=last_token - sent,
+        timing=Timing(start_s=sent - began, first_token_s=first_token - sent),
+    )
+
+
+def _request(server: Server, prompt: TokenizedPrompt, decoding: "Decoding") -> dict[str, Any]:
+    return {
+        "model": server.model,
+        "prompt": prompt.token_ids,
+        "max_tokens": min(decoding.max_tokens, server.max_model_len - len(prompt.token_ids)),
+        "seed": decoding.seed,
+        "ignore_eos": decoding.ignore_eos,
+        "temperature": decoding.temperature,
+        # Where these are not stated, a server takes the verifier's generation_config.json.
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "stream": True,
+        "stream_options": {"include_usage": True},  # the last event, which has the drafts' counts
+        "return_token_ids": True,
+    }
+
+
+def read_counters(metrics: str) -> Counters:
+    """Of a page of Prometheus metrics, all engines of a server together."""
+    totals: dict[str, float] = {}
+    for name, labels, value in _COUNTER.findall(metrics):
+        position = _POSITION.search(labels)
+        key = f"{name} {position[1]}" if position else name
+        totals[key] = totals.get(key, 0.0) + float(value)
+    kept = "spec_decode_num_accepted_tokens_per_pos"
+    num_positions = sum(key.startswith(f"{kept} ") for key in totals)
+    return Counters(
+        num_drafts=int(totals.get("spec_decode_num_drafts", 0)),
+        accepted_per_position=tuple(
+            int(totals.get(f"{kept} {position}", 0)) for position in range(num_positions)
+        ),
+        generation_tokens=int(totals.get("generation_tokens", 0)),
+        prompt_tokens=int(totals.get("prefix_cache_queries", 0)),
+        cached_prompt_tokens=int(totals.get("prefix_cache_hits", 0)),
+    )
+
+
+_COUNTER = re.compile(r"^vllm:(\w+)_total(\{.*\})? (\S+)$", re.MULTILINE)
+_POSITION = re.compile(r'position="(\d+)"')

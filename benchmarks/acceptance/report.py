@@ -1,0 +1,305 @@
+"""An acceptance report: its record, its table and its plot."""
+
+import json
+import os
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from rich.table import Table
+
+from benchmarks.acceptance.statistics import (
+    FEW_LOOPS,
+    Counters,
+    Latency,
+    RequestRecord,
+    Summary,
+    bootstrap_interval,
+    by_category,
+    latency,
+    macro_acceptance_length,
+    repeated_share,
+    summarize,
+    summarize_counts,
+    tokens_per_second,
+    without_loops,
+)
+from speculators_core.console import console
+
+
+class KReport(BaseModel):
+    """Everything about one number of speculative tokens."""
+
+    speculative_tokens: int
+    counted: Literal["by request", "by server"]
+    """A server that does not say what each request kept has one count of them all; then there are
+    no figures of categories, and no interval."""
+    pooled: Summary
+    interval_95: tuple[float, float] | None
+    macro_acceptance_length: float | None
+    categories: dict[str, Summary]
+    tokens_per_s: list[float]
+    """Of each run."""
+    speed_up: float | None
+    """Median tokens/s over the median without speculation; None where that was not measured."""
+    num_identical: int | None
+    """Outputs equal to those without speculation; None where there are none or they are sampled."""
+    first_differences: dict[int, int]
+    """Request to the first output position that differs."""
+    repeated_8_grams: float
+    without_loops: Summary
+    """Of the requests with under a tenth of repeated 8-grams: loops flatter a draft."""
+    latency: Latency | None
+    requests: list[RequestRecord]
+    counters: Counters | None
+    """What the server counted meanwhile, of everybody's requests."""
+
+    @property
+    def first_run(self) -> list[RequestRecord]:
+        return self.requests[: len(self.requests) // len(self.tokens_per_s)]
+
+
+class DraftReport(BaseModel):
+    """Everything about one draft."""
+
+    name: str
+    kind: str
+    sha256: str | None
+    by_k: list[KReport]
+
+    @property
+    def short_name(self) -> str:
+        return Path(self.name).name
+
+
+class Report(BaseModel):
+    """What `python -m benchmarks.acceptance` writes as JSON."""
+
+    settings: dict[str, Any]
+    verifier: str
+    verifier_sha256: str | None
+    environment: dict[str, str]
+    prompts_sha256: str
+    counting_rule: str = (
+        "a request's first token belongs to no draft; its last step counts whole, accepted tokens "
+        "beyond max_tokens included"
+    )
+    baseline_tokens_per_s: list[float]
+    """Of each run without speculation; empty where there was none."""
+    baseline_requests: list[RequestRecord]
+    baseline_latency: Latency | None = None
+    drafts: list[DraftReport]
+    servers: dict[str, dict[str, Any]] = {}
+    """What the servers said of themselves."""
+    remarks: list[str] = []
+    """What to know before believing the figures."""
+
+
+def report_k(
+    speculative_tokens: int,
+    runs: list[list[RequestRecord]],
+    baseline: list[list[RequestRecord]],
+    greedy: bool,
+    counters: Counters | None = None,
+) -> KReport:
+    """Counts of all runs together, speed as the median of runs, outputs of the first run.
+
+    ``baseline`` is empty where nothing ran without speculation.
+    """
+    records = [record for run in runs for record in run]
+    rates = [tokens_per_second(run) for run in runs]
+    alone_rates = [tokens_per_second(run) for run in baseline]
+    comparable = greedy and bool(baseline)
+    differences = (
+        {
+            index: _first_difference(ours.output_ids, alone.output_ids)
+            for index, (ours, alone) in enumerate(zip(runs[0], baseline[0], strict=True))
+            if ours.output_ids != alone.output_ids
+        }
+        if comparable
+        else {}
+    )
+    pooled = summarize(records, speculative_tokens)
+    by_request = not counters or pooled.num_drafts > 0
+    if counters and not by_request:
+        pooled = summarize_counts(len(records), counters.num_drafts, counters.accepted_per_position)
+    groups = by_category(records) if by_request else {}
+    return KReport(
+        speculative_tokens=speculative_tokens,
+        counted="by request" if by_request else "by server",
+        pooled=pooled,
+        interval_95=bootstrap_interval(runs) if by_request else None,
+        macro_acceptance_length=macro_acceptance_length(records) if by_request else None,
+        categories={name: summarize(group, speculative_tokens) for name, group in groups.items()},
+        tokens_per_s=rates,
+        speed_up=median(rates) / median(alone_rates) if baseline else None,
+        num_identical=len(runs[0]) - len(differences) if comparable else None,
+        first_differences=differences,
+        repeated_8_grams=repeated_share(runs[0]),
+        without_loops=summarize(without_loops(records), speculative_tokens),
+        latency=latency(records),
+        requests=records,
+        counters=counters,
+    )
+
+
+def _first_difference(ours: list[int], alone: list[int]) -> int:
+    pairs = zip(ours, alone, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(alone)))
+
+
+def print_report(report: Report) -> None:
+    """The tables: by draft and number of speculative tokens, by position, and by category."""
+    first = report.drafts[0].by_k[0]
+    outputs = report.baseline_requests or first.first_run
+    columns = ("draft", "K", "tau", "95 %", "macro", "loop-free", "tok/s", "speed-up", "identical")
+    summary = _table("acceptance", *columns)
+    positions = _table("by position", "draft", "K", "position", "kept", "joint", "conditional")
+    categories = _table(
+        "by category", "draft", "K", "category", "requests", "drafts", "tau", "kept"
+    )
+    if report.baseline_tokens_per_s:
+        alone = f"{median(report.baseline_tokens_per_s):.1f}"
+        summary.add_row("none", *["-"] * 5, alone, "1.00x", "-")
+    for name, entry in _entries(report):
+        k, pooled = str(entry.speculative_tokens), entry.pooled
+        same = entry.num_identical
+        figures = ["-"] * 4  # nobody counted
+        if pooled.num_drafts:
+            figures = [
+                f"{pooled.acceptance_length:.3f}",
+                "{:.2f}-{:.2f}".format(*entry.interval_95) if entry.interval_95 else "-",
+                _figure(entry.macro_acceptance_length, ".3f"),
+                f"{entry.without_loops.acceptance_length:.3f}"
+                if entry.without_loops.num_drafts
+                else "-",
+            ]
+        summary.add_row(
+            name,
+            k,
+            *figures,
+            f"{median(entry.tokens_per_s):.1f}",
+            _figure(entry.speed_up, ".2f", "x"),
+            "-" if same is None else f"{same} of {len(outputs)}",
+        )
+        if not pooled.num_drafts:
+            continue
+        rates = zip(
+            pooled.accepted_per_position, pooled.joint_rates, pooled.conditional_rates, strict=True
+        )
+        for position, (kept, joint, conditional) in enumerate(rates, 1):
+            rate = _figure(conditional, ".3f")
+            positions.add_row(name, k, str(position), str(kept), f"{joint:.3f}", rate)
+        for category, group in entry.categories.items():
+            kept_of_group = " ".join(map(str, group.accepted_per_position))
+            tau = f"{group.acceptance_length:.3f}"
+            numbers = (str(group.num_requests), str(group.num_drafts), tau)
+            categories.add_row(name, k, category, *numbers, kept_of_group)
+    for table in (summary, _latency_table(report), positions, categories):
+        if table.row_count:
+            console.print(table)
+    repeated = repeated_share(outputs)
+    num_free = len(without_loops(outputs))
+    for remark in report.remarks:
+        console.print(remark)
+    console.print(
+        f"tau counts the bonus token. {repeated:.1%} of the verifier's 8-grams repeat; loop-free "
+        f"is tau of outputs with under {FEW_LOOPS:.0%} of them ({num_free} of the verifier's)"
+    )
+
+
+def _figure(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def _latency_table(report: Report) -> Table:
+    """When tokens came, of a server; no rows where none was asked."""
+    table = _table(
+        f"latency, {report.settings['concurrency']} requests at a time",
+        "draft",
+        "K",
+        "TTFT ms p50",
+        "p90",
+        "p99",
+        "TPOT ms p50",
+        "p90",
+        "p99",
+        "tok/s/user",
+    )
+    rows = [("none", "-", report.baseline_latency)]
+    rows += [
+        (name, str(entry.speculative_tokens), entry.latency) for name, entry in _entries(report)
+    ]
+    for name, k, timed in rows:
+        if timed is None:
+            continue
+        waits = [f"{1000 * s:.1f}" for s in timed.first_token_s.values()]
+        steps = [f"{1000 * s:.2f}" for s in timed.per_token_s.values()] or ["-"] * len(waits)
+        table.add_row(name, k, *waits, *steps, f"{timed.tokens_per_s_per_user:.1f}")
+    return table
+
+
+def _entries(report: Report) -> list[tuple[str, KReport]]:
+    """Each draft at each number of speculative tokens, under a name that fits a table."""
+    short = [draft.short_name for draft in report.drafts]
+    return [
+        (name if short.count(name) == 1 else draft.name, entry)
+        for name, draft in zip(short, report.drafts, strict=True)
+        for entry in draft.by_k
+    ]
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """``report.json`` and ``acceptance.png``; each replaces an older one when it is whole."""
+    from speculators_core.format.checkpoint import writing_into
+
+    with writing_into(folder) as draft:
+        text = json.dumps(report.model_dump(mode="json"), indent=1)
+        (draft / "report.json").write_text(text + "\n", encoding="utf-8")
+        _plot(report, draft / "acceptance.png")
+        for file in sorted(draft.iterdir()):
+            os.replace(file, folder / file.name)
+    console.print(f"wrote {folder / 'report.json'} and {folder / 'acceptance.png'}")
+
+
+def _plot(report: Report, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (rates, histogram) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    counted = [(name, entry) for name, entry in _entries(report) if entry.pooled.num_drafts]
+    for name, entry in counted:
+        positions = range(1, entry.speculative_tokens + 1)
+        tau = f"tau = {entry.pooled.acceptance_length:.2f}"
+        label = f"{name}, K = {entry.speculative_tokens}, {tau}"
+        (line,) = rates.plot(positions, entry.pooled.joint_rates, marker="o", label=label)
+        conditional = [float("nan") if r is None else r for r in entry.pooled.conditional_rates]
+        rates.plot(positions, conditional, marker="x", linestyle=":", color=line.get_color())
+        histogram.plot(
+            range(entry.speculative_tokens + 1),
+            entry.pooled.histogram,
+            drawstyle="steps-mid",
+            label=name if entry.speed_up is None else f"{name}, {entry.speed_up:.2f}x",
+        )
+    rates.set(xlabel="position", ylabel="rate", ylim=(0, 1), title="joint (-) and conditional (..)")
+    rates.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if counted:
+        rates.legend(frameon=False)
+    histogram.set(xlabel="tokens kept of a draft", ylabel="share of drafts", ylim=(0, 1))
+    histogram.set_title("histogram, and speed-up")
+    if counted:
+        histogram.legend(frameon=False)
+    histogram.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,205 @@
+"""Acceptance statistics from raw counts: each name as the README defines it."""
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from speculators_core.decoding.acceptance import AcceptanceCounts
+
+BOOTSTRAP_SAMPLES = 1000
+LOOP_SPAN = 8
+PERCENTILES = (50, 90, 99)
+FEW_LOOPS = 0.1
+"""Share of repeated 8-grams below which an output counts as free of loops."""
+
+
+class Timing(BaseModel):
+    """When a server answered a request that it ran beside others."""
+
+    model_config = ConfigDict(frozen=True)
+    start_s: float
+    """Since the run's first request."""
+    first_token_s: float
+    """Since the request was sent."""
+
+
+class RequestRecord(BaseModel):
+    """What one request did: enough to recompute every figure."""
+
+    model_config = ConfigDict(frozen=True)
+    category: str
+    num_prompt_tokens: int
+    output_ids: list[int]
+    accepted: list[int]
+    """Tokens kept of each draft, in order; empty without speculation, or where nobody says."""
+    seconds: float
+    """From request to last token; requests that were handed over together share that time."""
+    timing: Timing | None = None
+    """Of a server, whose requests overlap."""
+
+
+class Counters(BaseModel):
+    """What a server counts over all its requests, whoever sent them."""
+
+    model_config = ConfigDict(frozen=True)
+    num_drafts: int
+    accepted_per_position: tuple[int, ...]
+    """One entry for each speculative token; none without speculation."""
+    generation_tokens: int
+    prompt_tokens: int
+    """Those that the prefix cache was asked for."""
+    cached_prompt_tokens: int
+
+    def __sub__(self, before: "Counters") -> "Counters":
+        kept = zip(self.accepted_per_position, before.accepted_per_position, strict=True)
+        return Counters(
+            num_drafts=self.num_drafts - before.num_drafts,
+            accepted_per_position=tuple(after - earlier for after, earlier in kept),
+            generation_tokens=self.generation_tokens - before.generation_tokens,
+            prompt_tokens=self.prompt_tokens - before.prompt_tokens,
+            cached_prompt_tokens=self.cached_prompt_tokens - before.cached_prompt_tokens,
+        )
+
+
+class Latency(BaseModel):
+    """Percentiles over requests, in seconds."""
+
+    model_config = ConfigDict(frozen=True)
+    first_token_s: dict[str, float]
+    """TTFT: from request to first token."""
+    per_token_s: dict[str, float]
+    """TPOT: from first to last token, over the tokens after the first."""
+    tokens_per_s_per_user: float
+    """Median of a request's tokens over its seconds, prefill included."""
+
+
+class Summary(BaseModel):
+    """Figures of some requests at one number of speculative tokens."""
+
+    model_config = ConfigDict(frozen=True)
+    num_requests: int
+    num_drafts: int
+    accepted_per_position: list[int]
+    acceptance_length: float
+    """1 + accepted / drafts over all requests (pooled)."""
+    joint_rates: list[float]
+    """Share of drafts whose positions 1 to k were all kept."""
+    conditional_rates: list[float | None]
+    """Share kept at k of the drafts kept up to k - 1; None where there were none."""
+    histogram: list[float]
+    """Share of drafts with 0, 1, ... K tokens kept."""
+
+
+def summarize(records: Sequence[RequestRecord], speculative_tokens: int) -> Summary:
+    counts = _pool(records, speculative_tokens)
+    return summarize_counts(len(records), counts.num_drafts, counts.accepted_per_position)
+
+
+def summarize_counts(
+    num_requests: int, num_drafts: int, accepted_per_position: Sequence[int]
+) -> Summary:
+    """Figures of drafts that were counted together, position by position."""
+    kept_to = [num_drafts, *accepted_per_position, 0]
+    return Summary(
+        num_requests=num_requests,
+        num_drafts=num_drafts,
+        accepted_per_position=list(accepted_per_position),
+        acceptance_length=1 + sum(accepted_per_position) / max(1, num_drafts),
+        joint_rates=[kept / max(1, num_drafts) for kept in accepted_per_position],
+        conditional_rates=[
+            kept / before if before else None
+            for kept, before in zip(accepted_per_position, kept_to, strict=False)
+        ],
+        histogram=[(kept - further) / max(1, num_drafts) for kept, further in pairwise(kept_to)],
+    )
+
+
+def by_category(records: Sequence[RequestRecord]) -> dict[str, list[RequestRecord]]:
+    groups: dict[str, list[RequestRecord]] = defaultdict(list)
+    for record in records:
+        groups[record.category].append(record)
+    return dict(groups)
+
+
+def macro_acceptance_length(records: Sequence[RequestRecord]) -> float:
+    """Mean of the categories' pooled acceptance lengths."""
+    groups = by_category(records).values()
+    return sum(_pool(group).acceptance_length for group in groups) / max(1, len(groups))
+
+
+def bootstrap_interval(
+    runs: Sequence[Sequence[RequestRecord]], seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of the pooled acceptance length, resampling prompts with all their runs."""
+    generator = random.Random(seed)
+    prompts = list(zip(*runs, strict=True))
+    lengths = sorted(
+        _pool([record for prompt in drawn for record in prompt]).acceptance_length
+        for drawn in (generator.choices(prompts, k=len(prompts)) for _ in range(BOOTSTRAP_SAMPLES))
+    )
+    return lengths[int(0.025 * BOOTSTRAP_SAMPLES)], lengths[int(0.975 * BOOTSTRAP_SAMPLES) - 1]
+
+
+def _pool(records: Sequence[RequestRecord], speculative_tokens: int = 0) -> "AcceptanceCounts":
+    """The drafts of all requests; their acceptance length needs no number of positions."""
+    from speculators_core.decoding.acceptance import AcceptanceCounts  # here: it brings torch
+
+    accepted = [count for record in records for count in record.accepted]
+    return AcceptanceCounts(speculative_tokens, accepted)
+
+
+def tokens_per_second(records: Sequence[RequestRecord]) -> float:
+    """Output tokens over the seconds from request to last token, prefill included."""
+    seconds = sum(r.seconds for r in records if r.timing is None)
+    timed = [(r.timing.start_s, r.timing.start_s + r.seconds) for r in records if r.timing]
+    if timed:  # requests overlap: what counts is from the first sent to the last done
+        seconds += max(end for _, end in timed) - min(start for start, _ in timed)
+    return sum(len(r.output_ids) for r in records) / seconds
+
+
+def latency(records: Sequence[RequestRecord]) -> Latency | None:
+    """None where no server timed the requests one by one."""
+    timed = [(record, record.timing.first_token_s) for record in records if record.timing]
+    if not timed:
+        return None
+    after_first = [
+        (record.seconds - first) / (len(record.output_ids) - 1)
+        for record, first in timed
+        if len(record.output_ids) > 1
+    ]
+    return Latency(
+        first_token_s=_percentiles([first for _, first in timed]),
+        per_token_s=_percentiles(after_first),
+        tokens_per_s_per_user=median(len(r.output_ids) / r.seconds for r, _ in timed),
+    )
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    """The smallest value that so many percent do not exceed; nothing of nothing."""
+    ordered = sorted(values)
+    ranks = {f"p{percent}": -(-percent * len(ordered) // 100) for percent in PERCENTILES}
+    return {name: ordered[rank - 1] for name, rank in ranks.items()} if ordered else {}
+
+
+def without_loops(records: Sequence[RequestRecord]) -> list[RequestRecord]:
+    """The requests whose output hardly repeats itself."""
+    return [record for record in records if repeated_share([record]) < FEW_LOOPS]
+
+
+def repeated_share(records: Sequence[RequestRecord], span: int = LOOP_SPAN) -> float:
+    """Share of an output's 8-grams that it already held, over all: loops flatter a draft."""
+    repeated = total = 0
+    for record in records:
+        seen: set[Any] = set()
+        for start in range(len(record.output_ids) - span + 1):
+            gram = tuple(record.output_ids[start : start + span])
+            repeated += gram in seen
+            total += 1
+            seen.add(gram)
+    return repeated / max(1, total)

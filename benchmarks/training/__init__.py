@@ -1,0 +1,1 @@
+"""How drafts train: single steps, and whole runs beside others."""

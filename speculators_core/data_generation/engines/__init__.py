@@ -1,0 +1,1 @@
+"""Engines: examples in, hidden states out."""

@@ -1,0 +1,132 @@
+"""Data generation on Transformers."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from speculators_core.data_generation.engines.pipeline import InferencePipeline, seed_of
+from speculators_core.data_generation.examples import Example, Failure, GeneratedExample, Schema
+from speculators_core.data_generation.settings import GenerationPlan
+from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.verifier.head import VerifierHead
+from speculators_core.verifier.proof import check_head
+from speculators_core.verifier.reading import load_verifier
+from speculators_core.verifier.taps import LayerTaps
+
+BATCH_SIZE = 8
+"""Texts that Transformers runs at one time where none is given."""
+
+
+class TransformersPipeline(InferencePipeline):
+    """The verifier on Transformers, a few texts of like lengths beside one another.
+
+    Texts are padded on the right, where causal layers never look, so no mask is needed and no value
+    depends on the padding.
+    """
+
+    def __init__(self, plan: GenerationPlan, schema: Schema) -> None:
+        super().__init__(plan, schema)
+        engine = plan.engine
+        dtype = None if engine.dtype == "auto" else getattr(torch, engine.dtype)
+        device = engine.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            model = load_verifier(plan.data.verifier, dtype, plan.data.trust_remote_code)
+            self.model: PreTrainedModel = model.to(device)
+        except (RuntimeError, AssertionError) as error:  # no such device, or no room on it
+            raise SpeculatorError(f"engine.device {device}: {first_line(error)}") from error
+        if schema.logits != "none":
+            check_head(self.model)
+
+    @cached_property
+    def head(self) -> VerifierHead:
+        return VerifierHead(self.model)
+
+    def forward(self, examples: Sequence[Example]) -> list[GeneratedExample | Failure]:
+        done: dict[str, GeneratedExample | Failure] = {}
+        sound = []
+        for example in examples:
+            fault = self.fault(example)
+            if fault is None:
+                sound.append(example)
+            else:
+                done[example.key] = Failure(example.key, fault)
+        sound.sort(key=lambda example: (-len(example.input_ids), example.key))
+        size = self.plan.engine.batch_size or BATCH_SIZE
+        for first in range(0, len(sound), size):
+            done |= self._run(sound[first : first + size])
+        return [done[example.key] for example in examples]
+
+    def _run(self, batch: list[Example]) -> dict[str, GeneratedExample | Failure]:
+        """A batch, or where it fails each of its examples alone."""
+        try:
+            with torch.no_grad():
+                return {formed.key: formed for formed in self._run_together(batch)}
+        except Exception as error:  # of the model's own code, memory too
+            if len(batch) == 1:
+                return {batch[0].key: Failure(batch[0].key, first_line(error))}
+        return {key: formed for example in batch for key, formed in self._run([example]).items()}
+
+    def _run_together(self, batch: list[Example]) -> list[GeneratedExample | Failure]:
+        texts = {example.key: example.input_ids for example in batch}
+        texts |= self._continued([example for example in batch if self.goes_on(example)])
+        rows = torch.nn.utils.rnn.pad_sequence(list(texts.values()), batch_first=True)
+        rows = rows.to(self.model.device)
+        ids = self.captured_ids
+        with LayerTaps(self.model, ids) as taps:
+            self.model.get_decoder()(input_ids=rows, use_cache=False)
+            states = taps.states(ids).unflatten(
+                -1, (len(ids), -1)
+            )  # [batch, seq, captured, hidden]
+        return [
+            self.form(example, text, own[: len(text)])
+            for example, text, own in zip(batch, texts.values(), states, strict=True)
+        ]
+
+    def _continued(self, batch: list[Example]) -> dict[str, Int64[Tensor, "seq"]]:
+        """Each text, by its key, with what the verifier writes, but its last token.
+
+        That one was never read by the verifier, and engines that do not read it again have no
+        state for it.
+        """
+        if not batch:
+            return {}
+        engine = self.plan.engine
+        longest = max(len(example.input_ids) for example in batch)
+        rows = torch.zeros(len(batch), longest, dtype=torch.int64)
+        mask = torch.zeros_like(rows)
+        for row, example in enumerate(batch):
+            rows[row, longest - len(example.input_ids) :] = example.input_ids
+            mask[row, longest - len(example.input_ids) :] = 1
+        settings: dict[str, Any] = {"do_sample": engine.temperature > 0}
+        if engine.temperature > 0:
+            settings |= {"temperature": engine.temperature, "top_p": engine.top_p, "top_k": 0}
+            torch.manual_seed(seed_of(self.plan.run.seed, batch[0].key))
+        output = self.model.generate(
+            input_ids=rows.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            max_new_tokens=engine.max_new_tokens,
+            repetition_penalty=1.0,  # whatever the verifier's generation config wants in a chat
+            **settings,
+        ).cpu()
+        ends = torch.tensor(self.end_ids, dtype=torch.int64)
+        return {
+            example.key: torch.cat([example.input_ids, _until_end(own[longest:], ends)[:-1]])
+            for example, own in zip(batch, output, strict=True)
+        }
+
+    def close(self) -> None:
+        del self.model
+        self.__dict__.pop("head", None)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _until_end(written: Int64[Tensor, "seq"], ends: Int64[Tensor, "ends"]) -> Int64[Tensor, "kept"]:
+    """Up to the first token that ends a text, itself included; padding follows it."""
+    is_end = torch.isin(written, ends).nonzero()
+    return written[: int(is_end[0, 0]) + 1] if len(is_end) else written

@@ -1,0 +1,1 @@
+"""A run of data generation, from its plan to its last unit."""

@@ -1,0 +1,291 @@
+"""``speculators generate-data``: texts through a verifier, to a store or a queue."""
+
+import atexit
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+from cyclopts import Parameter
+from pydantic import Field
+from rich.table import Table
+
+from speculators_core.console import console, result_alone_on_stdout
+from speculators_core.data_generation.settings import (
+    EngineConfig,
+    GenerationPlan,
+    RunConfig,
+    SyncConfig,
+    read_plan,
+)
+from speculators_core.errors import SpeculatorError
+from speculators_core.settings import Settings
+
+if TYPE_CHECKING:
+    from speculators_core.data_generation.stores.disk import DiskStore
+
+LOG = "generate.log"
+FAULT = b"fault:"
+
+
+class StoreTotals(Settings):
+    """What a store on disk holds, of all runs."""
+
+    num_examples: int
+    num_tokens: int
+    size_bytes: int
+
+
+class RunReport(Settings):
+    """What a run made, without that of an earlier one, and what was left out."""
+
+    num_examples: int = 0
+    num_tokens: int = 0
+    size_bytes: int = 0
+    num_units: int = 0
+    num_units_kept: int = 0
+    """Units that an earlier run had made."""
+    seconds: float = 0.0
+    engine_s: float = 0.0
+    """Of all workers' engines together."""
+    set_aside: dict[str, str] = Field(default_factory=dict)
+    """Examples on which the engine failed, and why; of a store on disk in earlier runs too."""
+    counts: dict[str, Any] = Field(default_factory=dict)
+    """Rows that were read, and what became of them."""
+    store: StoreTotals | None = None
+    """None where examples went to a queue."""
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+def run(
+    *,
+    config: Path,
+    engine: Annotated[EngineConfig | None, Parameter(name="engine")] = None,
+    sync: Annotated[SyncConfig | None, Parameter(name="sync")] = None,
+    run: Annotated[RunConfig | None, Parameter(name="run")] = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Runs texts through a verifier and keeps its hidden states, on disk or through a queue.
+
+    Parameters
+    ----------
+    config
+        YAML file with the sections data, engine, sync and run; flags win over it.
+    as_json
+        Print the report as JSON.
+    """
+    from speculators_core.data_generation.runs.preparation import placed
+
+    plan = read_plan(config, {"engine": engine, "sync": sync, "run": run})
+    plan = placed(plan, config.resolve().parent)
+    if as_json:
+        with result_alone_on_stdout():
+            report = generate_data(plan)
+        print(report.model_dump_json(indent=2))
+    else:
+        print_report(generate_data(plan), plan)
+
+
+def generate_data(plan: GenerationPlan) -> RunReport:
+    """Makes what the plan asks for, with as many workers as it says.
+
+    Nothing heavy starts before the plan, the data and the store have been looked at. What was made
+    before an error is kept, and the same plan with ``run.resume`` goes on from there.
+
+    Local data are read and written below the current directory and the store, if the plan names no
+    ``run.allowed_roots``.
+
+    Raises:
+        SpeculatorError: plan, data, engine or store are at fault, or more examples failed than
+            ``run.max_failures``.
+    """
+    from speculators_core.data_generation.runs.preparation import placed, prepare
+    from speculators_core.data_generation.runs.progress import Meter, metered
+    from speculators_core.data_generation.runs.workers import WorkerDone
+    from speculators_core.data_generation.texts.sources import count_rows
+    from speculators_core.files import locked
+    from speculators_core.provenance import versions
+    from speculators_core.registry import ENGINES
+
+    plan = placed(plan)
+    ENGINES.load(plan.engine.engine)
+    meter = Meter(count_rows(plan))
+    with locked(plan.sync.path):
+        store = prepare(plan)
+        if store is not None:
+            meter.set_aside = store.set_aside()
+        counts: dict[str, Any] = {}
+        with metered(meter, _log_file(plan)) as show:
+            for told in _workers(plan):
+                if isinstance(told, WorkerDone):
+                    counts = told.counts
+                    continue
+                show(told)
+                _check_failures(meter.set_aside, plan)
+        report = RunReport(
+            num_examples=meter.num_examples,
+            num_tokens=meter.num_tokens,
+            size_bytes=meter.size_bytes,
+            num_units=meter.num_units,
+            num_units_kept=meter.num_units_kept,
+            seconds=meter.elapsed_s,
+            engine_s=meter.engine_s,
+            set_aside=meter.set_aside,
+            counts=counts,
+            versions=versions(),
+        )
+        if store is not None:
+            store.check_numbers(below=meter.num_units)
+            store.close()
+            report = report.model_copy(update={"store": _totals(store)})
+            store.complete(report.model_dump_json(indent=2))
+    return report
+
+
+def _workers(plan: GenerationPlan) -> Iterator[Any]:
+    if plan.run.backend == "ray":
+        from speculators_core.data_generation.runs.ray_workers import run_on_ray
+
+        return run_on_ray(plan)
+    from speculators_core.data_generation.runs.workers import run_here
+
+    return run_here(plan)
+
+
+def _totals(store: "DiskStore") -> StoreTotals:
+    return StoreTotals(
+        num_examples=len(store),
+        num_tokens=int(store.lengths.sum()),
+        size_bytes=store.size_bytes,
+    )
+
+
+def _log_file(plan: GenerationPlan) -> Path | None:
+    return plan.run.log_file or (plan.sync.path and plan.sync.path / LOG)
+
+
+def _check_failures(set_aside: dict[str, str], plan: GenerationPlan) -> None:
+    if len(set_aside) > plan.run.max_failures:
+        key, reason = list(set_aside.items())[-1]
+        raise SpeculatorError(
+            f"{len(set_aside)} examples failed, more than run.max_failures "
+            f"({plan.run.max_failures}); the last, {key}: {reason}."
+        )
+
+
+# ---- a process of its own ----
+
+
+class GenerationProcess:
+    """A run in a process of its own, beside the one that trains; it ends with that one at last.
+
+    As a context it is stopped at the end.
+    """
+
+    def __init__(self, plan: GenerationPlan) -> None:
+        from speculators_core.data_generation.runs.workers import to_json
+
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=_generate, args=(theirs, to_json(plan)))
+        self._process.start()
+        theirs.close()
+        self._message: bytes | None = None
+        atexit.register(self.stop)  # or Python would wait for it, and it for us to take examples
+
+    def report(self) -> RunReport:
+        """What the run made, when it has ended.
+
+        Raises:
+            SpeculatorError: the run met one, or was killed.
+        """
+        from speculators_core.data_generation.runs.workers import end_of
+
+        if self._message is None:
+            try:
+                self._message = self._ours.recv_bytes()
+            except EOFError as error:
+                self._process.join()
+                end = end_of(self._process.exitcode or 0)
+                raise SpeculatorError(f"The run {end}. Go on with run.resume.") from error
+            self._process.join()
+        if self._message.startswith(FAULT):
+            raise SpeculatorError(self._message.removeprefix(FAULT).decode())
+        return RunReport.model_validate_json(self._message)
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def stop(self) -> None:
+        """Ends the run where it stands, if it has not ended; what it made is kept."""
+        self._process.terminate()
+        self._process.join()
+        atexit.unregister(self.stop)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+
+def generate_data_process(plan: GenerationPlan) -> GenerationProcess:
+    """Starts `generate_data` in a process of its own."""
+    return GenerationProcess(plan)
+
+
+def _generate(connection: Any, plan: str) -> None:
+    from tqdm import tqdm
+
+    from speculators_core.data_generation.runs.workers import watch_parent
+
+    # Its own is a semaphore, of which Python warns where a process is ended that holds one.
+    tqdm.set_lock(threading.RLock())
+    os.setsid()  # a signal to the parent's group is the parent's, which stops this run itself
+    watch_parent()
+    try:
+        report = generate_data(GenerationPlan.model_validate_json(plan))
+        connection.send_bytes(report.model_dump_json().encode())
+    except SpeculatorError as error:
+        connection.send_bytes(FAULT + str(error).encode())
+
+
+def print_report(report: RunReport, plan: GenerationPlan) -> None:
+    table = Table(title="generate-data", show_header=False)
+    table.add_column("what")
+    table.add_column("number", justify="right")
+    rate = report.num_tokens / report.seconds if report.seconds else 0.0
+    lines: dict[str, Any] = {
+        "examples": report.num_examples,
+        "tokens": report.num_tokens,
+        "bytes": report.size_bytes,
+        "seconds": f"{report.seconds:.1f}",
+        "tokens/s": f"{rate:.0f}",
+        "units": report.num_units,
+        "units of an earlier run": report.num_units_kept,
+        "examples set aside": len(report.set_aside),
+    }
+    if report.store is not None:
+        lines |= {
+            "examples in the store": report.store.num_examples,
+            "tokens in the store": report.store.num_tokens,
+            "bytes in the store": report.store.size_bytes,
+        }
+    for name, value in lines.items():
+        table.add_row(name, str(value))
+    for name, value in _flat_counts(report.counts):
+        table.add_row(name, str(value))
+    console.print(table)
+    if plan.sync.kind == "disk":
+        console.print(f"wrote {plan.sync.path}")
+
+
+def _flat_counts(counts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in counts.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}: {reason}", number) for reason, number in value.items())
+        else:
+            yield name.replace("_", " "), value

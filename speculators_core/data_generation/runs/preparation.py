@@ -1,0 +1,127 @@
+"""What stands before the first worker starts: allowed places, the folder of the run, its lock."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from speculators_core.console import console
+from speculators_core.data_generation.engines.pipeline import schema_of
+from speculators_core.data_generation.settings import GenerationPlan
+from speculators_core.data_generation.stores.disk import SHARDS, DiskStore, Manifest, check_same
+from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.files import Roots, write_text
+from speculators_core.provenance import sample_weights, this_command, versions, without_secrets
+
+CONFIG = "config.yaml"
+
+
+COMMAND = "command.txt"
+
+
+JOURNAL = "journal.json"
+"""What a queue's journals are of."""
+
+
+def placed(plan: GenerationPlan, *more: Path) -> GenerationPlan:
+    """The plan with its local places in full, and the folders that it may read and write.
+
+    Where it names none, those are the current directory, the store and ``more``.
+
+    Raises:
+        SpeculatorError: the store or the log lies outside of them.
+    """
+    run, sync = plan.run, plan.sync
+    if not run.allowed_roots:
+        own = () if sync.path is None else (sync.path.expanduser(),)
+        folders = dict.fromkeys(folder.resolve() for folder in (Path.cwd(), *more, *own))
+        run = run.model_copy(update={"allowed_roots": tuple(folders)})
+    roots = Roots(run.allowed_roots)
+    if run.log_file is not None:
+        run = run.model_copy(update={"log_file": roots.check(run.log_file)})
+    if sync.path is not None:
+        path = roots.check(sync.path)
+        roots.check(path / SHARDS)
+        sync = sync.model_copy(update={"path": path})
+    return plan.model_copy(update={"run": run, "sync": sync})
+
+
+def prepare(plan: GenerationPlan) -> DiskStore | None:
+    """Makes the folder of a run, or looks whether the one that is there can be gone on with.
+
+    With ``run.repair`` shards that are to be made again are taken out. A scheduler of one's own
+    calls it once, then `generate_data_worker` for each worker.
+
+    Raises:
+        SpeculatorError: the folder holds something else, or was made from other options.
+    """
+    folder = plan.sync.path
+    if folder is None:
+        return None
+    manifest = Manifest(content=schema_of(plan), made_from=decides_bytes(plan), versions=versions())
+    is_going_on = plan.run.resume or plan.run.repair
+    store = None
+    if plan.sync.kind == "disk":
+        store = DiskStore.create(
+            folder,
+            manifest.content,
+            made_from=manifest.made_from,
+            versions=manifest.versions,
+            resume=is_going_on,
+            compression=plan.sync.compression,
+            shard_tokens=plan.sync.shard_tokens,
+        )
+        _look_at_shards(store, plan.run.repair)
+    else:
+        _open_journal(folder, manifest, is_going_on)
+    _write_provenance(folder, plan)
+    return store
+
+
+def _look_at_shards(store: DiskStore, repair: bool) -> None:
+    store.clean()
+    if repair:
+        wrong = store.find_damage()
+        wrong |= store.find_set_aside(leave_out=wrong)
+        for path, what in wrong.items():
+            console.print(f"makes {path.name} again: {what}", markup=False)
+            path.unlink()
+    for _ in store.headers():
+        pass  # a truncated one is found here
+
+
+def _open_journal(folder: Path, manifest: Manifest, is_going_on: bool) -> None:
+    path = folder / JOURNAL
+    if not path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, manifest.model_dump_json(indent=2))
+        except OSError as error:
+            raise SpeculatorError(f"{path} cannot be written: {first_line(error)}.") from error
+        return
+    if not is_going_on:
+        raise SpeculatorError(
+            f"{folder} holds the journal of a run. Go on with --run.resume, or name another folder."
+        )
+    check_same(folder, Manifest.read_file(path), manifest)
+
+
+def decides_bytes(plan: GenerationPlan) -> dict[str, Any]:
+    """What decides the examples: options, and the weights of a verifier on this machine."""
+    content = plan.model_dump(mode="json")
+    left_out = ("device", "base_url", "api_key")
+    return {
+        "data": content["data"],
+        "engine": {name: v for name, v in content["engine"].items() if name not in left_out},
+        "sync": {name: content["sync"][name] for name in ("shard_tokens", "dtype", "compression")},
+        "run": {name: content["run"][name] for name in ("limit", "seed")},
+        "weights": sample_weights(plan.data.verifier),
+    }
+
+
+def _write_provenance(folder: Path, plan: GenerationPlan) -> None:
+    """What reruns this run."""
+    text = yaml.safe_dump(plan.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    write_text(folder / CONFIG, text)
+    write_text(folder / COMMAND, f"{shlex.join(without_secrets(this_command()))}\n")

@@ -1,0 +1,267 @@
+"""Workers: each runs its share of the units through an engine of its own.
+
+Worker i of n takes every n-th unit, from the i-th on, whatever the others do. So nothing is handed
+out, a worker that dies takes nothing with it, and the next run makes what is missing.
+"""
+
+import json
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+from pydantic import Field
+
+from speculators_core.data_generation.engines.pipeline import InferencePipeline, schema_of
+from speculators_core.data_generation.examples import Failure, GeneratedExample
+from speculators_core.data_generation.queues.mp_queue import MPQueueStore
+from speculators_core.data_generation.queues.zmq_store import ZmqStore
+from speculators_core.data_generation.runs.targets import DiskTarget, QueueTarget, Target
+from speculators_core.data_generation.runs.units import Unit, ahead, cut_units
+from speculators_core.data_generation.settings import GenerationPlan
+from speculators_core.data_generation.stores.disk import DiskStore
+from speculators_core.data_generation.stores.shards import SUFFIXES, SetAside
+from speculators_core.data_generation.texts.sources import Counts, read_plan_examples
+from speculators_core.errors import SpeculatorError
+from speculators_core.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class UnitDone(Settings):
+    """What a worker tells of a unit."""
+
+    worker: int
+    unit: int
+    rows: int
+    """Rows of the data sets that were read so far."""
+    num_examples: int = 0
+    num_tokens: int = 0
+    size_bytes: int = 0
+    engine_s: float = 0.0
+    set_aside: tuple[SetAside, ...] = ()
+    was_there: bool = False
+    """An earlier run had made it."""
+
+
+class WorkerDone(Settings):
+    """The last thing that a worker tells."""
+
+    worker: int
+    counts: dict[str, Any] = Field(default_factory=dict)
+    """`sources.Counts` of all that was read."""
+
+
+Told = UnitDone | WorkerDone
+
+
+def generate_data_worker(plan: GenerationPlan, worker: int = 0) -> Iterator[Told]:
+    """Runs worker ``worker`` of ``run.workers``, and tells of each unit when it has been stored.
+
+    The plan is one that `preparation.placed` gave, its folder one that `preparation.prepare` made.
+
+    Raises:
+        SpeculatorError: the engine, the data or the store are at fault.
+    """
+    counts = Counts()
+    schema = schema_of(plan)
+    target = _target(plan, worker)
+    with ExitStack() as stack:
+        thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="store"))
+        stack.push(_aborting(target))  # before the thread is waited for: it may wait for a consumer
+        engine: InferencePipeline | None = None
+        storing: Future[UnitDone] | None = None
+        for unit, rows in ahead(_own_units(plan, worker, counts)):
+            if target.has(unit):
+                yield UnitDone(worker=worker, unit=unit.number, rows=rows, was_there=True)
+                continue
+            if engine is None:  # not before a text has been read
+                engine = InferencePipeline.from_config(_on_device(plan, worker), schema)
+                stack.enter_context(engine)
+            start = time.monotonic()
+            results = engine.forward(unit.examples)
+            engine_s = time.monotonic() - start
+            if storing is not None:
+                yield storing.result()
+            done = UnitDone(worker=worker, unit=unit.number, rows=rows, engine_s=engine_s)
+            storing = thread.submit(_store, target, unit, results, done)
+            del results
+        if storing is not None:
+            yield storing.result()
+    target.close()  # not after an error: a queue would tell its consumers that this was all
+    yield WorkerDone(worker=worker, counts=counts.as_dict())
+
+
+def _aborting(target: Target) -> Callable[..., None]:
+    """What an exit calls: lets go of the target where there was an error."""
+
+    def end(kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            target.abort()
+
+    return end
+
+
+def _own_units(plan: GenerationPlan, worker: int, counts: Counts) -> Iterator[tuple[Unit, int]]:
+    for unit in cut_units(read_plan_examples(plan, counts), plan):
+        if unit.number % plan.run.workers == worker:
+            yield unit, counts.rows
+
+
+def _store(
+    target: Target, unit: Unit, results: Sequence[GeneratedExample | Failure], done: UnitDone
+) -> UnitDone:
+    made = [result for result in results if isinstance(result, GeneratedExample)]
+    failed = [result for result in results if isinstance(result, Failure)]
+    return done.model_copy(
+        update={
+            "size_bytes": target.store(unit, results),
+            "num_examples": len(made),
+            "num_tokens": sum(len(example.input_ids) for example in made),
+            "set_aside": tuple(SetAside(key=f.key, reason=f.reason) for f in failed),
+        }
+    )
+
+
+def _target(plan: GenerationPlan, worker: int) -> Target:
+    sync = plan.sync
+    if sync.kind == "disk":
+        assert sync.path is not None
+        store = DiskStore.open(sync.path)
+        store.suffix = SUFFIXES[sync.compression]
+        return DiskTarget(store)
+    sink = ZmqStore.sink if sync.kind == "zmq" else MPQueueStore.sink
+    return QueueTarget(sink(schema_of(plan), sync), sync.path, worker)
+
+
+def _on_device(plan: GenerationPlan, worker: int) -> GenerationPlan:
+    """Workers of one machine take its GPUs in turn."""
+    import torch
+
+    device = plan.engine.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    num_devices = torch.cuda.device_count()
+    if device != "cuda" or plan.run.backend != "local" or min(plan.run.workers, num_devices) < 2:
+        return plan
+    device = f"cuda:{worker % num_devices}"
+    return plan.model_copy(update={"engine": plan.engine.model_copy(update={"device": device})})
+
+
+# ---- processes of this machine ----
+
+
+def run_here(plan: GenerationPlan) -> Iterator[Told]:
+    """One worker in this process, or several in processes of their own.
+
+    Raises:
+        SpeculatorError: a worker met a fault, or was killed.
+    """
+    if plan.run.workers == 1:
+        yield from generate_data_worker(plan)
+        return
+    context = multiprocessing.get_context("spawn")
+    started = []
+    for worker in range(plan.run.workers):
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=_work, args=(theirs, to_json(plan), worker), name=f"worker-{worker}"
+        )
+        process.start()
+        theirs.close()
+        started.append((process, ours))
+    try:
+        yield from _listen(started)
+    except BaseException:
+        for process, _ in started:
+            process.terminate()
+        raise
+    finally:
+        for process, ours in started:
+            process.join()
+            ours.close()
+
+
+def _listen(started: Sequence[tuple[Any, Any]]) -> Iterator[Told]:
+    """What workers tell, until all are done."""
+    running = {ours: process for process, ours in started}
+    lost = []
+    while running:
+        for ours in multiprocessing.connection.wait(list(running)):
+            assert isinstance(ours, multiprocessing.connection.Connection)
+            try:
+                told = read_told(ours.recv_bytes())
+            except EOFError:
+                process = running.pop(ours)
+                process.join()
+                lost.append(f"{process.name} {end_of(process.exitcode)}")
+                continue
+            if isinstance(told, WorkerDone):
+                running.pop(ours)
+            yield told
+    if lost:
+        raise SpeculatorError(
+            f"{', '.join(lost)}. What the workers made is kept: go on with --run.resume."
+        )
+
+
+def end_of(code: int) -> str:
+    """How a process ended, in words."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with code {code}"
+
+
+def _work(connection: Any, plan: str, worker: int) -> None:
+    """A worker's process: tells in JSON, ends with the process that started it."""
+    watch_parent()
+    parsed = GenerationPlan.model_validate_json(plan)
+    for message in messages_of(lambda: generate_data_worker(parsed, worker)):
+        connection.send_bytes(message)
+
+
+def watch_parent() -> None:
+    """Ends this process when the one that started it has ended, however that came."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def messages_of(work: Callable[[], Iterator[Told]]) -> Iterator[bytes]:
+    """Everything that a worker tells, or at the end the line that says why it could not go on."""
+    try:
+        for told in work():
+            yield json.dumps({type(told).__name__: told.model_dump(mode="json")}).encode()
+    except SpeculatorError as error:
+        yield json.dumps({"fault": str(error)}).encode()
+
+
+def read_told(message: bytes) -> Told:
+    """What a message of `messages_of` says.
+
+    Raises:
+        SpeculatorError: the worker met one.
+    """
+    ((kind, content),) = json.loads(message).items()
+    if kind == "fault":
+        raise SpeculatorError(content)
+    known: dict[str, type[UnitDone] | type[WorkerDone]] = {
+        "UnitDone": UnitDone,
+        "WorkerDone": WorkerDone,
+    }
+    return known[kind].model_validate(content)
+
+
+def to_json(plan: GenerationPlan) -> str:
+    """The plan for a process of our own, its key included."""
+    content = plan.model_dump(mode="json")
+    content["engine"]["api_key"] = plan.engine.api_key
+    return json.dumps(content)

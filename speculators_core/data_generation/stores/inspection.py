@@ -1,0 +1,186 @@
+"""``speculators inspect``: what a store holds."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from pydantic import Field
+from rich.table import Table
+from rich.text import Text
+
+from speculators_core.console import console
+from speculators_core.errors import SpeculatorError
+from speculators_core.settings import Settings
+
+NOT_SOUND_EXIT = 1
+
+
+class InspectSettings(Settings):
+    """What is shown of a store."""
+
+    example: int = Field(0, ge=0)
+    """Number of the example that is shown."""
+    max_shown_tokens: int = Field(400, ge=1)
+    """Tokens of it, at most."""
+    verify: bool = False
+    """Reads every byte and compares the checksums; exit code 1 where a shard is damaged."""
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False
+    """Print the numbers as JSON."""
+
+
+class StoreSummary(Settings):
+    """The numbers of a store."""
+
+    folder: str
+    verifier: str
+    is_complete: bool
+    """Whether the run that made it came to its end."""
+    num_examples: int
+    num_tokens: int
+    num_trained: int
+    num_written: int
+    """Tokens that the verifier wrote."""
+    longest: int
+    num_shards: int
+    size_bytes: int
+    token_bytes: int
+    layer_ids: list[int]
+    fields: dict[str, str]
+    """Types and shapes of a token's tensors."""
+    set_aside: dict[str, str]
+    damaged: dict[str, str]
+
+
+def run(
+    store: Path, /, *, settings: Annotated[InspectSettings | None, Parameter(name="*")] = None
+) -> None:
+    """Prints what a store holds: numbers, layers, types, and an example with its loss mask.
+
+    Parameters
+    ----------
+    store
+        Folder that `speculators generate-data` wrote.
+    """
+    settings = settings or InspectSettings()
+    summary = summarize(store, verify=settings.verify)
+    if settings.as_json:
+        print(json.dumps(summary.model_dump(), indent=2))
+    else:
+        _print(summary)
+        if summary.num_examples:
+            _print_example(store, settings)
+    if summary.damaged:
+        raise SystemExit(NOT_SOUND_EXIT)
+
+
+def summarize(folder: Path, verify: bool = False) -> StoreSummary:
+    """The numbers of a store; with ``verify`` every byte is read.
+
+    Raises:
+        SpeculatorError: there is no store, or without ``verify`` a shard is damaged.
+    """
+    from speculators_core.data_generation.stores.disk import DiskStore
+
+    store = DiskStore.open(folder)
+    damaged = store.find_damage() if verify else {}
+    totals: Counter[str] = Counter()
+    longest = 0
+    set_aside: dict[str, str] = {}
+    for _, header in store.headers(leave_out=damaged):
+        set_aside |= {aside.key: aside.reason for aside in header.set_aside}
+        for entry in header.entries:
+            longest = max(longest, entry.num_tokens)
+            totals["examples"] += 1
+            totals["tokens"] += entry.num_tokens
+            totals["prompt"] += entry.num_prompt_tokens
+            totals["trained"] += entry.num_trained
+    return StoreSummary(
+        folder=str(folder),
+        verifier=store.schema.verifier,
+        is_complete=store.is_complete,
+        num_examples=totals["examples"],
+        num_tokens=totals["tokens"],
+        num_trained=totals["trained"],
+        num_written=totals["tokens"] - totals["prompt"],
+        longest=longest,
+        num_shards=len(store.shard_paths()),
+        size_bytes=store.size_bytes,
+        token_bytes=store.schema.token_bytes,
+        layer_ids=list(store.schema.layer_ids),
+        fields={
+            name: f"{str(spec.dtype).removeprefix('torch.')} {list(spec.tail)}"
+            for name, spec in store.schema.fields.items()
+        },
+        set_aside=set_aside,
+        damaged={path.name: what for path, what in damaged.items()},
+    )
+
+
+def _print(summary: StoreSummary) -> None:
+    table = Table(title=Text(summary.folder), show_header=False)
+    mean = summary.num_tokens / max(summary.num_examples, 1)
+    trained = summary.num_trained / max(summary.num_tokens, 1)
+    lines: dict[str, Any] = {
+        "verifier": summary.verifier,
+        "complete": "yes" if summary.is_complete else "no: go on with --run.resume",
+        "examples": summary.num_examples,
+        "tokens": f"{summary.num_tokens} (mean {mean:.0f}, longest {summary.longest})",
+        "tokens to learn": f"{summary.num_trained} ({trained:.1%})",
+        "tokens the verifier wrote": summary.num_written,
+        "layers": " ".join(map(str, summary.layer_ids)),
+        "shards": summary.num_shards,
+        "bytes": f"{summary.size_bytes} ({summary.token_bytes} a token)",
+        **{f"field {name}": kind for name, kind in summary.fields.items()},
+        "set aside": len(summary.set_aside),
+    }
+    for name, value in lines.items():
+        table.add_row(name, Text(str(value)))
+    console.print(table)
+    for key, reason in list(summary.set_aside.items())[:10]:
+        console.print(f"set aside {key}: {reason}", highlight=False, markup=False)
+    for what in summary.damaged.values():
+        console.print(what, style="red", highlight=False, markup=False)
+
+
+def _print_example(folder: Path, settings: InspectSettings) -> None:
+    from speculators_core.data_generation.stores.disk import DiskStore
+    from speculators_core.verifier.reading import read_tokenizer
+
+    store = DiskStore.open(folder)
+    if settings.example >= len(store):
+        raise SpeculatorError(
+            f"--example {settings.example}: the store holds examples 0 to {len(store) - 1}."
+        )
+    example = store[settings.example]
+    try:
+        tokenizer = read_tokenizer(store.schema.verifier)
+    except SpeculatorError:
+        tokenizer = None  # the store may have been moved away from its verifier
+    console.print(
+        f"example {settings.example}, key {example.key}: {len(example.input_ids)} tokens; "
+        "green ones are to be learnt",
+        highlight=False,
+        markup=False,
+    )
+    ids = example.input_ids[: settings.max_shown_tokens].tolist()
+    mask = example.loss_mask[: settings.max_shown_tokens].tolist()
+    text = Text()
+    for piece, is_trained in _stretches(ids, mask):
+        shown = tokenizer.decode(piece) if tokenizer is not None else f"{piece} "
+        text.append(shown, style="green" if is_trained else "dim")
+    if len(example.input_ids) > len(ids):
+        text.append(f" ... {len(example.input_ids) - len(ids)} more tokens", style="italic")
+    console.print(text)
+
+
+def _stretches(ids: list[int], mask: list[bool]) -> list[tuple[list[int], bool]]:
+    """Tokens in stretches of one kind: [5 6 7], [0 1 1] -> ([5], False) ([6 7], True)."""
+    stretches: list[tuple[list[int], bool]] = []
+    for token, is_trained in zip(ids, mask, strict=True):
+        if stretches and stretches[-1][1] == is_trained:
+            stretches[-1][0].append(token)
+        else:
+            stretches.append(([token], is_trained))
+    return stretches

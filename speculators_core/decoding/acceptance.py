@@ -1,0 +1,163 @@
+"""Which proposed tokens the verifier keeps: pure functions on tensors.
+
+A draft of two tokens and the verifier's three rows, one more than the draft is long:
+
+    draft            a      b
+    verifier row     0      1      2      row t scores what may stand in the place of token t
+    kept 0           x                    x comes from row 0, in place of a
+    kept 1           a      x             x comes from row 1, in place of b
+    kept 2           a      b      x      x comes from row 2: the bonus token
+
+For sampled verification p is the verifier's distribution and q the one the draft was drawn from
+(arXiv:2211.17192, arXiv:2302.01318). Both are final: temperature, top-k and top-p applied.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What one verifier step decided, for each row of a batch."""
+
+    num_accepted: Int[Tensor, "batch"]
+    next_token: Int[Tensor, "batch"]
+    """The token after the kept ones: in place of the first refused one, or the bonus token."""
+
+
+def accept_greedy(
+    draft_tokens: Int[Tensor, "batch draft"],
+    verifier_scores: Float[Tensor, "batch draft+1 vocab"],
+    accept_k: int = 1,
+    tolerance: float = 0.0,
+) -> Acceptance:
+    """Length of the draft's prefix that the verifier agrees with, and the verifier's next token.
+
+    draft [7 3 9 2], verifier [7 3 5 2 8] -> 2 kept, next is 5
+
+    By default a token is kept only where it is argmax's choice, among equals too, so the output is
+    the verifier's own. It is lossy to keep more: a token that fewer than ``accept_k`` tokens
+    outscore, or one within ``tolerance`` of the best score. A score of -inf is never kept so.
+    """
+    verifier_tokens = verifier_scores.argmax(-1)  # [batch, draft + 1]
+    kept = draft_tokens == verifier_tokens[:, :-1]
+    if accept_k > 1 or tolerance > 0.0:
+        scores = verifier_scores[:, :-1]
+        own = _of_tokens(scores, draft_tokens)  # [batch, draft]
+        rank = (scores > own[..., None]).sum(-1)
+        gap = scores.amax(-1).double() - own.double()  # bf16 would round the gap
+        kept |= ((rank < accept_k) | (gap <= tolerance)) & (own > -torch.inf)
+    num_accepted = _count_leading(kept)
+    next_token = verifier_tokens.gather(1, num_accepted[:, None]).squeeze(1)
+    return Acceptance(num_accepted, next_token)
+
+
+def accept_sampled(
+    draft_tokens: Int[Tensor, "batch draft"],
+    draft_probs: Float[Tensor, "batch draft vocab"] | None,
+    verifier_probs: Float[Tensor, "batch draft+1 vocab"],
+    generator: torch.Generator | None = None,
+) -> Acceptance:
+    """Keeps and replaces by chance so that the emitted tokens follow the verifier's own law.
+
+    Draft tokens are either drawn from their rows of ``draft_probs`` or, where that is None, chosen
+    in any way at all (greedily, say). Probabilities that the tokens were not drawn from break the
+    law. A token to which the verifier gives no probability is never emitted. ``generator`` lives on
+    the tensors' device.
+    """
+    chance = acceptance_probability(draft_tokens, draft_probs, verifier_probs)
+    # Uniform draws include 0, never 1: a strict < refuses chance 0 and keeps chance 1 always.
+    uniform = torch.rand(
+        chance.shape, dtype=chance.dtype, device=chance.device, generator=generator
+    )
+    num_accepted = _count_leading(uniform < chance)
+    law = next_token_probs(draft_tokens, draft_probs, verifier_probs, num_accepted)
+    return Acceptance(num_accepted, _draw(law, generator))
+
+
+def acceptance_probability(
+    draft_tokens: Int[Tensor, "batch draft"],
+    draft_probs: Float[Tensor, "batch draft vocab"] | None,
+    verifier_probs: Float[Tensor, "batch draft+1 vocab"],
+) -> Float[Tensor, "batch draft"]:
+    """min(1, p / q) of each draft token: its chance of being kept once those before it are.
+
+    Without ``draft_probs`` q is 1. A token with q = 0 cannot have been drawn; one that comes
+    nevertheless is kept where p > 0. Float64: float32's uniform draws are multiples of 2**-24 and
+    would keep a token with p / q = 1e-9 sixty times too often.
+    """
+    p = _of_tokens(verifier_probs[:, :-1], draft_tokens).double()
+    q = torch.ones_like(p) if draft_probs is None else _of_tokens(draft_probs, draft_tokens)
+    return torch.where(p > 0.0, p / q, 0.0).clamp_max(1.0)  # [batch, draft]
+
+
+def next_token_probs(
+    draft_tokens: Int[Tensor, "batch draft"],
+    draft_probs: Float[Tensor, "batch draft vocab"] | None,
+    verifier_probs: Float[Tensor, "batch draft+1 vocab"],
+    num_accepted: Int[Tensor, "batch"],
+) -> Float[Tensor, "batch vocab"]:
+    """Law of the token that follows ``num_accepted`` kept ones, in float64.
+
+    After a refusal max(p - q, 0) scaled to sum to 1, or p where rounding leaves that no mass; after
+    a draft that was kept whole p.
+
+    p [.5 .3 .2], q [.2 .2 .6] -> after a refusal [.75 .25 0]
+    """
+    if draft_probs is None:
+        nothing = torch.zeros_like(verifier_probs[:, :-1])
+        draft_probs = nothing.scatter(-1, draft_tokens.long()[..., None], 1.0)
+    batch = torch.arange(len(num_accepted), device=num_accepted.device)
+    q = torch.nn.functional.pad(draft_probs, (0, 0, 0, 1))  # [batch, draft + 1, vocab]
+    p, q = verifier_probs[batch, num_accepted].double(), q[batch, num_accepted].double()
+    mass = (p - q).clamp_min(0.0)  # [batch, vocab]
+    mass = torch.where(mass.sum(-1, keepdim=True) > 0.0, mass, p)
+    return mass / mass.sum(-1, keepdim=True)
+
+
+def _of_tokens(
+    values: Float[Tensor, "batch draft vocab"], tokens: Int[Tensor, "batch draft"]
+) -> Float[Tensor, "batch draft"]:
+    return values.gather(-1, tokens.long()[..., None]).squeeze(-1)
+
+
+def _count_leading(kept: Bool[Tensor, "batch draft"]) -> Int[Tensor, "batch"]:
+    return kept.long().cumprod(-1).sum(-1)
+
+
+def _draw(
+    probs: Float[Tensor, "batch vocab"], generator: torch.Generator | None
+) -> Int[Tensor, "batch"]:
+    """One token a row, never one without probability.
+
+    Token i arrives after a time Exp(1) / probs[i] and the first one wins. `torch.multinomial` draws
+    the same race, but a time of exactly 0 would let a token without probability win it as 0 / 0.
+    """
+    times = torch.empty_like(probs).exponential_(generator=generator)
+    return (probs / times.clamp_min(torch.finfo(probs.dtype).tiny)).argmax(-1)
+
+
+@dataclass(frozen=True)
+class AcceptanceCounts:
+    """How many tokens of each draft were kept, in order."""
+
+    speculative_tokens: int
+    accepted: list[int] = field(default_factory=list)
+
+    @property
+    def num_drafts(self) -> int:
+        return len(self.accepted)
+
+    @property
+    def accepted_per_position(self) -> list[int]:
+        """Drafts whose positions 1 to k were all kept, for each k."""
+        positions = range(1, self.speculative_tokens + 1)
+        return [sum(count >= k for count in self.accepted) for k in positions]
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per verifier step, the bonus token included; 1 where nothing was drafted."""
+        return 1.0 + sum(self.accepted) / max(1, self.num_drafts)

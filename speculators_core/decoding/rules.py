@@ -1,0 +1,103 @@
+"""How a request wants its tokens chosen, and when it ends."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import logits_process
+from transformers.generation.streamers import BaseStreamer
+
+from speculators_core.decoding.acceptance import Acceptance, accept_greedy, accept_sampled
+from speculators_core.decoding.drafter import Chooser, Proposal
+from speculators_core.format.proposals import (
+    GreedyTokenProposalConfig,
+    SamplingTokenProposalConfig,
+    TokenProposalConfig,
+)
+
+STATELESS_PROCESSORS = {
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.TopHLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
+    logits_process.SuppressTokensLogitsProcessor,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.LogitNormalization,
+}
+"""Those that look at the scores alone, not at the text before them."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How scores become tokens, and when a text ends."""
+
+    logits_processor: LogitsProcessorList
+    stopping_criteria: Any
+    config: GenerationConfig
+    proposal: TokenProposalConfig
+    num_tokens: int
+    generator: torch.Generator | None = None
+    streamer: BaseStreamer | None = None
+
+    def __post_init__(self) -> None:
+        if self.lossy_options and self.config.do_sample:
+            raise ValueError(
+                f"{', '.join(self.lossy_options)}: for greedy decoding alone; pass do_sample=False"
+            )
+        for processor in self.logits_processor:
+            if isinstance(processor, logits_process.SynthIDTextWatermarkLogitsProcessor):
+                raise ValueError("watermarking_config: SynthID would count rejected tokens too")
+
+    @cached_property
+    def lossy_options(self) -> dict[str, float] | None:
+        """What is on that lets the output differ from the verifier's own."""
+        if not isinstance(self.proposal, GreedyTokenProposalConfig):
+            return None
+        exact = GreedyTokenProposalConfig()
+        names = ("verifier_accept_k", "accept_tolerance")
+        options = {name: getattr(self.proposal, name) for name in names}
+        return {k: v for k, v in options.items() if v != getattr(exact, k)} or None
+
+    @cached_property
+    def pad_token_id(self) -> int | None:
+        """What follows an end token; None where no token ends a text.
+
+        Then Transformers writes on in a row that something else has ended, until every row has
+        ended, and so do we.
+        """
+        ends = [c.eos_token_id for c in self.stopping_criteria if hasattr(c, "eos_token_id")]
+        if not ends:
+            return None
+        pad = self.config.pad_token_id
+        return int(ends[0].flatten()[0] if pad is None else pad)
+
+    @property
+    def keeps_scores(self) -> bool:
+        return bool(self.config.return_dict_in_generate and self.config.output_scores)
+
+    @property
+    def keeps_logits(self) -> bool:
+        return bool(self.config.return_dict_in_generate and self.config.output_logits)
+
+    @cached_property
+    def choose(self) -> Chooser:
+        if isinstance(self.proposal, SamplingTokenProposalConfig):
+            return Chooser(self.proposal.temperature, self.generator)
+        return Chooser()
+
+    def accept(self, proposal: Proposal, scores: Float[Tensor, "batch places vocab"]) -> Acceptance:
+        if self.config.do_sample:
+            probs = scores.float().softmax(-1)
+            return accept_sampled(proposal.token_ids, proposal.probs, probs, self.generator)
+        if isinstance(self.proposal, GreedyTokenProposalConfig):
+            accept_k, tolerance = self.proposal.verifier_accept_k, self.proposal.accept_tolerance
+            return accept_greedy(proposal.token_ids, scores, accept_k, tolerance)
+        return accept_greedy(proposal.token_ids, scores)

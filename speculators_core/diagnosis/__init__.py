@@ -1,0 +1,1 @@
+"""Why a draft accepts less than it could."""

@@ -1,0 +1,1 @@
+"""What lies in a speculator's folder: config, proposals, tensors, vocabulary."""

@@ -1,0 +1,347 @@
+"""The border with disk: finds, reads, checks and writes checkpoint folders.
+
+A folder holds ``config.json`` and ``model.safetensors``, or shards and their index. Headers are
+checked before any tensor is read; what is written goes to a temporary name first.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from speculators_core.errors import SpeculatorError, first_line
+
+CONFIG = "config.json"
+
+
+WEIGHTS = "model.safetensors"
+
+
+INDEX = "model.safetensors.index.json"
+
+
+FOREIGN_KEYS = {
+    "auto_map",
+    "speculators_version",
+    "has_no_defaults_at_init",
+    "inference_type",
+    "_name_or_path",
+}
+"""Written by other versions and projects, read by nobody: dropped."""
+
+
+LAYER_KEYS = {
+    "num_aux_hidden_states",
+    "num_aux_layers",
+    "target_hidden_size",
+    "is_neox_style",
+    "is_causal",
+    "fc_norm",
+    "logit_scale",
+    "verifier_num_hidden_layers",
+}
+"""Keys inside ``transformer_layer_config`` that vLLM or we read and Transformers does not."""
+
+
+COMMON_KEYS = {"name_or_path", "torch_dtype", "attn_implementation", "_commit_hash"}
+"""Keys of any Transformers config that are not fields of its class."""
+
+
+MAP_DTYPES = {"d2t": torch.int64, "t2d": torch.bool}
+
+
+ALL_FILES = (CONFIG, "generation_config.json", "model*.safetensors", INDEX)
+
+
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.py")
+
+
+HEAD_FILES = (CONFIG, INDEX)
+"""Enough to know what a checkpoint is, and which of its files holds which tensor."""
+
+
+def without_foreign_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies, under what name, and its shape."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+
+def fetch(
+    name_or_path: str | PathLike,
+    *,
+    files: Collection[str] = ALL_FILES,
+    cache_dir: str | PathLike | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    revision: str | None = "main",
+) -> Path:
+    """The local folder of a checkpoint; of a hub id the files of these names are downloaded.
+
+    Raises:
+        SpeculatorError: there is no such folder, or no such repository within reach.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise SpeculatorError(f"{folder} is a file; expected the folder that holds {CONFIG}.")
+    try:
+        return Path(
+            snapshot_download(
+                str(name_or_path),
+                allow_patterns=list(files),
+                cache_dir=None if cache_dir is None else Path(cache_dir),
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+                revision=revision,
+            )
+        )
+    except HFValidationError as error:
+        raise SpeculatorError(f"{name_or_path}: no such folder, and not a hub id.") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise SpeculatorError(
+            f"{name_or_path}: no such folder, and the hub did not give it ({first_line(error)})."
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` as a dict.
+
+    Raises:
+        SpeculatorError: the file is missing or is not a JSON object.
+    """
+    return read_json(folder / CONFIG)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():
+        raise SpeculatorError(f"{path} is no file.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SpeculatorError(f"{path.parent} holds no {path.name}; not a checkpoint.") from error
+    except OSError as error:
+        raise SpeculatorError(f"{path} cannot be read: {error.strerror}.") from error
+    except RecursionError as error:
+        raise SpeculatorError(f"{path} is nested too deeply for a checkpoint's.") from error
+    except ValueError as error:  # no JSON, no text, or a number of thousands of digits
+        raise SpeculatorError(f"{path} is not valid JSON: {first_line(error)}.") from error
+    if not isinstance(content, dict):
+        raise SpeculatorError(f"{path} holds a {type(content).__name__}; expected an object.")
+    return content
+
+
+def stored_tensors(folder: Path, files: Collection[str] | None = None) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint, or of these files of it, from the files' headers alone.
+
+    Raises:
+        SpeculatorError: no weights, a shard missing or truncated, or the index names a tensor
+            that its shard does not hold.
+    """
+    if not (folder / INDEX).exists():
+        return _stored_in(folder / WEIGHTS)
+    weight_map = {
+        name: shard
+        for name, shard in read_weight_map(folder).items()
+        if files is None or shard in files
+    }
+    shards = {name: _stored_in(_inside(folder, name)) for name in sorted(set(weight_map.values()))}
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise SpeculatorError(f"{folder / shard}: no tensor {name}, though the index says so.")
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Tensor names to files, as the index says.
+
+    Raises:
+        SpeculatorError: the index is no such map.
+    """
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise SpeculatorError(f"{folder / INDEX}: weight_map must map tensor names to files.")
+    return weight_map
+
+
+def _inside(folder: Path, name: str) -> Path:
+    if Path(name).name != name or not name.isprintable() or len(name) > 255:
+        raise SpeculatorError(f"{folder / INDEX}: shard {name!r} must lie in the folder itself.")
+    return folder / name
+
+
+def _stored_in(file: Path) -> dict[str, StoredTensor]:
+    if not file.is_file():
+        raise SpeculatorError(
+            f"{file} is missing or no file. Copy the checkpoint again, with all its files."
+        )
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {
+                name: StoredTensor(file, name, tuple(tensors.get_slice(name).get_shape()))
+                for name in tensors.keys()
+            }
+    except (SafetensorError, OSError) as error:
+        raise SpeculatorError(
+            f"{file} is truncated or not a safetensors file ({first_line(error)}). Copy it again."
+        ) from error
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    where: str | Path,
+    optional: Collection[str] = (),
+) -> None:
+    """Compares names and shapes with what a model needs.
+
+    Raises:
+        SpeculatorError: a tensor is missing, unknown or of another shape; the first is named.
+    """
+    for name, shape in expected.items():
+        if name not in found and name not in optional:
+            raise SpeculatorError(f"{where}: tensor {name} {list(shape)} is missing.")
+        if name in found and found[name] != shape:
+            raise SpeculatorError(
+                f"{where}: {name} has shape {list(found[name])}; the config asks for {list(shape)}."
+            )
+    for name in found:
+        if name not in expected:
+            raise SpeculatorError(
+                f"{where}: tensor {name} has no place in the model that {CONFIG} describes."
+            )
+
+
+def read_tensors(
+    stored: Mapping[str, StoredTensor], names: Collection[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors, file by file.
+
+    Raises:
+        SpeculatorError: a tensor holds a NaN or an infinity, or weights of another kind.
+    """
+    for file in sorted({stored[name].file for name in names}):
+        with safe_open(file, "pt") as tensors:
+            for name in names:
+                if stored[name].file != file:
+                    continue
+                tensor = tensors.get_tensor(stored[name].name)
+                is_real = tensor.is_floating_point()
+                if tensor.dtype != MAP_DTYPES.get(name, tensor.dtype) or (
+                    name.endswith((".weight", ".bias")) and not is_real
+                ):
+                    raise SpeculatorError(f"{file}: {name} must not hold {tensor.dtype}.")
+                if is_real and not _is_finite(tensor):
+                    raise SpeculatorError(f"{file}: {name} holds a NaN or an infinity.")
+                yield name, tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.element_size() == 1:  # torch looks for no infinities in eight bits
+        tensor = tensor.float()
+    return bool(tensor.isfinite().all())
+
+
+def write_config(folder: str | PathLike, config: Mapping[str, Any]) -> None:
+    with writing_into(Path(folder)) as draft:
+        (draft / CONFIG).write_text(_json(config), encoding="utf-8")
+        os.replace(draft / CONFIG, Path(folder) / CONFIG)
+
+
+def write_checkpoint(
+    folder: str | PathLike,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    max_shard_size: str | int = "5GB",
+) -> None:
+    """Writes a whole checkpoint; what it replaces goes only when it is whole itself."""
+    folder = Path(folder)
+    old = {INDEX, WEIGHTS}
+    if (folder / INDEX).exists():
+        old |= {_inside(folder, shard).name for shard in read_weight_map(folder).values()}
+    with writing_into(folder) as draft:
+        save_torch_state_dict(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            draft,
+            max_shard_size=max_shard_size,
+            metadata={"format": "pt"},
+        )
+        written = {path.name for path in draft.iterdir()}
+        (draft / CONFIG).write_text(_json(config), encoding="utf-8")
+        readers = (draft / CONFIG).stat().st_mode  # safetensors lets the owner alone read
+        for name in sorted(written):  # shards before their index
+            os.chmod(draft / name, readers)
+            os.replace(draft / name, folder / name)
+        # The index first: without it a reader takes the single file, with it only its shards.
+        for stale in sorted(old - written, key=lambda name: name != INDEX):
+            (folder / stale).unlink(missing_ok=True)
+        os.replace(draft / CONFIG, folder / CONFIG)
+
+
+@contextmanager
+def writing_into(folder: Path) -> Iterator[Path]:
+    """A folder for unfinished files beside those that they shall replace; it goes in the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=".writing-", dir=folder, ignore_cleanup_errors=True
+    ) as draft:
+        yield Path(draft)
+
+
+def _json(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def as_dtype(dtype: str | torch.dtype | None, default: torch.dtype = torch.float32) -> torch.dtype:
+    """The torch dtype that a config names.
+
+    Raises:
+        SpeculatorError: it is no floating-point dtype.
+    """
+    name = str(dtype).removeprefix("torch.")
+    found = default if dtype is None else getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise SpeculatorError(f"dtype {name!r} is not a floating-point dtype of torch.")
+    return found
+
+
+def is_hub_id(name: str, beside: Path | None = None) -> bool:
+    """Whether others can find a model by this name: a hub id, and no folder of this machine.
+
+    ``beside``: a folder from which a relative name is meant too.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(locate_verifier(name, beside=beside)).exists()
+
+
+def locate_verifier(name_or_path: str | PathLike, beside: str | PathLike | None = None) -> str:
+    """A verifier's name; a relative folder is looked for from the speculator's folder first."""
+    if beside is not None and not Path(name_or_path).is_absolute():
+        sibling = Path(beside) / name_or_path
+        if sibling.is_dir():
+            return str(sibling.resolve())
+    return str(name_or_path)

@@ -1,0 +1,411 @@
+"""The configuration of a speculator: what ``config.json`` says, checked key by key.
+
+The classes are Transformers configs, because people load them as such; their values are checked by
+pydantic, from the annotations of the class. Names that only the disk knows stand in
+``checkpoint.py``.
+"""
+
+import inspect
+import math
+from dataclasses import MISSING, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, Qwen3Config
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from speculators_core.errors import SpeculatorError, first_fault, first_line
+from speculators_core.format import checkpoint
+from speculators_core.format.proposals import GreedyTokenProposalConfig, TokenProposalConfig
+from speculators_core.registry import MODELS, PROPOSALS, did_you_mean
+
+UNSET = "UNSET"
+
+LARGEST = {
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "num_attention_heads": 2**20,
+    "num_key_value_heads": 2**20,
+    "head_dim": 2**20,
+    "vocab_size": 2**24,
+    "num_hidden_layers": 2**10,
+    "max_position_embeddings": 2**27,
+}
+"""Sizes of a layer that can be meant; with larger ones building the network never ends."""
+
+
+def reload_schemas() -> None:
+    """Finds algorithms and proposals of packages that were installed since the last look."""
+    MODELS.reload()
+    PROPOSALS.reload()
+
+
+def reload_and_populate_models() -> None:
+    """`reload_schemas`, then imports every algorithm, so that a broken one is named now."""
+    reload_schemas()
+    for name in MODELS.names():
+        MODELS.load(name)
+
+
+class VerifierConfig(BaseModel):
+    """The verifier that a speculator was trained for."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    name_or_path: str | None
+    """Hub id, or a folder; a relative folder is meant from the speculator's own."""
+    architectures: list[str] = Field(default_factory=list)
+    """``architectures`` of the verifier's config."""
+
+    @field_validator("name_or_path")
+    @classmethod
+    def _can_be_a_path(cls, name: str | None) -> str | None:
+        longest = max(map(len, (name or "").split("/")))
+        if longest > 255:
+            raise ValueError(f"a name of {longest} characters is neither a hub id nor a folder")
+        return name
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, name_or_path: str | None = UNSET) -> Self:
+        """Takes the name from ``config`` unless one is given."""
+        if name_or_path == UNSET:
+            name_or_path = config.name_or_path or None
+        return cls(name_or_path=name_or_path, architectures=config.architectures or [])
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | PathLike, **kwargs: Any) -> Self:
+        """Reads a verifier's config; ``kwargs`` as for ``AutoConfig.from_pretrained``."""
+        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        return cls.from_config(config, str(name_or_path))
+
+
+class SpeculatorsConfig(BaseModel):
+    """How the speculator is used: its algorithm, its proposal methods and its verifier."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    algorithm: str
+    proposal_methods: list[SerializeAsAny[TokenProposalConfig]] = Field(min_length=1)
+    default_proposal_method: str
+    """``proposal_type`` of the method that is used where none is asked for."""
+    verifier: VerifierConfig
+
+    @model_validator(mode="after")
+    def _default_is_one_of_the_methods(self) -> Self:
+        known = [method.proposal_type for method in self.proposal_methods]
+        if self.default_proposal_method not in known:
+            raise ValueError(
+                f"default_proposal_method {self.default_proposal_method!r} is not the "
+                f"proposal_type of a proposal method; there are: {', '.join(known)}"
+            )
+        return self
+
+    @property
+    def default_proposal(self) -> TokenProposalConfig:
+        return next(
+            method
+            for method in self.proposal_methods
+            if method.proposal_type == self.default_proposal_method
+        )
+
+
+def _read_layer_config(value: Any) -> PretrainedConfig:
+    """A decoder's config from its dict: the Transformers class that ``model_type`` names.
+
+    Keys that the class does not know stay, as readers have keys of their own; one that is nearly a
+    key of the class is taken for a misspelling.
+    """
+    if isinstance(value, PretrainedConfig):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError("expected an object")
+    kind = value.get("model_type", "qwen3")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ValueError(f"model_type {kind!r} is not in Transformers")
+    config_class = CONFIG_MAPPING[kind]
+    known = {f.name for f in fields(config_class)} | checkpoint.LAYER_KEYS
+    for key in value:
+        if key not in known and (hint := did_you_mean(key, known - set(value))):
+            raise ValueError(f"unknown key {key!r}.{hint}")
+    try:
+        config = config_class(**{key: item for key, item in value.items() if key != "model_type"})
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{kind}: {type(error).__name__}: {first_line(error)}") from error
+    # Qwen's classes drop the window without use_sliding_window; readers go by layer_types.
+    if "sliding_attention" in (value.get("layer_types") or ()):
+        config.sliding_window = value.get("sliding_window")
+    _check_buildable(config)
+    return config
+
+
+def _check_buildable(config: PretrainedConfig) -> None:
+    """Raises ValueError for values of the right type with which no layer can be built."""
+    for key, largest in LARGEST.items():
+        size = getattr(config, key, None)
+        if size is not None and not 1 <= size <= largest:
+            raise ValueError(f"{key} must be 1 to {largest}, found {size!r}")
+    if (activation := getattr(config, "hidden_act", "silu")) not in ACT2FN:
+        raise ValueError(f"hidden_act {activation!r} is not in Transformers")
+    norm_eps = getattr(config, "rms_norm_eps", 0.0)
+    if not 0.0 <= norm_eps < math.inf:
+        raise ValueError(f"rms_norm_eps must be a number from 0, found {norm_eps!r}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" not in rope:
+        return
+    kind, theta = rope.get("rope_type", "default"), rope["rope_theta"]
+    if not isinstance(kind, str) or kind not in {"default", *ROPE_INIT_FUNCTIONS}:
+        raise ValueError(f"rope_parameters: rope_type {kind!r} is not in Transformers")
+    if not isinstance(theta, int | float) or not 0 < theta < 2**63:
+        raise ValueError(f"rope_parameters: rope_theta must be above 0, found {theta!r}")
+    try:
+        if kind != "default":
+            ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"rope_parameters: {kind} cannot be computed "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def _write_layer_config(config: PretrainedConfig) -> dict[str, Any]:
+    """Every key a reader without class defaults needs, and nothing of this session."""
+    session = ("transformers_version", "_attn_implementation", "dtype")
+    return {key: value for key, value in config.to_diff_dict().items() if key not in session}
+
+
+def complete_layer_config(value: Any) -> dict[str, Any]:
+    """A decoder's config with every key, for readers that have no class defaults.
+
+    Raises:
+        SpeculatorError: a key or a value is at fault.
+    """
+    try:
+        complete = _write_layer_config(_read_layer_config(value))
+        return {**value, **complete}
+    except (TypeError, ValueError) as error:
+        raise SpeculatorError(f"transformer_layer_config: {first_line(error)}") from error
+
+
+LayerConfig = Annotated[
+    Any, BeforeValidator(_read_layer_config), PlainSerializer(_write_layer_config)
+]
+"""A Transformers config, or its dict. Not annotated as such: pydantic would look inside."""
+
+
+class SpeculatorModelConfig(PretrainedConfig):
+    """Base of every speculator's configuration; each algorithm adds its keys in its own file.
+
+    Raises:
+        SpeculatorError: a key is unknown, or a value is out of its bounds.
+    """
+
+    model_type: ClassVar[str] = "speculator_model"
+    has_no_defaults_at_init: ClassVar[bool] = True
+    architectures: list[str] | None = None
+
+    speculators_model_type: str
+    transformer_layer_config: LayerConfig = field(default_factory=Qwen3Config)
+    speculators_config: SpeculatorsConfig | None = None
+    tie_word_embeddings: Literal[False] = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        own = own_fields(type(self))
+        for key in [key for key in kwargs if key not in checkpoint.COMMON_KEYS]:
+            raise SpeculatorError(
+                f"unknown key {key!r} for a {self.speculators_model_type} speculator."
+                f"{did_you_mean(key, own)} Known: {', '.join(own)}."
+            )
+        if self.speculators_config is None:
+            self.speculators_config = SpeculatorsConfig(
+                algorithm=self.speculators_model_type,
+                proposal_methods=[GreedyTokenProposalConfig()],
+                default_proposal_method="greedy",
+                verifier=VerifierConfig(name_or_path=None),
+            )
+        try:
+            checked = schema(type(self)).model_validate({name: getattr(self, name) for name in own})
+        except ValidationError as error:
+            raise SpeculatorError(first_fault(error)) from error
+        for name in own:
+            setattr(self, name, getattr(checked, name))
+        if self.architectures is None:
+            self.architectures = [MODELS.load(self.speculators_model_type).__name__]
+        checkpoint.as_dtype(kwargs.get("torch_dtype", self.dtype))
+        super().__post_init__(**kwargs)
+        if self.speculators_config.algorithm != self.speculators_model_type:
+            raise SpeculatorError(
+                f"speculators_config.algorithm {self.speculators_config.algorithm!r} contradicts "
+                f"speculators_model_type {self.speculators_model_type!r}."
+            )
+        self.check()
+
+    def check(self) -> None:
+        """Rules over several keys; an algorithm adds its own.
+
+        Raises:
+            SpeculatorError: the keys contradict each other.
+        """
+
+    def settle(self, verifier: PretrainedConfig) -> None:
+        """Takes from the verifier's text config what the checkpoint leaves to it."""
+
+    @property
+    def proposal(self) -> TokenProposalConfig:
+        """The proposal method that is used where none is asked for."""
+        assert self.speculators_config is not None
+        return self.speculators_config.default_proposal
+
+    @property
+    def verifier_depth(self) -> int | None:
+        """The verifier's number of layers, where the checkpoint says it."""
+        return getattr(self.transformer_layer_config, "verifier_num_hidden_layers", None)
+
+    @property
+    def verifier(self) -> VerifierConfig:
+        assert self.speculators_config is not None
+        return self.speculators_config.verifier
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of the class that ``speculators_model_type`` names.
+
+        ``kwargs`` replace keys of the dict; with ``return_unused_kwargs`` those that are no key
+        come back beside the config, as in Transformers.
+
+        Raises:
+            SpeculatorError: ``speculators_model_type`` is missing or unknown, or a key is.
+        """
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        if "speculators_model_type" not in config_dict:
+            raise SpeculatorError(
+                "no speculators_model_type in the config: this is not a speculator. "
+                f"Expected one of {', '.join(MODELS.names())}."
+            )
+        target = MODELS.load(config_dict["speculators_model_type"]).config_class
+        if not issubclass(target, cls):
+            raise SpeculatorError(
+                f"the config is of a {config_dict['speculators_model_type']} speculator, "
+                f"which {cls.__name__} cannot hold. Load it with {target.__name__}."
+            )
+        replaced = {key: kwargs.pop(key) for key in list(kwargs) if key in own_fields(target)}
+        config = target(**{**checkpoint.without_foreign_keys(config_dict), **replaced})
+        return (config, kwargs) if return_unused else config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike,
+        cache_dir: str | PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str = "main",
+        **kwargs: Any,
+    ) -> Any:
+        """Reads a speculator's config from a folder or from the hub.
+
+        Raises:
+            SpeculatorError: there is no config, or it does not describe a speculator.
+        """
+        folder = checkpoint.fetch(
+            pretrained_model_name_or_path,
+            files=[checkpoint.CONFIG],
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            revision=revision,
+        )
+        config_dict = checkpoint.read_config(folder)
+        try:
+            loaded = cls.from_dict(config_dict, **kwargs)
+        except SpeculatorError as error:
+            raise SpeculatorError(f"{folder / checkpoint.CONFIG}: {error}") from error
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.name_or_path = str(pretrained_model_name_or_path)
+        return loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        """The format on disk: every key of ours written out, and no ``model_type``."""
+        own = own_fields(type(self))
+        written = schema(type(self)).model_construct(**{n: getattr(self, n) for n in own})
+        dtype = str(self.dtype).removeprefix("torch.") if self.dtype is not None else None
+        return {
+            **written.model_dump(mode="json"),
+            "architectures": self.architectures,
+            "dtype": dtype,
+            "speculators_version": _own_version(),
+            "transformers_version": version("transformers"),
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Same as `to_dict`: readers have other defaults than ours, so every key is written."""
+        return self.to_dict()
+
+    def save_pretrained(
+        self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Writes ``config.json``, replacing an older one in one step."""
+        if push_to_hub:
+            raise ValueError("push_to_hub is not supported here; save, then upload the folder")
+        checkpoint.write_config(save_directory, self.to_dict())
+
+
+def own_fields(config_class: type[SpeculatorModelConfig]) -> list[str]:
+    """The keys of a speculator's config, without those that every Transformers config has."""
+    classes = [c for c in config_class.__mro__ if issubclass(c, SpeculatorModelConfig)]
+    names = [name for c in reversed(classes) for name in c.__dict__.get("__annotations__", {})]
+    return list(dict.fromkeys(n for n in names if n not in PretrainedConfig.__annotations__))
+
+
+_SCHEMAS: dict[type, type[BaseModel]] = {}
+
+
+def schema(config_class: type[SpeculatorModelConfig]) -> type[BaseModel]:
+    """The pydantic model that checks a config class, made once from its annotations."""
+    if config_class not in _SCHEMAS:
+        _SCHEMAS[config_class] = _make_schema(config_class)
+    return _SCHEMAS[config_class]
+
+
+def _make_schema(config_class: type[SpeculatorModelConfig]) -> type[BaseModel]:
+    hints: dict[str, Any] = {}
+    for parent in reversed(config_class.__mro__):
+        if issubclass(parent, SpeculatorModelConfig):
+            hints |= inspect.get_annotations(parent, eval_str=True)
+    defaults = {f.name: f.default for f in fields(config_class)}
+    members: dict[str, Any] = {
+        name: (hints[name], ... if defaults[name] is MISSING else defaults[name])
+        for name in own_fields(config_class)
+    }
+    settings = ConfigDict(
+        extra="forbid",
+        strict=True,  # readers take the file as it is, and "false" for true
+        arbitrary_types_allowed=True,
+        protected_namespaces=(),
+    )
+    return create_model(config_class.__name__, __config__=settings, **members)
+
+
+def _own_version() -> str:
+    try:
+        return version("speculators-vllm")
+    except PackageNotFoundError:
+        return "0.0.0"

@@ -1,0 +1,269 @@
+"""What drafts that read the verifier's hidden states share: aux layers, fc, vocabulary, ends."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+
+from speculators_core.decoding.drafter import Chooser, Proposal
+from speculators_core.errors import SpeculatorError
+from speculators_core.format.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
+from speculators_core.format.proposals import GreedyTokenProposalConfig
+from speculators_core.format.vocabulary import check_vocabulary
+from speculators_core.models.speculator import SpeculatorModel
+from speculators_core.settings import Settings
+from speculators_core.verifier.taps import DEFAULT_NUM_AUX, default_aux_layer_ids
+
+AuxLayerIds = list[Annotated[int, Field(ge=0)]]
+
+
+class FeatureDraftConfig(SpeculatorModelConfig):
+    """Keys of every draft that reads aux hidden states. Defaults are those of readers."""
+
+    draft_vocab_size: Annotated[int, Field(ge=1)] | None = 32_000
+    target_hidden_size: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def stated_layer_ids(self) -> list[int] | None:
+        """The aux layer ids that the config has, under whatever key."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        ids = self.stated_layer_ids
+        if ids is not None and (not ids or ids != sorted(set(ids))):
+            raise SpeculatorError(
+                f"aux layer ids {ids} must be ascending without doubles: vLLM sorts them, and fc "
+                "would read its inputs in another order."
+            )
+        vocab_size = self.transformer_layer_config.vocab_size
+        if self.draft_vocab_size is None:
+            self.draft_vocab_size = vocab_size
+        if self.draft_vocab_size > vocab_size:
+            raise SpeculatorError(
+                f"draft_vocab_size {self.draft_vocab_size} is larger than the verifier's "
+                f"vocabulary of {vocab_size}."
+            )
+
+    @property
+    def has_whole_vocabulary(self) -> bool:
+        return self.draft_vocab_size == self.transformer_layer_config.vocab_size
+
+    @property
+    def num_aux(self) -> int:
+        return len(self.stated_layer_ids or range(DEFAULT_NUM_AUX))
+
+    def settle(self, verifier: PretrainedConfig) -> None:
+        if self.stated_layer_ids is None:
+            self._default_aux_layer_ids = default_aux_layer_ids(verifier.num_hidden_layers)
+
+    @property
+    def aux_layer_ids(self) -> list[int]:
+        """Layers whose states the draft reads, ascending; the paper's where the config has none.
+
+        Raises:
+            SpeculatorError: the config has none, and the verifier's depth is not known yet.
+        """
+        if self.stated_layer_ids is not None:
+            return self.stated_layer_ids
+        if not hasattr(self, "_default_aux_layer_ids"):
+            raise SpeculatorError(
+                "the config has no aux layer ids: the verifier's depth decides. "
+                "Attach the verifier first."
+            )
+        return self._default_aux_layer_ids
+
+
+def check_mask_token(mask_token_id: int | None, vocab_size: int, who: str) -> None:
+    """Raises SpeculatorError unless it is a token of the vocabulary; ``who`` reads it."""
+    if mask_token_id is None:
+        raise SpeculatorError(f"mask_token_id is missing: {who} cannot do without.")
+    if mask_token_id >= vocab_size:
+        raise SpeculatorError(
+            f"mask_token_id {mask_token_id} is not in the vocabulary of {vocab_size}."
+        )
+
+
+class DraftRecipe(Settings):
+    """What decides the shape of a fresh draft, beside its verifier."""
+
+    layer_type: Literal["llama", "qwen3"] = "llama"
+    """Architecture of the draft's layers."""
+    num_layers: int = Field(1, ge=1)
+    """Draft layers."""
+    intermediate_size: int | None = Field(None, ge=1)
+    """MLP width; the verifier's where None."""
+    sliding_window: int | None = Field(None, ge=1)
+    """Keys that a token sees, itself included; all where None."""
+    aux_layer_ids: tuple[int, ...] | None = None
+    """Verifier layers to read, ascending; the paper's three where None."""
+
+
+class FeatureDraftModel(SpeculatorModel):
+    """A draft with an fc over aux states and, where it drafts in one, a reduced vocabulary."""
+
+    config: FeatureDraftConfig
+    d2t: Tensor
+    t2d: Tensor
+    fc: nn.Linear
+
+    own_ends: ClassVar[tuple[str, ...]] = ("embed_tokens.weight", "lm_head.weight")
+    """Copies of the verifier's embeddings and head that this algorithm's checkpoints hold."""
+
+    def make_vocabulary(self) -> None:
+        """The maps between the two vocabularies, where they differ."""
+        config = self.config
+        if not config.has_whole_vocabulary:
+            assert config.draft_vocab_size is not None
+            vocab_size = config.transformer_layer_config.vocab_size
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
+            self.register_buffer("t2d", torch.zeros(vocab_size, dtype=torch.bool))
+
+    def make_fc(self) -> nn.Linear:
+        hidden = self.config.transformer_layer_config.hidden_size
+        aux_hidden = self.config.target_hidden_size or hidden
+        return nn.Linear(self.config.num_aux * aux_hidden, hidden, bias=False)
+
+    def start_fresh(self, t2d: Tensor | None, d2t: Tensor | None) -> None:
+        if (t2d is None) != (d2t is None):
+            raise SpeculatorError("t2d and d2t come together; one of them is missing.")
+        if t2d is not None and d2t is not None:
+            vocab_size = self.config.transformer_layer_config.vocab_size
+            if len(t2d) != vocab_size:
+                raise SpeculatorError(
+                    f"t2d has {len(t2d)} entries; expected one for each of the verifier's "
+                    f"{vocab_size} tokens."
+                )
+            check_vocabulary(t2d, d2t)
+            if not self.config.has_whole_vocabulary:
+                self.t2d.copy_(t2d)
+                self.d2t.copy_(d2t)
+        self.unset = {name for name in self.own_ends if name in self.state_dict()}
+
+    @property
+    def from_verifier(self) -> tuple[str, ...]:
+        """Of a reduced vocabulary the head is the draft's own: vLLM would take the whole one."""
+        whole = self.config.has_whole_vocabulary
+        return tuple(name for name in self.own_ends if whole or name != "lm_head.weight")
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """d2t says all that t2d does, and vLLM reads d2t alone."""
+        return (*self.from_verifier, "t2d")
+
+    @staticmethod
+    def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+        if "t2d" in tensors and "d2t" in tensors:
+            check_vocabulary(tensors["t2d"], tensors["d2t"])
+
+    def fill_unset(self) -> None:
+        if "t2d" in self.unset:
+            self.t2d[self.draft_token_ids] = True
+            self.unset.discard("t2d")
+        if not self.unset or not self.is_attached:
+            return
+        head, token_ids = self.verifier_head, self.draft_token_ids
+        rows = slice(None) if token_ids is None else token_ids
+        ends = {
+            "embed_tokens.weight": head.embed_tokens.weight,
+            "lm_head.weight": head.lm_head.weight[rows],
+        }
+        for name in self.unset:
+            self.get_parameter(name).data.copy_(ends[name])
+        self.unset = set()
+
+    @property
+    def draft_token_ids(self) -> Int[Tensor, "draft_vocab"] | None:
+        """Verifier ids of the draft's tokens; None where the vocabulary is the verifier's."""
+        if self.config.has_whole_vocabulary:
+            return None
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def choose(
+        self, logits: Float[Tensor, "batch tokens draft_vocab"], choose: Chooser
+    ) -> Proposal:
+        """Tokens of the verifier's vocabulary from logits over the draft's."""
+        vocab_size = self.config.transformer_layer_config.vocab_size
+        return choose(logits, self.draft_token_ids, vocab_size)
+
+
+# ---- the config of a fresh draft ----
+
+FROM_VERIFIER = (
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "initializer_range",
+)
+
+
+def draft_layer_config(verifier_config: PretrainedConfig, recipe: DraftRecipe) -> PretrainedConfig:
+    """The draft's layers; everything that the recipe leaves open is the verifier's."""
+    text = verifier_config.get_text_config()
+    shape: dict[str, Any] = {key: getattr(text, key) for key in FROM_VERIFIER}
+    head_dim = getattr(text, "head_dim", None)
+    kind = "full_attention" if recipe.sliding_window is None else "sliding_attention"
+    layer_config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[recipe.layer_type](
+        **shape,
+        layer_types=[kind] * recipe.num_layers,
+        sliding_window=recipe.sliding_window,
+        use_sliding_window=recipe.sliding_window is not None,
+        head_dim=head_dim or text.hidden_size // text.num_attention_heads,
+        intermediate_size=recipe.intermediate_size or text.intermediate_size,
+        num_hidden_layers=recipe.num_layers,
+        rope_parameters=_plain_rope(text),
+        hidden_act="silu",
+        tie_word_embeddings=False,
+    )
+    # Of our own: by it a verifier of another depth is refused.
+    layer_config.verifier_num_hidden_layers = text.num_hidden_layers
+    return layer_config
+
+
+def recipe_layer_ids(verifier_config: PretrainedConfig, recipe: DraftRecipe) -> list[int]:
+    text = verifier_config.get_text_config()
+    return list(recipe.aux_layer_ids or default_aux_layer_ids(text.num_hidden_layers))
+
+
+def speculators_config(
+    algorithm: str,
+    speculative_tokens: int,
+    verifier_config: PretrainedConfig,
+    name_or_path: str | None,
+) -> SpeculatorsConfig:
+    """Greedy proposals for this verifier, under the name that the checkpoint shall call it."""
+    name = name_or_path or _absolute(verifier_config.name_or_path)
+    return SpeculatorsConfig(
+        algorithm=algorithm,
+        proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=speculative_tokens)],
+        default_proposal_method="greedy",
+        verifier=VerifierConfig.from_config(verifier_config, name),
+    )
+
+
+def _absolute(name: str) -> str | None:
+    """A local folder in full, as a relative one would be meant from the speculator's folder."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
+
+
+def _plain_rope(text: PretrainedConfig) -> dict[str, Any]:
+    """The verifier's rotary embedding for layers of one kind that rotate whole heads.
+
+    Raises:
+        SpeculatorError: it has sections (multimodal positions), which these layers cannot follow.
+    """
+    rope = dict(text.rope_parameters)
+    if "rope_type" not in rope:  # one for each kind of layer
+        rope = dict(rope.get("sliding_attention") or next(iter(rope.values())))
+    if "mrope_section" in rope:
+        raise SpeculatorError(
+            "the verifier's rotary embedding has mrope sections: no draft for it."
+        )
+    return {k: v for k, v in rope.items() if k not in ("type", "partial_rotary_factor")}

@@ -1,0 +1,1 @@
+"""What drafts are built of: layers, attention, masks, losses."""

@@ -1,0 +1,209 @@
+"""Decoder layers of a draft: Transformers' own modules, with the attention step left open.
+
+Transformers' modules hold the weights, the norms and the rotary embedding. Which keys a query sees
+is what the algorithms differ in, so a caller hands in that step as an ``Attend``.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
+
+from speculators_core.errors import SpeculatorError
+from speculators_core.models.parts.attention import (
+    Attend,
+    DraftCache,
+    Keys,
+    OwnKey,
+    Queries,
+    attend_packed,
+)
+from speculators_core.models.parts.masks import document_starts, spans_before
+
+Hidden = Float[Tensor, "batch seq hidden"]
+Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The Transformers modules of one architecture."""
+
+    decoder_layer: type[nn.Module]
+    norm: type[nn.Module]
+    rotary: type[nn.Module]
+
+
+FAMILIES = {
+    "llama": Family(
+        modeling_llama.LlamaDecoderLayer,
+        modeling_llama.LlamaRMSNorm,
+        modeling_llama.LlamaRotaryEmbedding,
+    ),
+    "qwen2": Family(
+        modeling_qwen2.Qwen2DecoderLayer,
+        modeling_qwen2.Qwen2RMSNorm,
+        modeling_qwen2.Qwen2RotaryEmbedding,
+    ),
+    "qwen3": Family(
+        modeling_qwen3.Qwen3DecoderLayer,
+        modeling_qwen3.Qwen3RMSNorm,
+        modeling_qwen3.Qwen3RotaryEmbedding,
+    ),
+}
+
+
+def family_of(config: PretrainedConfig, allowed: Collection[str] = tuple(FAMILIES)) -> Family:
+    """Raises SpeculatorError where the algorithm has no layers for the config's ``model_type``."""
+    if config.model_type not in allowed:
+        raise SpeculatorError(
+            f"transformer_layer_config.model_type {config.model_type!r} has no draft layers; "
+            f"known: {', '.join(allowed)}."
+        )
+    return FAMILIES[config.model_type]
+
+
+def sliding_window(config: PretrainedConfig, layer: int) -> int | None:
+    """Keys that a query of this layer sees, itself included; None for all."""
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or kinds[layer] != "sliding_attention":
+        return None
+    return config.sliding_window
+
+
+class InputLayer(nn.Module):
+    """EAGLE-3's first layer: attends over embedding and hidden state side by side.
+
+    Its weights are a decoder layer's, but that queries, keys and values read two widths.
+    """
+
+    def __init__(self, config: PretrainedConfig, norm_before_residual: bool):
+        super().__init__()
+        family = family_of(config)
+        layer: Any = family.decoder_layer(config, 0)
+        self.self_attn: Any = layer.self_attn
+        for name in ("q_proj", "k_proj", "v_proj"):
+            narrow = getattr(self.self_attn, name)
+            wide = nn.Linear(
+                2 * config.hidden_size, narrow.out_features, bias=narrow.bias is not None
+            )
+            setattr(self.self_attn, name, wide)
+        self.mlp = layer.mlp
+        self.input_layernorm = layer.input_layernorm
+        self.hidden_norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = layer.post_attention_layernorm
+        self.norm_before_residual = norm_before_residual
+        self.gradient_checkpointing = False  # Transformers switches it, as in its own layers
+
+    def forward(self, embedding: Hidden, hidden: Hidden, rotary: Rotary, attend: Attend) -> Hidden:
+        normed = self.hidden_norm(hidden)
+        residual = normed if self.norm_before_residual else hidden
+        both = torch.cat(
+            [self.input_layernorm(embedding), normed], dim=-1
+        )  # [batch, seq, 2 hidden]
+        hidden = residual + attention(self.self_attn, 0, both, rotary, attend)
+        return hidden + feed_forward(self, hidden)
+
+
+def feed_forward(layer: Any, hidden: Hidden) -> Hidden:
+    """Norm and MLP of a layer; what lies inside them is computed again in the backward pass where
+    gradient checkpointing is on.
+    """
+    if layer.gradient_checkpointing and layer.training:
+        return checkpoint(_feed_forward, layer, hidden, use_reentrant=False)
+    return _feed_forward(layer, hidden)
+
+
+def _feed_forward(layer: Any, hidden: Hidden) -> Hidden:
+    return layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def decoder_layer(layer: Any, index: int, hidden: Hidden, rotary: Rotary, attend: Attend) -> Hidden:
+    """An ordinary pre-norm layer."""
+    normed = layer.input_layernorm(hidden)
+    hidden = hidden + attention(layer.self_attn, index, normed, rotary, attend)
+    return hidden + feed_forward(layer, hidden)
+
+
+def attention(
+    module: Any, index: int, x: Float[Tensor, "batch seq width"], rotary: Rotary, attend: Attend
+) -> Hidden:
+    """Projects, norms and rotates as the module says, attends as the caller says."""
+    queries = module.q_proj(x).view(*x.shape[:-1], -1, module.head_dim)
+    if hasattr(module, "q_norm"):
+        queries = module.q_norm(queries)
+    keys, values = keys_and_values(module, x, rotary)
+    attended = attend(index, rotate(queries, rotary), keys, values)
+    attended = attended.transpose(1, 2)  # [batch, seq, heads, head_dim]
+    return module.o_proj(attended.reshape(*x.shape[:-1], -1))
+
+
+def keys_and_values(module: Any, x: Hidden, rotary: Rotary) -> tuple[Keys, Keys]:
+    """What an attention module lets others see of ``x``."""
+    shape = (*x.shape[:-1], -1, module.head_dim)
+    keys = module.k_proj(x).view(shape)
+    if hasattr(module, "k_norm"):
+        keys = module.k_norm(keys)
+    return rotate(keys, rotary), module.v_proj(x).view(shape).transpose(1, 2)
+
+
+def rotate(x: Float[Tensor, "batch seq heads head_dim"], rotary: Rotary) -> Queries:
+    """Rotary positions (arXiv:2104.09864), and heads before tokens."""
+    cos, sin = rotary
+    x = x.transpose(1, 2)
+    return x * cos[:, None] + modeling_llama.rotate_half(x) * sin[:, None]
+
+
+def cached_attend(
+    config: PretrainedConfig, cache: DraftCache, positions: Int[Tensor, "batch new"]
+) -> Attend:
+    """Attends to the kept keys up to each token's position, and keeps these ones too."""
+    cache.extend_positions(positions)
+
+    def attend(layer: int, queries: Queries, keys: Keys, values: Keys) -> Queries:
+        keys, values = cache.append(layer, keys, values)
+        mask = cache.visible(positions, sliding_window(config, layer))
+        return nn.functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, enable_gqa=True
+        )
+
+    return attend
+
+
+class UnrolledAttention:
+    """Attention of a training unroll over a packed row, as the drafts are served.
+
+    At step k a row sees the step-0 keys of its document up to itself, and of each later step its
+    own key alone. Row 2 of one document at step 2:
+
+        step-0 keys  0 1 2 3    step-1 keys  0 1 2    step-2 keys  0 1 2
+                     x x x .                 . . x                 . . x
+        window of 3  . . x .                 . . x                 . . x
+
+    Step k may have fewer rows than step k - 1: the last ones have no further token.
+    """
+
+    def __init__(self, config: PretrainedConfig, document_ids: Int[Tensor, "rows"]):
+        self.config = config
+        self.starts = document_starts(document_ids)
+        # Layer to the keys and values of each step.
+        self.steps: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def __call__(self, layer: int, queries: Queries, keys: Keys, values: Keys) -> Queries:
+        steps = self.steps.setdefault(layer, [])
+        steps.append((keys, values))
+        (context, context_values), *later = steps
+        num_rows = queries.shape[2]
+        ends = torch.arange(1, num_rows + 1, device=queries.device)
+        window = sliding_window(self.config, layer)
+        spans = spans_before(ends, self.starts[:num_rows], len(later), window)
+        near = later if window is None else later[-window:]
+        own = [OwnKey(k[:, :, :num_rows], v[:, :, :num_rows]) for k, v in near]
+        return attend_packed(queries, context, context_values, spans, own)

@@ -1,0 +1,383 @@
+"""The model card of a speculator: ``README.md``, as the hub reads it and as a person does.
+
+What is not known when a card is written stands in it as a placeholder, and is filled in when the
+folder goes to the hub (`complete`). Its last line holds a hash of the rest: a card that somebody
+has edited is never overwritten.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from speculators_core.data_generation.settings import DatasetConfig
+from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.format import checkpoint
+from speculators_core.format.checkpoint import is_hub_id
+from speculators_core.format.config import SpeculatorModelConfig
+from speculators_core.publishing.card_facts import CardFacts, DataFacts, Measurement, TrainingFacts
+
+CARD = "README.md"
+
+
+REPOSITORY = "<this repository>"
+"""Stands for the hub id of a speculator that is not on the hub yet."""
+
+
+VERIFIER = "<verifier>"
+"""Stands for a verifier without a hub id: a card names no folder of a machine."""
+
+
+UNKNOWN_LICENSE = "Unknown: nobody has stated one. Ask who published this before you use it."
+
+
+SEAL = "<!-- written by speculators-vllm, sha256 "
+
+
+DATA_FILES = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".txt")
+
+
+class Algorithm(NamedTuple):
+    """What a reader who meets an algorithm for the first time is told."""
+
+    title: str
+    paper: str
+    idea: str
+    stock: dict[str, str | bool] | None
+    """What vLLM without our plug-in must be told; None where it cannot serve the algorithm."""
+
+
+ALGORITHMS = {
+    "eagle3": Algorithm(
+        "EAGLE-3",
+        "2503.01840",
+        "it reads states from between the verifier's layers and drafts one token at a time",
+        {"method": "eagle3"},
+    ),
+    "peagle": Algorithm(
+        "P-EAGLE",
+        "2602.01469",
+        "it is EAGLE-3's network and drafts all its tokens in one pass",
+        {"method": "eagle3", "parallel_drafting": True},
+    ),
+    "dflash": Algorithm(
+        "DFlash",
+        "2602.06036",
+        "it reads states from between the verifier's layers and fills a block of masks in one pass",
+        {"method": "dflash"},
+    ),
+    "mtp": Algorithm(
+        "MTP (FastMTP)",
+        "2509.18362",
+        "it is one more block of the verifier's own kind and drafts one token at a time",
+        None,
+    ),
+}
+
+
+def write_card(folder: Path, facts: CardFacts) -> bool:
+    """Writes the card of the speculator in a folder, unless somebody wrote or edited the one there.
+
+    Returns whether it was written.
+
+    Raises:
+        SpeculatorError: the folder holds no speculator.
+    """
+    if (folder / CARD).exists() and not is_ours(read_text(folder / CARD)):
+        return False
+    text = make_card(folder, facts)
+    with checkpoint.writing_into(folder) as draft:
+        (draft / CARD).write_text(text, encoding="utf-8")
+        (draft / CARD).replace(folder / CARD)
+    return True
+
+
+def make_card(folder: Path, facts: CardFacts) -> str:
+    """The card's text.
+
+    Raises:
+        SpeculatorError: the folder holds no speculator.
+    """
+    if not folder.is_dir():  # or it would be taken for a hub id
+        raise SpeculatorError(f"{folder}: no such folder; expected one that holds a speculator.")
+    config = SpeculatorModelConfig.from_pretrained(folder)
+    tensors = checkpoint.stored_tensors(folder).values()
+    name = config.verifier.name_or_path
+    public = name if name is not None and is_hub_id(name, folder) else None
+    sources = facts.data.datasets if facts.data else ()
+    data = ModelCardData(
+        base_model=public,
+        # The hub knows four relations; like an adapter, a draft is of no use without its base.
+        base_model_relation="adapter" if public else None,
+        datasets=list(dict.fromkeys(d.path for d in sources if _is_on_hub(d))) or None,
+        language=list(facts.languages) or None,
+        library_name="speculators",
+        license=facts.license,
+        pipeline_tag="text-generation",
+        tags=["speculative-decoding", "speculators", config.speculators_model_type, "vllm"],
+    )
+    verifier = public or VERIFIER
+    sections = (
+        _what_it_is(config, verifier, sum(math.prod(tensor.shape) for tensor in tensors)),
+        _acceptance(facts.measured, verifier),
+        _use(config, verifier),
+        _data(facts.data),
+        _training(facts.training),
+        _limits(facts, verifier),
+        f"## Licence\n\n{_license_line(facts.license)}",
+        f"## Versions\n\n{_pairs(facts.versions) or 'Not recorded'}.",
+    )
+    return _sealed(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n\n")
+
+
+def complete(text: str, repository: str, verifier: str, license: str | None = None) -> str:
+    """A card with what is known once it goes to the hub; without gaps it stays as it is.
+
+    ``license`` is put where the card names none.
+
+    Raises:
+        SpeculatorError: the card's front matter cannot be read.
+    """
+    card = parse(text)
+    body, data = card.text.replace(REPOSITORY, repository), card.data
+    if VERIFIER in body:
+        body = body.replace(VERIFIER, verifier)
+        if data.get("base_model") is None:
+            data["base_model"], data["base_model_relation"] = verifier, "adapter"
+    if license is not None and license_of(card) is None:
+        data["license"], body = license, body.replace(UNKNOWN_LICENSE, _license_line(license))
+    elif body == card.text:
+        return text
+    completed = f"---\n{data.to_yaml()}\n---\n{_without_seal(body) if is_ours(text) else body}"
+    return _sealed(completed) if is_ours(text) else completed
+
+
+def parse(text: str, where: str | Path = CARD) -> ModelCard:
+    """A card's front matter (`.data`) and body (`.text`).
+
+    Raises:
+        SpeculatorError: the front matter is no YAML, or not what the hub takes.
+    """
+    try:
+        return ModelCard(text)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        told = " ".join(str(error).split())
+        raise SpeculatorError(f"{where}: its front matter cannot be read: {told}.") from error
+
+
+def read_text(path: Path) -> str:
+    """Raises:
+    SpeculatorError: it cannot be read, or is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpeculatorError(f"{path} cannot be read: {first_line(error)}.") from error
+
+
+def license_of(card: ModelCard) -> str | None:
+    """The licence that a card's front matter names."""
+    named = card.data.get("license")
+    return None if named in (None, "", "unknown") else str(named)
+
+
+def is_ours(text: str) -> bool:
+    """Whether a card is as it was written here."""
+    content = _without_seal(text)
+    return content != text and text == _sealed(content)
+
+
+# ---- sections ----
+
+
+def _what_it_is(config: SpeculatorModelConfig, verifier: str, num_parameters: int) -> str:
+    known = ALGORITHMS.get(config.speculators_model_type)
+    title, about = config.speculators_model_type, ""
+    if known is not None:
+        title = known.title
+        about = f" ([arXiv:{known.paper}](https://arxiv.org/abs/{known.paper})): {known.idea}"
+    proposal = config.proposal.model_dump()
+    is_lossy = proposal.get("verifier_accept_k", 1) > 1 or proposal.get("accept_tolerance", 0) > 0
+    lossy = " Its default proposal method is lossy: it keeps tokens that are not the verifier's."
+    spoken = getattr(config, "draft_vocab_size", None)
+    vocabulary = getattr(config.transformer_layer_config, "vocab_size", None)
+    layer_ids = getattr(config, "stated_layer_ids", None)
+    architectures = ", ".join(config.verifier.architectures)
+    dtype = str(checkpoint.as_dtype(config.dtype)).removeprefix("torch.")
+    facts = _bullets(
+        f"Algorithm: {title}{about}",
+        f"Verifier: `{verifier}`" + (f" ({architectures})" if architectures else ""),
+        f"Tokens of a proposal: {config.proposal.speculative_tokens}",
+        f"Parameters: {num_parameters:,}, stored as {dtype}",
+        f"Vocabulary: {spoken:,} of the verifier's {vocabulary:,} tokens"
+        if spoken and vocabulary and spoken < vocabulary
+        else None,
+        f"Layers of the verifier that it reads: {' '.join(map(str, layer_ids))}"
+        if layer_ids
+        else None,
+    )
+    return (
+        f"# {title} speculator for {verifier}\n\n"
+        "A speculator is a small draft model: it proposes several tokens, and its verifier, the "
+        "model whose answers are wanted, checks them in one pass. The answers stay the verifier's "
+        f"and come sooner.{lossy if is_lossy else ''}\n\n{facts}"
+    )
+
+
+def _acceptance(measured: Measurement | None, verifier: str) -> str:
+    title = "## Acceptance length\n\n"
+    if measured is None:
+        command = f"python -m benchmarks.acceptance --model {REPOSITORY} --verifier {verifier}"
+        return f"{title}Not measured; `{command}` measures it."
+    rows = [
+        (row.category.replace("|", r"\|"), f"{row.acceptance_length:.2f}", str(row.num_prompts))
+        for row in measured.rows
+    ]
+    drawn = f"at temperature {measured.temperature:g}" if measured.temperature else "greedy"
+    return (
+        f"{title}Tokens emitted per verifier step, the bonus token included; "
+        f"{measured.speculative_tokens} tokens a proposal, {drawn}.\n\n"
+        f"{_table(('category', 'acceptance length', 'prompts'), rows)}\n\n"
+        f"Measured by\n\n{_code(measured.command)}\n\nwith {_pairs(measured.versions)}."
+    )
+
+
+def _use(config: SpeculatorModelConfig, verifier: str) -> str:
+    known = ALGORITHMS.get(config.speculators_model_type)
+    if known is None or known.stock is None:
+        stock = "vLLM without the plug-in does not serve this algorithm."
+    else:
+        num_tokens = config.proposal.speculative_tokens
+        settings = {**known.stock, "num_speculative_tokens": num_tokens}
+        stock = f"vLLM without the plug-in:\n\n{_serve(verifier, settings)}"
+    load = (
+        "from speculators_core.models.speculator import SpeculatorModel\n\n"
+        f'name, verifier = "{REPOSITORY}", "{verifier}"\n'
+        "speculator = SpeculatorModel.from_pretrained(name, verifier=verifier)\n"
+        "output = speculator.generate(input_ids, max_new_tokens=64)"
+    )
+    return (
+        "## Use\n\nvLLM with the plug-in `speculators-vllm`, which takes the rest from the "
+        f"checkpoint:\n\n{_serve(verifier, {})}\n\n{stock}\n\n"
+        f"Transformers:\n\n{_code(load, 'python')}"
+    )
+
+
+def _serve(verifier: str, settings: Mapping[str, Any]) -> str:
+    told = json.dumps({"model": REPOSITORY, **settings})
+    return _code(f"vllm serve {verifier} --speculative-config '{told}'")
+
+
+def _data(data: DataFacts | None) -> str:
+    if data is None:
+        return "## Data\n\nNot recorded."
+    answers = {
+        True: "The verifier wrote the answers itself.",
+        False: "Answers stand as the data have them; nothing says that the verifier wrote them.",
+        None: "Whether the verifier wrote the answers was not recorded.",
+    }
+    counts = {"examples": data.num_examples, "tokens": data.num_tokens}
+    counts["of them to learn"] = data.num_trained
+    counted = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count is not None)
+    return (
+        f"## Data\n\n{_bullets(*map(_dataset, data.datasets))}\n\n"
+        f"{counted}{'. ' if counted else ''}{answers[data.answers_are_own]}"
+    )
+
+
+def _training(run: TrainingFacts | None) -> str:
+    if run is None:
+        return "## Training\n\nNot recorded."
+    schedule = f", {run.schedule} schedule" if run.schedule else ""
+    best = "" if run.best_step is None else f"; the weights are of step {run.best_step:,}"
+    return "## Training\n\n" + _bullets(
+        f"Went on from: `{_public_name(run.started_from)}`" if run.started_from else None,
+        f"Steps: {run.num_steps:,}{best}",
+        f"Tokens: {run.num_tokens:,} without padding, in rows of {run.row_length:,}",
+        f"Optimizer: {run.optimizer}, learning rate {run.learning_rate:g}{schedule}",
+        f"Time: {run.seconds / 3600:.2f} hours" if run.seconds is not None else None,
+        f"Hardware: {run.hardware}" if run.hardware else None,
+    )
+
+
+def _limits(facts: CardFacts, verifier: str) -> str:
+    run, measured = facts.training, facts.measured
+    languages = ", ".join(facts.languages)
+    return "## Limits\n\n" + _bullets(
+        f"It was made for `{verifier}`. Beside other weights, those of a fine-tune too, fewer of "
+        "its tokens are kept; beside a model of another shape it does not run.",
+        f"It learnt from texts of at most {run.row_length:,} tokens. In longer ones fewer of its "
+        "tokens may be kept."
+        if run
+        else "How long the texts were that it learnt from is not recorded.",
+        (f"Languages of its data: {languages}." if languages else "Languages are not recorded.")
+        + " In others, and in domains that the data do not have, fewer of its tokens are kept.",
+        "The acceptance lengths above are greedy; texts that are sampled have shorter ones."
+        if measured and not measured.temperature
+        else None,
+        "What it gains in time depends on hardware, batch size, engine and prompts.",
+        "Faults and biases of the answers are the verifier's.",
+    )
+
+
+def _license_line(license: str | None) -> str:
+    if license is None:
+        return UNKNOWN_LICENSE
+    return f"`{license}`, of these weights. The verifier and the data have their own."
+
+
+# ---- pieces ----
+
+
+def _sealed(content: str) -> str:
+    return f"{content}{SEAL}{hashlib.sha256(content.encode()).hexdigest()} -->\n"
+
+
+def _without_seal(text: str) -> str:
+    head, found, last = text.rpartition(SEAL)
+    return head if found and last.count("\n") <= 1 else text
+
+
+def _is_on_hub(dataset: DatasetConfig) -> bool:
+    is_file = Path(dataset.path).suffix in DATA_FILES
+    return "/" in dataset.path and not is_file and is_hub_id(dataset.path)
+
+
+def _dataset(dataset: DatasetConfig) -> str:
+    """A line on a data set; of a local one the name alone: its folders are nobody's business."""
+    url = f"https://huggingface.co/datasets/{dataset.path}"
+    is_public = _is_on_hub(dataset)
+    parts = (
+        f"[{dataset.path}]({url})" if is_public else f"`{Path(dataset.path).name}` (local data)",
+        f"configuration `{dataset.name}`" if dataset.name else "",
+        f"split `{dataset.split}`" if is_public else "",
+        f"at most {dataset.limit:,} rows" if dataset.limit else "",
+    )
+    return ", ".join(part for part in parts if part)
+
+
+def _public_name(name: str) -> str:
+    """A hub id, or the name alone of a folder."""
+    return name if is_hub_id(name) else Path(name).name
+
+
+def _bullets(*lines: str | None) -> str:
+    return "\n".join(f"- {line}" for line in lines if line)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _code(text: str, language: str = "") -> str:
+    return f"```{language}\n{text}\n```"
+
+
+def _pairs(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in versions.items())

@@ -1,0 +1,120 @@
+"""What a model card says that neither the config nor the weights of a speculator know."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+from pydantic import Field
+
+from speculators_core.data_generation.settings import DatasetConfig
+from speculators_core.errors import SpeculatorError
+from speculators_core.settings import Settings, load_yaml
+
+
+class DataFacts(Settings):
+    """What the draft learnt from."""
+
+    datasets: tuple[DatasetConfig, ...] = Field(min_length=1)
+    num_examples: int | None = Field(None, ge=0)
+    num_tokens: int | None = Field(None, ge=0)
+    """Of all examples together, those of prompts included."""
+    num_trained: int | None = Field(None, ge=0)
+    """Tokens that the draft learnt to propose."""
+    answers_are_own: bool | None = None
+    """Whether the verifier wrote the answers; None where that was not recorded."""
+
+    @classmethod
+    def of_store(cls, folder: Path) -> "DataFacts":
+        """What a store says of itself.
+
+        Raises:
+            SpeculatorError: there is no store, a shard is damaged, or it does not say what it was
+                made from.
+        """
+        from speculators_core.data_generation.stores.disk import MANIFEST, DiskStore
+        from speculators_core.data_generation.stores.inspection import summarize
+
+        made_from = DiskStore.open(folder).manifest.made_from.get("data")
+        if not isinstance(made_from, Mapping) or not made_from.get("datasets"):
+            raise SpeculatorError(f"{folder / MANIFEST} does not say from which data it was made.")
+        where = f"{folder / MANIFEST}: data.datasets"
+        datasets = tuple(DatasetConfig.read(entry, where) for entry in made_from["datasets"])
+        found = summarize(folder)
+        wrote_all = 0 < found.num_trained <= found.num_written
+        were_regenerated = all(_was_regenerated(dataset, found.verifier) for dataset in datasets)
+        return cls(
+            datasets=datasets,
+            num_examples=found.num_examples,
+            num_tokens=found.num_tokens,
+            num_trained=found.num_trained,
+            answers_are_own=wrote_all or were_regenerated,
+        )
+
+
+def _was_regenerated(dataset: DatasetConfig, verifier: str) -> bool:
+    """Whether ``speculators regenerate`` wrote the file, with this verifier."""
+    from speculators_core.data_generation.answers.answer_file import beside
+
+    try:
+        stated = load_yaml(beside(Path(dataset.path), "yaml").read_text(encoding="utf-8"))
+        return bool(stated["options"]["answers"]["verifier"] == verifier)
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return False
+
+
+class TrainingFacts(Settings):
+    """How the draft was trained."""
+
+    num_steps: int = Field(ge=0)
+    best_step: int | None = Field(None, ge=0)
+    """Whose weights the draft has; the last step's where None."""
+    num_tokens: int = Field(ge=0)
+    """Tokens that went through the draft up to these weights, each as often as it did; without
+    padding."""
+    optimizer: str
+    learning_rate: float = Field(gt=0)
+    """At its highest."""
+    row_length: int = Field(ge=1)
+    """Tokens of a row: the longest text that the draft has seen."""
+    schedule: str | None = None
+    """How the learning rate falls."""
+    started_from: str | None = None
+    """Speculator that went on learning; None for a fresh draft."""
+    seconds: float | None = Field(None, ge=0)
+    hardware: str | None = None
+
+
+class CategoryAcceptance(Settings):
+    """Acceptance over the prompts of one category."""
+
+    category: str
+    acceptance_length: float = Field(ge=1)
+    """Tokens emitted per verifier step, the bonus token included."""
+    num_prompts: int = Field(ge=1)
+
+
+class Measurement(Settings):
+    """Acceptance by category, and what it takes to measure it again."""
+
+    rows: tuple[CategoryAcceptance, ...] = Field(min_length=1)
+    command: str = Field(min_length=1)
+    """The exact command."""
+    versions: dict[str, str]
+    """Packages and hardware (`provenance.environment`)."""
+    speculative_tokens: int = Field(ge=1)
+    """Tokens of a proposal (K)."""
+    temperature: float = Field(0.0, ge=0)
+
+
+class CardFacts(Settings):
+    """All of them; a card says of what is absent that it is not known."""
+
+    license: str | None = None
+    """The hub's word for it: `apache-2.0`."""
+    languages: tuple[str, ...] = ()
+    """Of the data: ISO 639 codes, and `code` for programs."""
+    data: DataFacts | None = None
+    training: TrainingFacts | None = None
+    measured: Measurement | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Of the packages that trained it (`provenance.versions`)."""

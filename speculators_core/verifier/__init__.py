@@ -1,0 +1,1 @@
+"""What is read of a verifier, and what must agree with it."""

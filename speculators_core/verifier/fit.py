@@ -1,0 +1,100 @@
+"""Whether a speculator and a verifier fit: sizes, layers, architecture, tokenizer."""
+
+from os import PathLike
+from pathlib import Path
+
+from transformers import (
+    PretrainedConfig,
+)
+
+from speculators_core.errors import SpeculatorError
+from speculators_core.format import checkpoint
+from speculators_core.format.config import SpeculatorModelConfig
+
+
+def check_verifier(
+    speculator: SpeculatorModelConfig, verifier: PretrainedConfig, name: str | None = None
+) -> None:
+    """Compares what must agree between the two, and settles what the config leaves open.
+
+    Raises:
+        SpeculatorError: another hidden size, vocabulary, number of layers or architecture.
+    """
+    text = verifier.get_text_config()
+    layer = speculator.transformer_layer_config
+    name = name or verifier.name_or_path or type(verifier).__name__
+    expected_hidden = getattr(speculator, "target_hidden_size", None) or layer.hidden_size
+    for what, found, expected in (
+        ("hidden size", text.hidden_size, expected_hidden),
+        ("vocabulary size", text.vocab_size, layer.vocab_size),
+        (
+            "number of layers",
+            text.num_hidden_layers,
+            speculator.verifier_depth or text.num_hidden_layers,
+        ),
+    ):
+        if found != expected:
+            raise SpeculatorError(
+                f"{name}: {what} {found}; the speculator was made for {expected}. "
+                f"Pass the verifier it was trained with ({speculator.verifier.name_or_path})."
+            )
+    found, expected = verifier.architectures or [], speculator.verifier.architectures
+    if text is verifier and found and expected and not set(found) & set(expected):
+        raise SpeculatorError(
+            f"{name} is a {', '.join(found)}; the speculator was made for {', '.join(expected)}. "
+            f"Pass the verifier it was trained with ({speculator.verifier.name_or_path})."
+        )
+    speculator.settle(text)
+    layer_ids = getattr(speculator, "aux_layer_ids", None) or []
+    if layer_ids and layer_ids[-1] > text.num_hidden_layers:
+        raise SpeculatorError(
+            f"aux layer id {layer_ids[-1]} is out of range: {name} has "
+            f"{text.num_hidden_layers} layers."
+        )
+
+
+TOKENIZER = "tokenizer.json"
+
+
+def read_tokenizer_vocabulary(folder: str | PathLike) -> dict[str, int] | None:
+    """Every token of a local folder's tokenizer with its id; None where there is none to read."""
+    path = Path(folder) / TOKENIZER
+    if not path.is_file():
+        return None
+    content = checkpoint.read_json(path)
+    try:
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, list):  # a unigram model's, with scores
+            vocabulary = {token: place for place, (token, _) in enumerate(vocabulary)}
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        return {**vocabulary, **added}
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def check_tokenizer(
+    speculator: str | PathLike, trained_with: str | None, served_with: str | PathLike
+) -> None:
+    """Compares the served tokenizer with the one beside the speculator, or else its verifier's.
+
+    Only folders within reach are compared; ``trained_with`` is the verifier that the speculator
+    names.
+
+    Raises:
+        SpeculatorError: a token has another id, or none.
+    """
+    for source in filter(None, (str(speculator), trained_with)):
+        if (trained := read_tokenizer_vocabulary(source)) is None:
+            continue
+        served = read_tokenizer_vocabulary(served_with)
+        if served is None or trained == served:
+            return
+        by_id = {token_id: token for token, token_id in served.items()}
+        for token, token_id in trained.items():
+            # A token that one side alone has is harmless: a mask, say, that no text holds.
+            if served.get(token, token_id) != token_id or by_id.get(token_id, token) != token:
+                raise SpeculatorError(
+                    f"{served_with}: token {token_id} is {by_id.get(token_id)!r}; the speculator "
+                    f"was trained with {source}, where it is {token!r}. Pass that tokenizer."
+                )
+        return

@@ -1,0 +1,233 @@
+"""What is read from a verifier: embeddings, final norm, head, and the states between its layers.
+
+The head and the norm are the verifier's own Transformers modules, so each family keeps its own
+convention (a gain of ``w`` or ``1 + w``, soft-capped or scaled logits). They are read by name from
+the checkpoint; the layers are never loaded for them. A family that the tests do not cover is
+tried on a few tokens, and refused where its own logits are not the ones rebuilt here.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from copy import deepcopy
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.format import checkpoint
+from speculators_core.verifier.head import VerifierHead, decoder_of
+from speculators_core.verifier.proof import _check_twin, _is_proven
+
+
+def load_verifier(
+    name_or_path: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The whole verifier, after its files were checked.
+
+    Raises:
+        SpeculatorError: a file is missing or truncated.
+    """
+    files = (*checkpoint.ALL_FILES, "*.py") if trust_remote_code else checkpoint.ALL_FILES
+    folder = checkpoint.fetch(name_or_path, files=files)
+    checkpoint.stored_tensors(folder)
+    auto_class = language_model_class(read_verifier_config(folder, trust_remote_code))
+    return auto_class.from_pretrained(
+        folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+    ).eval()
+
+
+def verifier_config_of(
+    verifier: str | PreTrainedModel, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    if isinstance(verifier, PreTrainedModel):
+        return verifier.config
+    return read_verifier_config(verifier, trust_remote_code)
+
+
+def read_verifier_config(
+    name_or_path: str | PathLike, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """The verifier's config.
+
+    Raises:
+        SpeculatorError: there is no such verifier within reach, or no config in it.
+    """
+    files = [checkpoint.CONFIG, "*.py"] if trust_remote_code else [checkpoint.CONFIG]
+    folder = checkpoint.fetch(name_or_path, files=files)
+    checkpoint.read_config(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        hint = " Trust it with trust_remote_code." if "trust_remote_code" in str(error) else ""
+        raise SpeculatorError(
+            f"{folder}: not a verifier that Transformers reads: {first_line(error)}{hint}"
+        ) from error
+    config.name_or_path = str(name_or_path)
+    return config
+
+
+def read_tokenizer(name_or_path: str | PathLike, trust_remote_code: bool = False) -> Any:
+    """The verifier's tokenizer.
+
+    Raises:
+        SpeculatorError: there is none that Transformers reads.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise SpeculatorError(
+            f"{name_or_path}: no tokenizer that Transformers reads: {first_line(error)}"
+        ) from error
+
+
+def language_model_class(config: PretrainedConfig) -> Any:
+    """The Auto class that builds and loads the verifier which a config describes.
+
+    Transformers knows most vision models not as causal language models; their text part is one.
+    """
+    for mapping, auto_class in (
+        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+        (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
+    ):
+        if type(config) in mapping:
+            return auto_class
+    return AutoModelForCausalLM  # the checkpoint's own class, or Transformers' complaint
+
+
+def read_verifier_head(
+    name_or_path: str | PathLike,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> VerifierHead:
+    """Embeddings, final norm and head from a checkpoint, without the layers between.
+
+    Raises:
+        SpeculatorError: a tensor is missing, of a wrong shape, or not finite; or the family's
+            logits are not rebuilt.
+    """
+    config = read_verifier_config(name_or_path, trust_remote_code)
+    model = _without_weights(config, trust_remote_code)
+    head = VerifierHead(model)
+    if not _is_proven(model):
+        _check_twin(_without_weights(config, trust_remote_code))
+    stored = _stored_weights(name_or_path, model, head.parameters())
+    checkpoint.check_shapes(
+        {tensor.name: tensor.shape for tensor in stored.values()},
+        {tensor.name: tuple(weight.shape) for weight, tensor in stored.items()},
+        str(name_or_path),
+    )
+    by_name = {tensor.name: tensor for tensor in stored.values()}
+    read = dict(checkpoint.read_tensors(by_name, list(by_name)))
+    target = dtype or checkpoint.as_dtype(config.dtype or config.get_text_config().dtype)
+    for module in (head.norm, head.embed_tokens, head.lm_head):
+        for key, weight in list(module.named_parameters(recurse=False)):
+            tensor = read[stored[weight].name].to(target)
+            setattr(module, key, nn.Parameter(tensor, requires_grad=False))
+    return head
+
+
+def read_final_norm(
+    name_or_path: str | PathLike, config: PretrainedConfig, **where: Any
+) -> Float[Tensor, "hidden"]:
+    """The weights of the last norm alone; ``where`` are `checkpoint.fetch`'s.
+
+    Raises:
+        SpeculatorError: they are missing, or not finite.
+    """
+    model = _without_weights(config, trust_remote_code=False)
+    stored = _stored_weights(name_or_path, model, [decoder_of(model).norm.weight], **where)
+    (tensor,) = stored.values()
+    return dict(checkpoint.read_tensors({tensor.name: tensor}, [tensor.name]))[tensor.name]
+
+
+def _without_weights(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    auto_class = language_model_class(config)
+    try:
+        with torch.device("meta"):
+            return auto_class.from_config(
+                deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, ImportError) as error:  # ImportError: some vision towers need packages
+        raise SpeculatorError(
+            f"{config.name_or_path}: no language model: {first_line(error)}"
+        ) from error
+
+
+def _stored_weights(
+    name_or_path: str | PathLike,
+    model: PreTrainedModel,
+    weights: Iterable[nn.Parameter],
+    **where: Any,
+) -> dict[nn.Parameter, checkpoint.StoredTensor]:
+    """Where these weights lie; of a sharded verifier on the hub their shards alone are fetched."""
+    wanted = list(weights)
+    folder = checkpoint.fetch(name_or_path, files=checkpoint.HEAD_FILES, **where)
+    if (folder / checkpoint.INDEX).exists():
+        weight_map = checkpoint.read_weight_map(folder)
+        names = _stored_names(model, wanted, weight_map, folder)
+        shards = {weight_map[name] for name in names.values()}
+        files = (*checkpoint.HEAD_FILES, *sorted(shards))
+        folder = checkpoint.fetch(name_or_path, files=files, **where)
+        stored = checkpoint.stored_tensors(folder, shards)
+    else:
+        files = (checkpoint.CONFIG, checkpoint.WEIGHTS)
+        folder = checkpoint.fetch(name_or_path, files=files, **where)
+        stored = checkpoint.stored_tensors(folder)
+        names = _stored_names(model, wanted, stored, folder)
+    return {weight: stored[name] for weight, name in names.items()}
+
+
+def _stored_names(
+    model: PreTrainedModel, weights: Sequence[nn.Parameter], stored: Collection[str], folder: Path
+) -> dict[nn.Parameter, str]:
+    """The checkpoint's names of these weights; of tied ones it may hold either.
+
+    Many checkpoints keep names of older classes, or nest the text model under another prefix:
+    names are then changed as Transformers changes them when it loads the whole model.
+    """
+    own_names: dict[nn.Parameter, list[str]] = {weight: [] for weight in weights}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if weight in own_names:
+            own_names[weight].append(name)
+    stored_as = {name: name for name in stored}
+    if any(stored_as.keys().isdisjoint(names) for names in own_names.values()):
+        stored_as = _renamed(model, stored) | stored_as
+    found = {}
+    for weight, names in own_names.items():
+        matches = [stored_as[name] for name in names if name in stored_as]
+        if not matches:
+            raise SpeculatorError(f"{folder}: no tensor {names[0]}; it holds {len(stored)} others.")
+        found[weight] = matches[0]
+    return found
+
+
+def _renamed(model: PreTrainedModel, stored: Collection[str]) -> dict[str, str]:
+    """The model's names for stored tensors that are kept as they are, with the stored names."""
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    own = model.state_dict()
+    renamed = {}
+    for name in stored:
+        new_name, converter = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, own
+        )
+        if converter is None:
+            renamed[new_name] = name
+    return renamed

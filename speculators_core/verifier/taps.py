@@ -1,0 +1,77 @@
+"""The states between a verifier's layers, and which of them drafts read."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+)
+
+from speculators_core.errors import SpeculatorError
+from speculators_core.verifier.head import decoder_of
+
+DEFAULT_NUM_AUX = 3
+
+
+def default_aux_layer_ids(num_layers: int) -> list[int]:
+    """EAGLE-3's choice: the states that enter layers 2, n // 2 and n - 3.
+
+    Raises:
+        SpeculatorError: the verifier has too few layers for three of them.
+    """
+    ids = [2, num_layers // 2, num_layers - 3]
+    if ids != sorted(set(ids)):
+        raise SpeculatorError(
+            f"a verifier of {num_layers} layers is too shallow for the default aux layers {ids}. "
+            "Pass layer ids of your own."
+        )
+    return ids
+
+
+class LayerTaps:
+    """Catches, while it is entered, the states between a verifier's layers.
+
+    Id k is the residual stream after k layers: 0 the embeddings, n the output of the last layer
+    *before* the final norm.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer_ids: Sequence[int]):
+        self.decoder = decoder_of(model)
+        self.layer_ids = list(layer_ids)
+        self._caught: dict[int, Tensor] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> "LayerTaps":
+        layers = self.decoder.layers
+        for layer_id in set(self.layer_ids) or {0}:  # of none, the first tells the shape
+            reader = layers[layer_id] if layer_id < len(layers) else self.decoder.norm
+            hook = self._catch_input(layer_id)
+            handle = reader.register_forward_pre_hook(hook, with_kwargs=True)
+            self._handles.append(handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _catch_input(self, layer_id: int) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._caught[layer_id] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def states(self, layer_ids: Sequence[int]) -> Float[Tensor, "batch seq states_hidden"]:
+        """The last forward's states of these ids, side by side; of no ids a width of zero."""
+        if not layer_ids:
+            return next(iter(self._caught.values()))[..., :0]
+        return torch.cat([self._caught[layer_id] for layer_id in layer_ids], dim=-1)

@@ -1,0 +1,1 @@
+"""Data generation and answers on vLLM."""

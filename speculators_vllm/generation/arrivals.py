@@ -1,0 +1,125 @@
+"""What comes of the requests of one batch, and the thread that receives their hidden states.
+
+Engines tell of a request in two places: its answer, and its states, which come on their own.
+"""
+
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+
+from speculators_core.data_generation.examples import Example, Failure, GeneratedExample
+from speculators_core.errors import SpeculatorError, first_line
+from speculators_vllm.hidden_states.files import HiddenStates
+from speculators_vllm.hidden_states.stream import HiddenStateReceiver, Undelivered
+
+logger = logging.getLogger(__name__)
+
+SILENCE_S = 60.0
+"""Without a word of any request, those that are missing count as lost."""
+POLL_S = 0.05
+
+Outcome = GeneratedExample | Failure
+
+
+class Arrivals:
+    """Requests by name; any thread may tell what came of one, and the first word counts."""
+
+    def __init__(
+        self, examples: Sequence[Example], form: Callable[[Example, HiddenStates], Outcome]
+    ) -> None:
+        """``form`` runs in the thread that tells; a SpeculatorError of it ends the batch."""
+        batch = uuid.uuid4().hex
+        self.examples = {f"{batch}-{number}": one for number, one in enumerate(examples)}
+        self._form = form
+        self._outcomes: dict[str, Outcome] = {}
+        self._fault: SpeculatorError | None = None
+        self._changed = threading.Condition()
+
+    def arrived(self, states: HiddenStates) -> None:
+        example = self.examples.get(states.name)
+        if example is None or states.name in self._outcomes:
+            logger.warning("hidden states came that nobody asked for, named %s", states.name)
+            return
+        try:
+            self._settle(states.name, self._form(example, states))
+        except SpeculatorError as error:
+            self.end(error)
+        except Exception as error:  # memory, or the head: it is this example's alone
+            self.failed(states.name, first_line(error))
+
+    def failed(self, name: str, reason: str) -> None:
+        example = self.examples.get(name)
+        if example is not None:
+            self._settle(name, Failure(example.key, reason))
+
+    def _settle(self, name: str, outcome: Outcome) -> None:
+        with self._changed:
+            self._outcomes.setdefault(name, outcome)
+            self._changed.notify_all()
+
+    def end(self, fault: SpeculatorError) -> None:
+        """The batch cannot go on."""
+        with self._changed:
+            self._fault = self._fault or fault
+            self._changed.notify_all()
+
+    @property
+    def has_ended(self) -> bool:
+        return self._fault is not None
+
+    def wait(self, silence_s: float = SILENCE_S) -> dict[str, Outcome]:
+        """What came of each example, by its key.
+
+        Raises:
+            SpeculatorError: the batch ended.
+        """
+        with self._changed:
+            while self._fault is None and len(self._outcomes) < len(self.examples):
+                if not self._changed.wait(silence_s):
+                    break
+            if self._fault is not None:
+                raise self._fault
+            lost = f"its hidden states did not come within {silence_s} s"
+            return {
+                example.key: self._outcomes.get(name) or Failure(example.key, lost)
+                for name, example in self.examples.items()
+            }
+
+
+class Inbox:
+    """Receives in a thread of its own, beside the model, and passes on to the batch at hand."""
+
+    def __init__(self, endpoint: str, max_frame_bytes: int) -> None:
+        """Raises:
+        SpeculatorError: the endpoint cannot be bound.
+        """
+        self.arrivals: Arrivals | None = None
+        self._receiver = HiddenStateReceiver(endpoint, max_frame_bytes=max_frame_bytes)
+        self._closing = threading.Event()
+        self.endpoint = self._receiver.endpoint
+        self._thread = threading.Thread(target=self._run, name="inbox", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            if self._receiver.has_message(POLL_S):
+                self._pass_on()
+        self._receiver.close()
+
+    def _pass_on(self) -> None:
+        arrivals = self.arrivals
+        try:
+            states = self._receiver.receive()
+        except Undelivered as error:
+            if arrivals is not None:
+                arrivals.failed(error.name, str(error))
+        except SpeculatorError as error:
+            logger.warning("%s", error)
+        else:
+            if arrivals is not None:
+                arrivals.arrived(states)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()

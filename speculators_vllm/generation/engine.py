@@ -1,0 +1,288 @@
+"""Data generation on vLLM: an engine of our own, or a server that runs already.
+
+A request has a name, by which its states are known when they come, beside its answer:
+
+    forward -> requests -> vLLM --> answers --> what came of each example
+                             |                    ^
+                             +--> states, formed as they come
+"""
+
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+
+from speculators_core.data_generation.engines.pipeline import InferencePipeline, seed_of
+from speculators_core.data_generation.examples import Example, Failure, Schema
+from speculators_core.data_generation.settings import GenerationPlan
+from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.verifier.head import VerifierHead
+from speculators_core.verifier.reading import read_verifier_head
+from speculators_vllm import offline
+from speculators_vllm.generation.arrivals import Arrivals, Inbox, Outcome
+from speculators_vllm.generation.server import Server
+from speculators_vllm.hidden_states.files import HiddenStates
+from speculators_vllm.hidden_states.settings import StreamSink, engine_arguments
+
+DECIDED = (
+    "model",
+    "speculative_config",
+    "spec_model",
+    "spec_method",
+    "spec_tokens",
+    "kv_transfer_config",
+    "dtype",
+    "seed",
+    "max_model_len",
+    "device_ids",
+    "skip_tokenizer_init",
+    "trust_remote_code",
+)
+"""vLLM's arguments for which a plan has options of its own, or leaves no choice."""
+ALLOW_LONG = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
+LARGEST_DTYPE = torch.float32
+HEADER_ROOM = 2**16
+DEATH_POLL_S = 0.5
+
+
+class Runner(Protocol):
+    """What runs requests: their options are under the names that vLLM has for them everywhere."""
+
+    def run(
+        self, arrivals: Arrivals, options_of: Callable[[str, Example], dict[str, Any]]
+    ) -> dict[str, Outcome]: ...
+    def close(self) -> None: ...
+
+
+class VLLMPipeline(InferencePipeline):
+    """The verifier on vLLM, which takes all examples at one time and batches them itself."""
+
+    def __init__(self, plan: GenerationPlan, schema: Schema) -> None:
+        super().__init__(plan, schema)
+        if schema.logits != "none":
+            _ = self.head  # a fault of it is found before vLLM starts
+        max_frame_bytes = HEADER_ROOM + self._max_tokens * len(self.captured_ids) * (
+            schema.hidden_size * LARGEST_DTYPE.itemsize
+        )
+        self._runner: Runner
+        if plan.engine.base_url is None:
+            self._runner = Engine(self._arguments(), self._sink_arguments, max_frame_bytes)
+        else:
+            self._runner = Server(plan.engine, plan.run.allowed_roots, max_frame_bytes)
+
+    @property
+    def _max_tokens(self) -> int:
+        """Of an example with what is written, the last written token included."""
+        writes = self.plan.data.states.tokens == "all"
+        return self.plan.engine.max_length + (self.plan.engine.max_new_tokens if writes else 1)
+
+    def _arguments(self) -> dict[str, Any]:
+        """Of `vllm.LLM`, but for those that say where states go.
+
+        Raises:
+            SpeculatorError: vLLM has no such argument, or no such device, or decides it here.
+        """
+        offline.prepare()
+        engine, data = self.plan.engine, self.plan.data
+        given = offline.check_names("engine.vllm", engine.vllm, DECIDED)
+        if data.states.tokens == "prompt":
+            # A prompt may fill all positions: the token after it is sampled and never run.
+            os.environ.setdefault(ALLOW_LONG, "1")
+        return {
+            "model": data.verifier,
+            "trust_remote_code": data.trust_remote_code,
+            "skip_tokenizer_init": True,
+            "dtype": engine.dtype,
+            "max_model_len": self._max_tokens,
+            "seed": self.plan.run.seed % 2**32,
+            **_device_arguments(engine.device),
+            **offline.default_arguments(),
+            **given,
+        }
+
+    def _sink_arguments(self, endpoint: str) -> dict[str, Any]:
+        sink = StreamSink(endpoint=endpoint, by_default="none")
+        return engine_arguments(self.verifier_config, self.captured_ids, sink, with_last=False)
+
+    @cached_property
+    def head(self) -> VerifierHead:
+        """On the GPU where there is one: on a CPU logits take longer than the verifier itself."""
+        dtype = self.plan.engine.dtype
+        head = read_verifier_head(
+            self.plan.data.verifier,
+            None if dtype == "auto" else getattr(torch, dtype),
+            self.plan.data.trust_remote_code,
+        )
+        return head.to(self.plan.engine.device or ("cuda" if offline.has_gpu() else "cpu"))
+
+    def forward(self, examples: Sequence[Example]) -> list[Outcome]:
+        faults = {example.key: self.fault(example) for example in examples}
+        sound = [example for example in examples if faults[example.key] is None]
+        outcomes = {key: Failure(key, fault) for key, fault in faults.items() if fault is not None}
+        arrivals = Arrivals(sound, self._form_states)
+        done = self._runner.run(arrivals, self._options_of) if sound else {}
+        return [done.get(example.key) or outcomes[example.key] for example in examples]
+
+    def _options_of(self, name: str, example: Example) -> dict[str, Any]:
+        engine, writes = self.plan.engine, self.goes_on(example)
+        samples = writes and engine.temperature > 0
+        return {
+            "max_tokens": engine.max_new_tokens if writes else 1,
+            "temperature": engine.temperature if samples else 0.0,
+            "top_p": engine.top_p if samples else 1.0,
+            "seed": seed_of(self.plan.run.seed, example.key) if samples else None,
+            # Where these are not stated, a server takes the verifier's generation_config.json.
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "ignore_eos": True,  # of the tokenizer; these are of the verifier
+            "stop_token_ids": self.end_ids,
+            "kv_transfer_params": {"hidden_states": "all" if writes else "prompt", "name": name},
+        }
+
+    def _form_states(self, example: Example, states: HiddenStates) -> Outcome:
+        """Raises SpeculatorError where the states are not those of this plan's verifier."""
+        engine, tensor = self.plan.engine, states.hidden_states
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        expected_dtype = dtype if engine.dtype == "auto" else engine.dtype
+        found = (states.layer_ids, tensor.shape[-1], dtype)
+        expected = (self.captured_ids, self.schema.hidden_size, expected_dtype)
+        if found != expected:
+            settings = self._sink_arguments("tcp://unused")["speculative_config"]
+            raise SpeculatorError(
+                f"{engine.base_url} hands out states of layers {list(found[0])}, width {found[1]}, "
+                f"{found[2]}; expected layers {list(expected[0])}, width {expected[1]}, "
+                f"{expected[2]}. Start it with --speculative-config '{json.dumps(settings)}'."
+            )
+        return self.form(example, states.token_ids, states.hidden_states)
+
+    def close(self) -> None:
+        self._runner.close()
+        self.__dict__.pop("head", None)
+
+
+class Engine:
+    """A vLLM engine in this process, or in one of its own (``VLLM_ENABLE_V1_MULTIPROCESSING=1``).
+
+    A process has one of them that hands out states.
+    """
+
+    def __init__(
+        self,
+        arguments: dict[str, Any],
+        sink_arguments: Callable[[str], dict[str, Any]],
+        max_frame_bytes: int,
+    ) -> None:
+        """Raises:
+        SpeculatorError: vLLM does not start with these arguments.
+        """
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="speculators-"))
+            # Received beside the model: vLLM pauses when too much of it waits.
+            self._inbox = Inbox(f"ipc://{folder}/states", max_frame_bytes)
+            stack.callback(self._inbox.close)
+            arguments = {**arguments, **sink_arguments(self._inbox.endpoint)}
+            self._llm = stack.enter_context(offline.loaded(**arguments))
+            stack.enter_context(_waking_on_death(self._llm.llm_engine.engine_core))
+            self._stack = stack.pop_all()
+
+    def run(
+        self, arrivals: Arrivals, options_of: Callable[[str, Example], dict[str, Any]]
+    ) -> dict[str, Outcome]:
+        """Raises:
+        SpeculatorError: the engine died.
+        """
+        from speculators_vllm.hidden_states.connector import drain
+
+        self._inbox.arrivals = arrivals
+        try:
+            for name, example in arrivals.examples.items():
+                self._add(arrivals, name, example, options_of(name, example))
+            self._step(arrivals)
+            drain(self._llm)
+        except SpeculatorError:
+            raise
+        except Exception as error:  # whatever it was, its requests are lost
+            raise SpeculatorError(f"vLLM died: {offline.told(error)}") from error
+        return arrivals.wait()
+
+    def _add(
+        self, arrivals: Arrivals, name: str, example: Example, options: dict[str, Any]
+    ) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        extra = {"kv_transfer_params": options.pop("kv_transfer_params")}
+        try:
+            self._llm.llm_engine.add_request(
+                name,
+                {"prompt_token_ids": example.input_ids.tolist()},
+                SamplingParams(
+                    **options,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                    extra_args=extra,
+                ),
+            )
+        except ValueError as error:  # it is too long for this engine, or vLLM knows why not
+            arrivals.failed(name, first_line(error))
+
+    def _step(self, arrivals: Arrivals) -> None:
+        """Until all requests are answered; of those that are aborted vLLM says nothing."""
+        engine = self._llm.llm_engine
+        unanswered = set(arrivals.examples)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if not output.finished:
+                    continue
+                answer = output.kv_transfer_params or {}
+                if "error" in answer:
+                    arrivals.failed(output.request_id, answer["error"])
+                elif "hidden_states_endpoint" in answer:
+                    unanswered.discard(output.request_id)
+        for name in unanswered:
+            arrivals.failed(name, "vLLM gave the request up")
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@contextmanager
+def _waking_on_death(client: Any) -> Iterator[None]:
+    """Ends the wait for an engine whose process was killed.
+
+    vLLM 0.32 sees the death and takes the engine down, but its synchronous client waits on.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    closing = threading.Event()
+
+    def watch() -> None:
+        while not closing.wait(DEATH_POLL_S):
+            if client.resources.engine_dead:
+                client.outputs_queue.put(EngineDeadError())
+                return
+
+    if hasattr(client, "outputs_queue"):
+        threading.Thread(target=watch, name="engine-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        closing.set()
+
+
+def _device_arguments(device: str | None) -> dict[str, Any]:
+    """Raises SpeculatorError where this vLLM does not run there."""
+    if device is None:
+        return {}
+    kind, _, index = device.partition(":")
+    here = "cuda" if offline.has_gpu() else "cpu"
+    if kind != here or not (index.isdigit() or not index):
+        raise SpeculatorError(f"engine.device {device}: vLLM runs on {here} here.")
+    return {"device_ids": [int(index)]} if index and kind == "cuda" else {}

@@ -1,0 +1,1 @@
+"""What changes in vLLM: its registries, configs, proposers and networks."""

@@ -1,0 +1,44 @@
+"""How vLLM serves the speculators of each algorithm: one file for each of ours.
+
+Other packages name theirs in the entry-point group ``speculators_vllm.proposers``, under their
+``speculators_model_type``. These are read in every process of vLLM: keep torch and vLLM out of the
+module that holds a `Proposer`, and the network in another, which it names.
+"""
+
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from speculators_core.registry import Registry
+
+Configure = Callable[[Mapping[str, Any], MutableMapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Proposer:
+    """What vLLM is told about the speculators of one algorithm."""
+
+    method: str
+    """vLLM's own word for how such a draft is run: ``eagle3``, ``dflash``, ``mtp``."""
+    configure: Configure
+    """Completes vLLM's config of the draft from the speculator's config.
+
+    Called with ``config.json`` as a dict and a copy of its ``transformer_layer_config``, which it
+    changes. Raises SpeculatorError where vLLM cannot serve such a draft.
+    """
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Further speculative settings that the algorithm needs."""
+    networks: Mapping[str, str] = field(default_factory=dict)
+    """Classes for vLLM's model registry: architecture to ``module:Class``."""
+
+
+PROPOSERS = Registry(
+    "proposer",
+    "speculators_vllm.proposers",
+    {
+        "eagle3": "speculators_vllm.plugin.proposers.eagle3:PROPOSER",
+        "peagle": "speculators_vllm.plugin.proposers.peagle:PROPOSER",
+        "dflash": "speculators_vllm.plugin.proposers.dflash:PROPOSER",
+        "mtp": "speculators_vllm.plugin.proposers.mtp:PROPOSER",
+    },
+)

@@ -1,0 +1,1 @@
+"""Does a speculator serve as it was trained, and is it lossless?"""

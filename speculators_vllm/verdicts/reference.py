@@ -1,0 +1,48 @@
+"""The reference decoder beside vLLM: the same prompts, greedily, and what was kept."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from speculators_core.decoding.acceptance import AcceptanceCounts
+from speculators_core.decoding.sequences import until_end
+from speculators_vllm.offline import Continuation
+
+COUNT_TOLERANCE = 0.01
+"""Share of drafts by which two sides may differ at a position and be called equal."""
+
+
+def decode(
+    model: Any,
+    prompt: Sequence[int],
+    max_tokens: int,
+    num_tokens: int,
+    stop_ids: int | list[int] | None = None,
+) -> Continuation:
+    """A speculator's continuation of a prompt with the verifier that it has attached."""
+    output = model.generate(
+        torch.tensor([prompt], device=model.device),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
+        max_new_tokens=max_tokens,
+        num_assistant_tokens=num_tokens,
+        do_sample=False,
+        eos_token_id=stop_ids,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+    )
+    (counts,) = output.acceptance
+    new = output.sequences[0, len(prompt) :].tolist()
+    return Continuation(until_end(new, stop_ids), counts.accepted)
+
+
+def pool(accepted: Sequence[Sequence[int]], num_tokens: int) -> AcceptanceCounts:
+    """The drafts of all requests together."""
+    return AcceptanceCounts(num_tokens, [kept for one in accepted for kept in one])
+
+
+def first_difference(expected: AcceptanceCounts, found: AcceptanceCounts) -> int | None:
+    """The first position, from 1, at which two sides keep unequal numbers of tokens."""
+    tolerance = COUNT_TOLERANCE * max(1, expected.num_drafts)
+    pairs = zip(expected.accepted_per_position, found.accepted_per_position, strict=True)
+    return next((at for at, (a, b) in enumerate(pairs, start=1) if abs(a - b) > tolerance), None)

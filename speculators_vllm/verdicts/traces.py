@@ -1,0 +1,214 @@
+"""The tensors of a draft's first pass, by name, in Transformers and in vLLM.
+
+Both run the same prompt. What has the same name in both is compared in the order in which it is
+computed, so that the first difference is where the two part.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from speculators_core.decoding.drafter import Chooser, Confirmed, Proposal
+from speculators_core.diagnosis.replay import SeenText
+from speculators_core.models.speculator import SpeculatorModel
+
+STATES, LOGITS = "verifier's states", "logits"
+COMPARED = (
+    "fc",
+    "input_norm",
+    "hidden_norm",
+    "token_layernorm",
+    "hidden_layernorm",
+    "input_proj",
+    "input_layernorm",
+    "o_proj",
+    "post_attention_layernorm",
+    "mlp",
+    "final_layernorm",
+    "norm",
+)
+"""Modules whose outputs mean the same in both; vLLM fuses or splits the others."""
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Largest difference over the largest value that rounding explains."""
+
+Trace = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One tensor of both traces."""
+
+    name: str
+    difference: float
+    """Largest difference over the largest value; infinite where one side has no such numbers."""
+    is_equal: bool
+
+
+def compare(reference: Trace, served: Trace, dtype: torch.dtype) -> list[Stage]:
+    """Every tensor that both have, in the reference's order.
+
+    Of unequal numbers of rows the first ones are compared: one side may add rows of padding or
+    masks behind them.
+    """
+    stages = []
+    for name, ours in reference.items():
+        if name not in served:
+            continue
+        theirs = served[name]
+        rows = min(len(ours), len(theirs))
+        if ours.shape[1:] != theirs.shape[1:]:
+            stages.append(Stage(name, float("inf"), False))
+            continue
+        ours, theirs = ours[:rows].float().cpu(), theirs[:rows].float().cpu()
+        is_said = ours.isfinite()  # tokens that a draft cannot say are -inf
+        if not torch.equal(is_said, theirs.isfinite()) or not is_said.any():
+            stages.append(Stage(name, float("inf"), False))
+            continue
+        gap = (ours - theirs)[is_said].abs().max() / ours[is_said].abs().max().clamp_min(1e-9)
+        stages.append(Stage(name, float(gap), float(gap) <= TOLERANCES[dtype]))
+    return stages
+
+
+@torch.no_grad()
+def trace_reference(model: SpeculatorModel, text: SeenText, num_tokens: int) -> Trace:
+    """The first proposal after a prompt; the answer's first token is the bonus token."""
+    trace: Trace = {}
+    length = text.prompt_length
+    states = text.aux_states(model.aux_layer_ids)[:length].to(model.device, model.dtype)
+    trace[STATES] = _as_vllm_hands_them(model, states)
+    positions = torch.arange(length, device=model.device)
+    confirmed = Confirmed(
+        text.token_ids[None, : length + 1].to(model.device), positions[None], states[None]
+    )
+    with _Hooks(trace, model):
+        chooser = _KeptLogits(trace=trace, model=model)
+        model.propose(model.start_drafting(), confirmed, num_tokens, chooser)
+    return trace
+
+
+def _as_vllm_hands_them(model: SpeculatorModel, states: Tensor) -> Tensor:
+    """vLLM has but the normed last state for an MTP draft, whatever it was trained on."""
+    if not hasattr(model.config, "verifier_state"):
+        return states
+    return model.verifier_head.norm(states)
+
+
+def trace_served(llm: Any, prompt: Sequence[int]) -> Trace:
+    """The same of vLLM's draft; empty where its network is out of reach, in another process."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    is_here = hasattr(engine.engine_core, "engine_core")
+    if not is_here or engine.vllm_config.parallel_config.world_size > 1:
+        return {}
+    trace: Trace = {}
+    hooks: list[_Hooks] = []
+
+    def attach(worker: Any) -> bool:
+        network = worker.get_draft_model()
+        if network is None:
+            return False
+        hooks.append(_Hooks(trace, network, served=True).attach())
+        return True
+
+    if not all(llm.collective_rpc(attach)) or not hooks:
+        return {}
+    try:
+        parameters = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+        llm.generate({"prompt_token_ids": list(prompt)}, parameters, use_tqdm=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return trace
+
+
+@dataclass(frozen=True)
+class _KeptLogits(Chooser):
+    """Keeps the logits of the first choice, over the verifier's vocabulary."""
+
+    trace: Trace = field(default_factory=dict)
+    model: Any = None
+
+    def __call__(
+        self, logits: Tensor, token_ids: Tensor | None = None, vocab_size: int | None = None
+    ) -> Proposal:
+        whole = logits
+        if token_ids is not None:
+            size = (*logits.shape[:-1], self.model.config.transformer_layer_config.vocab_size)
+            whole = logits.new_full(size, float("-inf"))
+            whole[..., token_ids] = logits
+        self.trace.setdefault(LOGITS, whole[0].clone())
+        return super().__call__(logits, token_ids, vocab_size)
+
+
+class _Hooks:
+    """Keeps the first output of each compared module of a network."""
+
+    def __init__(self, trace: Trace, network: nn.Module, served: bool = False):
+        self.trace, self.network, self.served = trace, network, served
+        self.handles: list[Any] = []
+
+    def attach(self) -> "_Hooks":
+        for name, module in self.network.named_modules():
+            stem = name.split(".")[-1]
+            if stem in COMPARED or ".fc_norm." in f".{name}":
+                self._keep(module, _common_name(name))
+        if self.served:
+            self._keep_ends()
+        return self
+
+    __enter__ = attach
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for name in ("combine_hidden_states", "compute_logits"):
+            vars(self.network).pop(name, None)
+
+    def _keep(self, module: nn.Module, name: str) -> None:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self._record(name, output[0] if isinstance(output, tuple) else output)
+
+        self.handles.append(module.register_forward_hook(hook))
+
+    def _keep_ends(self) -> None:
+        """What vLLM's draft is given, and its logits."""
+        network: Any = self.network
+        if hasattr(network, "combine_hidden_states"):
+            combine = network.combine_hidden_states
+
+            def combining(states: Tensor) -> Tensor:
+                self._record(STATES, states)
+                return combine(states)
+
+            network.combine_hidden_states = combining
+        else:
+
+            def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+                self._record(STATES, kwargs["hidden_states"])
+
+            self.handles.append(network.register_forward_pre_hook(before, with_kwargs=True))
+        compute = network.compute_logits
+
+        def computing(*args: Any, **kwargs: Any) -> Any:
+            logits = compute(*args, **kwargs)
+            self._record(LOGITS, logits)
+            return logits
+
+        network.compute_logits = computing
+
+    def _record(self, name: str, output: Any) -> None:
+        if isinstance(output, Tensor) and name not in self.trace:
+            tensor = output.detach()
+            self.trace[name] = (tensor[0] if tensor.ndim == 3 else tensor).clone()
+
+
+def _common_name(name: str) -> str:
+    """vLLM's name of a module without what vLLM puts around the checkpoint's."""
+    return name.removeprefix("model.").replace(".block.", ".")

@@ -1,0 +1,155 @@
+import json
+
+import pytest
+
+from benchmarks import playground
+from benchmarks.acceptance.measurement import AcceptanceSettings, measure
+from benchmarks.acceptance.report import print_report, write_report
+from speculators_core.console import console
+from speculators_core.errors import SpeculatorError
+from speculators_core.provenance import hash_weights
+
+EAGLE3 = str(playground.EAGLE3)
+QUICK = {
+    "engine": "transformers",
+    "limit_per_category": 1,
+    "max_tokens": 12,
+    "model": (EAGLE3,),
+}
+
+
+@pytest.fixture(scope="module")
+def report():
+    return measure(AcceptanceSettings(**QUICK, k=(1, 3)))
+
+
+def test_report_can_be_recomputed_from_its_raw_counts(report, tmp_path):
+    write_report(report, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "acceptance.png"}
+    written = json.loads((tmp_path / "report.json").read_text())
+    for entry in written["drafts"][0]["by_k"]:
+        accepted = [count for request in entry["requests"] for count in request["accepted"]]
+        assert entry["pooled"]["acceptance_length"] == 1 + sum(accepted) / len(accepted)
+        assert max(accepted) <= entry["speculative_tokens"]
+    assert written["verifier_sha256"] == hash_weights(report.verifier)
+    assert written["settings"]["max_tokens"] == 12
+    assert {"torch", "transformers", "device"} <= set(written["environment"])
+
+
+def test_categories_add_up_to_the_whole(report):
+    for entry in report.drafts[0].by_k:
+        assert sum(s.num_drafts for s in entry.categories.values()) == entry.pooled.num_drafts
+        assert set(entry.categories) == {"class", "function", "body", "chat"}
+
+
+def test_outputs_are_the_verifiers_own(report):
+    by_k = report.drafts[0].by_k
+    assert [entry.num_identical for entry in by_k] == [4, 4]
+    assert by_k[0].first_differences == {}
+
+
+def test_table_says_what_matters(report):
+    with console.capture() as shown:
+        print_report(report)
+    for words in ("tau", "speed-up", "identical", "8-grams repeat", "4 of 4", "eagle3"):
+        assert words in shown.get()
+
+
+def test_every_kind_of_draft_stands_in_one_table():
+    names = (EAGLE3, "prompt-lookup", "assisted", str(playground.VERIFIER))
+    report = measure(AcceptanceSettings(**QUICK | {"model": names}))
+    assert [draft.short_name for draft in report.drafts] == [
+        "eagle3",
+        "prompt-lookup",
+        "assisted",
+        "verifier",
+    ]
+    kinds = [draft.kind for draft in report.drafts]
+    assert kinds == ["speculator", "prompt-lookup", "assisted", "language-model"]
+    assert [draft.by_k[0].num_identical for draft in report.drafts] == [4, 4, 4, 4]
+    itself = report.drafts[3].by_k[0].pooled
+    assert itself.acceptance_length == 4.0  # the verifier agrees with itself
+    with console.capture() as shown:
+        print_report(report)
+    (assisted,) = [line for line in shown.get().splitlines() if "assisted" in line]
+    assert assisted.count(" - ") == 4  # Transformers does not say what it kept
+
+
+def test_concurrent_requests_are_the_same_requests(report):
+    together = measure(AcceptanceSettings(**QUICK, k=(3,), concurrency=4))
+    (entry,) = together.drafts[0].by_k
+    assert entry.num_identical == 4
+    assert (
+        entry.pooled.accepted_per_position == report.drafts[0].by_k[1].pooled.accepted_per_position
+    )
+
+
+def test_sampled_outputs_are_not_compared():
+    report = measure(AcceptanceSettings(**QUICK, temperature=1.0))
+    assert report.drafts[0].by_k[0].num_identical is None
+    assert report.drafts[0].by_k[0].pooled.num_drafts > 0
+
+
+def test_runs_repeat_everything():
+    report = measure(AcceptanceSettings(**QUICK, runs=2))
+    assert len(report.baseline_tokens_per_s) == 2
+    assert len(report.drafts[0].by_k[0].requests) == 8
+
+
+def test_own_prompts_and_end_of_text(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "import os\\n", "category": "mine"}\n')
+    report = measure(
+        AcceptanceSettings(
+            engine="transformers",
+            model=(EAGLE3,),
+            prompts=str(file),
+            max_tokens=9,
+            ignore_eos=True,
+        )
+    )
+    assert set(report.drafts[0].by_k[0].categories) == {"mine"}
+    assert len(report.baseline_requests[0].output_ids) == 9
+
+
+def test_differing_outputs_are_found():
+    from benchmarks.acceptance.report import report_k
+    from tests.benchmarks.acceptance.test_statistics import record
+
+    ours = [[record([1], output_ids=[1, 2, 3]), record([1], output_ids=[4])]]
+    alone = [[record([], output_ids=[1, 9, 3]), record([], output_ids=[4])]]
+    entry = report_k(1, ours, alone, greedy=True)
+    assert entry.num_identical == 1
+    assert entry.first_differences == {0: 1}
+    assert report_k(1, ours, alone, greedy=False).num_identical is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine_args": {"max_model_len": 64}}, "--engine-args are vLLM's; found max_model_len"),
+        ({"model": ("prompt-lookup",)}, "no verifier is named"),
+        ({"model": ("assisted",), "concurrency": 2}, "one request at a time"),
+        ({"engine": "vllm", "model": ("assisted",)}, "one request at a time"),
+        ({"engine": "vllm", "model": ("prompt-lookup",), "k": (1, 2)}, "pass one number to --k"),
+        ({"engine": "vllm", "engine_args": {"max_model_len": "x"}}, "expected a number, found 'x'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_loads(settings, message):
+    with pytest.raises(SpeculatorError, match=message):
+        measure(AcceptanceSettings(**QUICK | settings))
+
+
+def test_a_path_that_vllm_would_misread_is_refused_before_anything_loads(tmp_path):
+    link = tmp_path / "eagle3_or_mtp"
+    link.symlink_to(playground.SPECULATORS["mtp"])
+    with pytest.raises(SpeculatorError, match="the path holds 'eagle3'"):
+        measure(AcceptanceSettings(**QUICK | {"engine": "vllm", "model": (str(link),)}))
+
+
+def test_drafts_of_one_folder_name_are_told_apart(report):
+    twice = report.model_copy(update={"drafts": [report.drafts[0], report.drafts[0].model_copy()]})
+    twice.drafts[1].name = "elsewhere/eagle3"
+    with console.capture() as shown:
+        print_report(twice)
+    assert "elsewhere/eagle3" in shown.get()

@@ -1,0 +1,70 @@
+import pytest
+
+from benchmarks.acceptance.statistics import (
+    RequestRecord,
+    bootstrap_interval,
+    macro_acceptance_length,
+    repeated_share,
+    summarize,
+    tokens_per_second,
+    without_loops,
+)
+
+
+def record(accepted, category="a", output_ids=(), seconds=1.0):
+    return RequestRecord(
+        category=category,
+        num_prompt_tokens=1,
+        output_ids=list(output_ids),
+        accepted=accepted,
+        seconds=seconds,
+    )
+
+
+def test_figures_of_a_hand_counted_case():
+    summary = summarize([record([0, 3, 1]), record([2])], speculative_tokens=3)
+    assert summary.num_drafts == 4
+    assert summary.accepted_per_position == [3, 2, 1]
+    assert summary.acceptance_length == 1 + 6 / 4
+    assert summary.joint_rates == [0.75, 0.5, 0.25]
+    assert summary.conditional_rates == [0.75, pytest.approx(2 / 3), 0.5]
+    assert summary.histogram == [0.25, 0.25, 0.25, 0.25]
+    assert summary.acceptance_length == 1 + sum(summary.joint_rates)
+
+
+def test_nothing_kept_has_no_conditional_rate_beyond():
+    summary = summarize([record([0, 0])], 2)
+    assert summary.conditional_rates == [0.0, None]
+    assert summary.acceptance_length == 1.0
+
+
+def test_macro_weighs_categories_alike_and_pooled_does_not():
+    records = [record([3] * 9, "many"), record([0], "few")]
+    assert macro_acceptance_length(records) == (4.0 + 1.0) / 2
+    assert summarize(records, 3).acceptance_length == 1 + 27 / 10
+
+
+def test_interval_holds_the_estimate_and_shrinks_for_equal_prompts():
+    low, high = bootstrap_interval([[record([k % 4]) for k in range(40)]])
+    assert low < 2.5 < high
+    assert bootstrap_interval([[record([2])] * 10]) == (3.0, 3.0)
+
+
+def test_repeated_runs_of_a_prompt_are_no_further_prompts():
+    run = [record([k % 4]) for k in range(20)]
+    assert bootstrap_interval([run] * 5) == bootstrap_interval([run])
+
+
+def test_loops_are_counted():
+    assert repeated_share([record([], output_ids=range(40))]) == 0.0
+    assert repeated_share([record([], output_ids=[1, 2] * 20)]) == pytest.approx(31 / 33)
+
+
+def test_looping_outputs_are_set_apart():
+    looping, other = record([3], output_ids=[1, 2] * 20), record([0], output_ids=range(40))
+    assert without_loops([looping, other]) == [other]
+
+
+def test_rate_is_all_tokens_over_all_seconds():
+    records = [record([], output_ids=range(10)), record([], output_ids=range(30), seconds=3.0)]
+    assert tokens_per_second(records) == 10.0

@@ -1,0 +1,70 @@
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.training import steps as training_steps
+from benchmarks.training.parts import TrainingSettings, run
+from benchmarks.training.steps import StepFigures, StepSettings, measure
+from speculators_core.console import console
+
+
+def test_every_draft_is_measured(monkeypatch):
+    monkeypatch.setattr(training_steps, "measure", training_steps._measure_here)
+    steps = StepSettings(lengths=(32, 64), timed=1, hidden_size=64, vocab_size=64)
+    with console.capture() as shown:
+        run(settings=TrainingSettings(parts=("steps",), steps=steps))
+    lines = shown.get().splitlines()
+    for algorithm in ("eagle3", "peagle", "dflash", "mtp"):
+        assert sum(algorithm in line for line in lines) == 2
+
+
+def test_figures_come_from_a_process_of_their_own():
+    settings = StepSettings(timed=1, hidden_size=64, vocab_size=64)
+    figures = measure(settings, "mtp", 64)
+    assert figures.tokens_per_s == 64 / figures.seconds > 0
+    assert figures.peak_bytes >= 0
+
+
+def test_growth_is_the_exponent_of_the_length():
+    before = StepFigures(algorithm="mtp", length=10, seconds=1.0, peak_bytes=100)
+    after = StepFigures(algorithm="mtp", length=20, seconds=4.0, peak_bytes=200)
+    assert training_steps._growth("seconds", before, after) == "2.00"
+    assert training_steps._growth("peak_bytes", before, after) == "1.00"
+    assert training_steps._growth("seconds", None, after) == "-"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": {"lengths": (8,)}},
+        {"algorithms": ("other",)},
+        {"steps": {"timed": 0}},
+        {"parts": ()},
+        {"runs": {"rows": 7}},
+    ],
+)
+def test_settings_out_of_bounds_are_refused(wrong):
+    with pytest.raises(ValueError):
+        TrainingSettings(**wrong)
+
+
+def test_equal_lengths_have_no_growth():
+    same = StepFigures(algorithm="mtp", length=10, seconds=1.0, peak_bytes=100)
+    assert training_steps._growth("seconds", same, same) == "-"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps.lengths", "5"], "greater than or equal to 16"),
+        (["--foo", "3"], "--foo"),
+        (["--steps.hidden-size", "160"], "multiple of 64"),
+    ],
+)
+def test_wrong_flags_are_one_line(flags, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.training", *flags], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

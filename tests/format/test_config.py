@@ -1,0 +1,181 @@
+import json
+
+import pytest
+from transformers import LlamaConfig
+
+from speculators_core.errors import SpeculatorError
+from speculators_core.format.config import (
+    SpeculatorModelConfig,
+    SpeculatorsConfig,
+    VerifierConfig,
+    reload_and_populate_models,
+)
+from speculators_core.format.proposals import (
+    GreedyTokenProposalConfig,
+    SamplingTokenProposalConfig,
+    TokenProposalConfig,
+)
+from speculators_core.models.eagle3 import Eagle3SpeculatorConfig
+from tests.conftest import make_verifier
+from tests.data import INTEROP
+
+
+def interop_config() -> dict:
+    return json.loads((INTEROP / "eagle3" / "config.json").read_text())
+
+
+def test_class_is_picked_by_speculators_model_type():
+    config = SpeculatorModelConfig.from_dict(interop_config())
+    assert type(config) is Eagle3SpeculatorConfig
+    assert isinstance(config.transformer_layer_config, LlamaConfig)
+    assert config.proposal == GreedyTokenProposalConfig(speculative_tokens=3)
+
+
+def test_written_config_means_what_was_read(tmp_path):
+    read = interop_config()
+    SpeculatorModelConfig.from_dict(read).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    for informational in ("speculators_version", "transformers_version"):
+        read.pop(informational), written.pop(informational)
+    assert written == read
+    assert "model_type" not in written and "auto_map" not in written
+
+
+def test_configs_are_equal_by_value():
+    one, other = (SpeculatorModelConfig.from_dict(interop_config()) for _ in range(2))
+    assert one == other
+    other.norm_before_fc = True
+    assert one != other
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm_befor_fc": True}, "Did you mean 'norm_before_fc'"),
+        ({"colour": "blue"}, "unknown key 'colour'"),
+        ({"speculators_model_type": "eagle9"}, "known: dflash, eagle3, mtp, peagle"),
+        ({"speculators_model_type": None}, "known: dflash, eagle3, mtp, peagle"),
+        ({"draft_vocab_size": 0}, "draft_vocab_size"),
+        ({"dtype": "float3"}, "dtype 'float3'"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"draft_vocab_size": 9999}, "larger than the verifier's vocabulary of 2048"),
+        ({"norm_before_fc": True, "fc_norm": True}, "exclude each other"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"eagle_aux_hidden_state_layer_ids": [3, 1, 4]}, "ascending"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 1, 4]}, "ascending"),
+        ({"eagle_aux_hidden_state_layer_ids": [-1, 1, 4]}, "greater than or equal to 0"),
+        ({"eagle_aux_hidden_state_layer_ids": []}, "ascending"),
+    ],
+)
+def test_bad_key_is_named_in_one_line(change, message):
+    with pytest.raises(SpeculatorError, match=message) as caught:
+        SpeculatorModelConfig.from_dict({**interop_config(), **change})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hiden_size", 128, "Did you mean 'hidden_size'"),
+        ("model_type", "nope", "'nope' is not in Transformers"),
+        ("model_type", "gemma3_text", "has no draft layers"),
+        ("hidden_size", "128", "hidden_size"),
+        ("num_aux_hidden_states", 5, "num_aux_hidden_states is 5, but there are 3"),
+    ],
+)
+def test_bad_layer_config_is_named(key, value, message):
+    config = interop_config()
+    layer = config["transformer_layer_config"]
+    if key == "hiden_size":
+        layer.pop("hidden_size")
+    layer[key] = value
+    with pytest.raises(SpeculatorError, match=message):
+        SpeculatorModelConfig.from_dict(config)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("default_proposal_method",), "magic", "there are: greedy"),
+        (("proposal_methods",), [], "proposal_methods"),
+        (("proposal_methods", 0, "speculative_tokens"), 0, "greater than or equal to 1"),
+        (("proposal_methods", 0, "proposal_type"), "magic", "known: greedy, sampling"),
+        (("proposal_methods", 0, "tokens"), 3, "tokens"),
+        (("verifer",), {}, "verifer"),
+        (("algorithm",), "mtp", "contradicts speculators_model_type 'eagle3'"),
+    ],
+)
+def test_bad_speculators_config_is_named(path, value, message):
+    config = interop_config()
+    at = config["speculators_config"]
+    for step in path[:-1]:
+        at = at[step]
+    at[path[-1]] = value
+    with pytest.raises(SpeculatorError, match=message):
+        SpeculatorModelConfig.from_dict(config)
+
+
+def test_dict_without_type_is_refused():
+    with pytest.raises(SpeculatorError, match="not a speculator"):
+        SpeculatorModelConfig.from_dict({"model_type": "llama"})
+
+
+def test_foreign_keys_of_other_writers_are_dropped():
+    config = {**interop_config(), "auto_map": {"": "config.X"}, "has_no_defaults_at_init": False}
+    assert "auto_map" not in SpeculatorModelConfig.from_dict(config).to_dict()
+
+
+def test_draft_vocabulary_of_null_is_the_verifiers():
+    config = SpeculatorModelConfig.from_dict({**interop_config(), "draft_vocab_size": None})
+    assert config.draft_vocab_size == 2048
+
+
+def test_keyword_replaces_key_and_the_rest_comes_back():
+    config, unused = SpeculatorModelConfig.from_dict(
+        interop_config(), norm_output=True, other=1, return_unused_kwargs=True
+    )
+    assert config.norm_output and unused == {"other": 1}
+
+
+def test_config_of_another_class_is_refused():
+    class Other(Eagle3SpeculatorConfig):
+        pass
+
+    with pytest.raises(SpeculatorError, match="Eagle3SpeculatorConfig"):
+        Other.from_dict(interop_config())
+
+
+def test_default_proposal_is_the_named_one():
+    config = SpeculatorsConfig(
+        algorithm="eagle3",
+        proposal_methods=[
+            GreedyTokenProposalConfig(speculative_tokens=2),
+            SamplingTokenProposalConfig(speculative_tokens=7, temperature=0.5),
+        ],
+        default_proposal_method="sampling",
+        verifier=VerifierConfig(name_or_path="x"),
+    )
+    assert config.default_proposal.speculative_tokens == 7
+    assert SpeculatorsConfig.model_validate(config.model_dump()) == config
+    assert config.model_dump()["proposal_methods"][1]["temperature"] == 0.5
+
+
+def test_proposal_class_is_picked_by_type():
+    assert isinstance(
+        TokenProposalConfig.model_validate({"proposal_type": "sampling"}),
+        SamplingTokenProposalConfig,
+    )
+
+
+def test_verifier_config_from_config():
+    verifier = make_verifier()
+    verifier.config.name_or_path = "there"
+    verifier.config.architectures = ["Qwen3ForCausalLM"]
+    assert VerifierConfig.from_config(verifier.config) == VerifierConfig(
+        name_or_path="there", architectures=["Qwen3ForCausalLM"]
+    )
+    assert VerifierConfig.from_config(verifier.config, "here").name_or_path == "here"
+
+
+def test_every_registered_algorithm_can_be_imported():
+    reload_and_populate_models()
