@@ -1,5 +1,6 @@
 # make demo   sets everything up, serves the playground with vLLM and prints the acceptance table
 # make test   sets everything up and runs every check
+# make docs   builds the documentation into site/, without a network; warnings are errors
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEVICE := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 
-.PHONY: demo test lint setup clean
+.PHONY: demo docs test lint setup clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks.acceptance --limit-per-category 4 --max-tokens 96 --output results/demo
@@ -21,6 +22,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "wrote site/index.html"
+
 setup: $(READY)
 
 # Set-up again only where the requirements have changed.
@@ -32,4 +37,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) results
+	rm -rf $(VENV) results site

@@ -1,7 +1,6 @@
 """The arrows between packages and rooms point one way."""
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,17 +120,3 @@ def test_no_algorithm_knows_another():
         names = imports(ROOT / f"speculators_core/models/{name}.py")
         others = tuple(f"speculators_core.models.{other}." for other in models - {name})
         assert not [found for found in names if f"{found}.".startswith(others)]
-
-
-def test_readme_lists_every_file_in_under_ten_words():
-    readme = (ROOT / "README.md").read_text()
-    rows = dict(re.findall(r"^\| `(\S+\.py)` \| (.+) \|$", readme, re.MULTILINE))
-    files = {
-        file.relative_to(ROOT).as_posix()
-        for package in ("speculators_core", "speculators_vllm", "benchmarks")
-        for file in (ROOT / package).rglob("*.py")
-        if file.name != "__init__.py"
-    }
-    assert files == set(rows)
-    for file, purpose in rows.items():
-        assert len(purpose.split()) < 10, file

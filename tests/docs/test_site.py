@@ -1,0 +1,56 @@
+"""The documentation builds without a network, and generated pages are complete."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from docs.generated import ROOT, file_table, first_line, pages, source_files
+from speculators_core.registry import COMMANDS, MODELS
+
+LONG_FIRST_LINES = (Path(__file__).parent / "long_first_lines.txt").read_text().split()
+"""Files whose first line is to be shortened; the list only shrinks."""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_no_page_loads_anything_from_another_host(site):
+    loaded = re.compile(
+        r"<(?:script|img|iframe|source|use)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>"
+        r"|<link\b[^>]*rel=[\"']?(?:stylesheet|preconnect|preload|icon)[^>]*href=[\"']?"
+        r"(?:https?:)?//[^>]*>"
+    )
+    for page in site.rglob("*.html"):
+        assert not loaded.findall(page.read_text()), page
+    for style in site.rglob("*.css"):
+        assert not re.findall(r"url\([\"']?(?:https?:)?//[^)]*\)|@import", style.read_text()), style
+
+
+def test_every_command_and_algorithm_has_its_reference():
+    generated = pages()
+    for name in COMMANDS.names():
+        assert f"speculators {name}" in generated[f"reference/cli/{name}.md"]
+    for name in MODELS.names():
+        assert f"### `{name}`: objective" in generated["reference/configuration.md"]
+
+
+def test_every_file_is_described_in_under_ten_words():
+    table = file_table()
+    for file in source_files():
+        place = file.relative_to(ROOT)
+        purpose = first_line(file)
+        assert f"| `{place.name}` | " in table
+        assert purpose, f"{place} has no docstring"
+        if place.as_posix() not in LONG_FIRST_LINES:
+            assert len(purpose.split()) < 10, f"{place}: {purpose}"
