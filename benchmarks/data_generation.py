@@ -28,7 +28,7 @@ PIECE = 8
 """Texts that an engine hands to a queue at a time."""
 
 
-class DataSettings(Settings):
+class DataBenchmarkConfig(Settings):
     """What is measured."""
 
     parts: Annotated[tuple[Part, ...], Several, Field(min_length=1)] = (
@@ -54,10 +54,10 @@ class DataSettings(Settings):
     """Of the states in it, four to a token."""
 
 
-def run(*, settings: Annotated[DataSettings | None, Parameter(name="*")] = None) -> None:
+def run(*, settings: Annotated[DataBenchmarkConfig | None, Parameter(name="*")] = None) -> None:
     """Measures engines, stores and queues of data generation."""
-    settings = settings or DataSettings()
-    measures: dict[str, Callable[[DataSettings], Iterator[Line]]] = {
+    settings = settings or DataBenchmarkConfig()
+    measures: dict[str, Callable[[DataBenchmarkConfig], Iterator[Line]]] = {
         "engine": measure_engine,
         "disk": measure_disk,
         "queues": measure_queues,
@@ -71,7 +71,7 @@ def run(*, settings: Annotated[DataSettings | None, Parameter(name="*")] = None)
 # ---- the engine ----
 
 
-def measure_engine(settings: DataSettings) -> Iterator[Line]:
+def measure_engine(settings: DataBenchmarkConfig) -> Iterator[Line]:
     """Prefill of vLLM with the states of an EAGLE-3 handed out, and without."""
     ours, plain = alternate(
         settings.runs,
@@ -88,18 +88,18 @@ def measure_engine(settings: DataSettings) -> Iterator[Line]:
     )
 
 
-def _rate_with_states(settings: DataSettings) -> float:
+def _rate_with_states(settings: DataBenchmarkConfig) -> float:
     from speculators_vllm import offline
 
     offline.prepare()
     from speculators_core.data_generation.engines.pipeline import InferencePipeline
 
-    plan = _plan(settings, engine={"engine": "vllm"})
+    plan = _plan(settings, engine={"name": "vllm"})
     with InferencePipeline.from_config(plan) as engine:
         return _rate(settings, engine.forward)
 
 
-def _rate_of_vllm(settings: DataSettings) -> float:
+def _rate_of_vllm(settings: DataBenchmarkConfig) -> float:
     from speculators_vllm import offline
 
     offline.prepare()
@@ -121,7 +121,7 @@ def _rate_of_vllm(settings: DataSettings) -> float:
         )
 
 
-def _rate(settings: DataSettings, work: Callable[[list[Any]], Any]) -> float:
+def _rate(settings: DataBenchmarkConfig, work: Callable[[list[Any]], Any]) -> float:
     """Tokens a second, after a round that is not timed; no text is run twice."""
     texts = iter(_texts(settings, 2 * settings.texts))
     work([next(texts) for _ in range(settings.texts)])
@@ -131,7 +131,7 @@ def _rate(settings: DataSettings, work: Callable[[list[Any]], Any]) -> float:
     return sum(len(text.input_ids) for text in timed) / (time.perf_counter() - start)
 
 
-def _texts(settings: DataSettings, count: int) -> list[Any]:
+def _texts(settings: DataBenchmarkConfig, count: int) -> list[Any]:
     """Pieces of the standard library, each of ``length`` tokens."""
     import torch
 
@@ -150,7 +150,7 @@ def _texts(settings: DataSettings, count: int) -> list[Any]:
     return [Example(f"0/{number}", row, mask) for number, row in enumerate(rows)]
 
 
-def _plan(settings: DataSettings, **sections: dict[str, Any]) -> Any:
+def _plan(settings: DataBenchmarkConfig, **sections: dict[str, Any]) -> Any:
     from benchmarks.playground import VERIFIER
     from speculators_core.data_generation.settings import GenerationPlan
 
@@ -167,7 +167,7 @@ def _plan(settings: DataSettings, **sections: dict[str, Any]) -> Any:
 # ---- the disk ----
 
 
-def measure_disk(settings: DataSettings) -> Iterator[Line]:
+def measure_disk(settings: DataBenchmarkConfig) -> Iterator[Line]:
     """A shard beside safetensors itself, and beside a plain memory map."""
     import numpy as np
     import torch
@@ -247,7 +247,7 @@ def _copy(source: Any, into: Any) -> None:
         into[: len(piece)].copy_(piece)
 
 
-def _examples(settings: DataSettings, length: int = 1024) -> tuple[Any, list[Any]]:
+def _examples(settings: DataBenchmarkConfig, length: int = 1024) -> tuple[Any, list[Any]]:
     """A shard's worth of random states."""
     import torch
 
@@ -277,7 +277,7 @@ def _examples(settings: DataSettings, length: int = 1024) -> tuple[Any, list[Any
 # ---- queues ----
 
 
-def measure_queues(settings: DataSettings) -> Iterator[Line]:
+def measure_queues(settings: DataBenchmarkConfig) -> Iterator[Line]:
     """An engine that writes to a queue beside the same engine alone; and queues without one."""
     kinds: tuple[QueueKind, ...] = ("mp_queue", "zmq")
     for kind in kinds:
@@ -302,7 +302,7 @@ def measure_queues(settings: DataSettings) -> Iterator[Line]:
         )
 
 
-def _rates_through(settings: DataSettings, kind: QueueKind) -> tuple[float, float]:
+def _rates_through(settings: DataBenchmarkConfig, kind: QueueKind) -> tuple[float, float]:
     from speculators_core.data_generation.engines.pipeline import InferencePipeline, schema_of
 
     plan = _plan(settings, sync={"dtype": settings.dtype})
@@ -332,7 +332,7 @@ def _rates_through(settings: DataSettings, kind: QueueKind) -> tuple[float, floa
     return ours, reference
 
 
-def _rates_without_engine(settings: DataSettings, kind: QueueKind) -> tuple[float, float]:
+def _rates_without_engine(settings: DataBenchmarkConfig, kind: QueueKind) -> tuple[float, float]:
     schema, examples = _examples(settings)
     size_mb = sum(example.size_bytes for example in examples) / 1e6
 
@@ -397,7 +397,7 @@ def _consume(kind: QueueKind, schema: Any, connection: Any) -> None:
 # ---- memory ----
 
 
-def measure_memory(settings: DataSettings) -> Iterator[Line]:
+def measure_memory(settings: DataBenchmarkConfig) -> Iterator[Line]:
     """The peak of a run beside that of one ten times as long."""
     short, long = (in_process(_peak_mb, settings, factor) for factor in (1, 10))
     yield Line(
@@ -410,7 +410,7 @@ def measure_memory(settings: DataSettings) -> Iterator[Line]:
     )
 
 
-def _peak_mb(settings: DataSettings, factor: int) -> float:
+def _peak_mb(settings: DataBenchmarkConfig, factor: int) -> float:
     from speculators_core.data_generation.runs.generate import generate_data
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
 """Options that a caller hands in as keywords or in a YAML file, checked by pydantic."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -36,7 +36,32 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(options)
         except ValidationError as error:
-            raise SpeculatorError(f"{where}: {first_fault(error)}") from error
+            fault = _unknown_option(cls, error) or first_fault(error)
+            raise SpeculatorError(f"{where}: {fault}") from error
+
+
+def _unknown_option(options: type[BaseModel], error: ValidationError) -> str | None:
+    """The first complaint, where it is an unknown option, with the one that may be meant."""
+    fault = error.errors(include_url=False)[0]
+    if fault["type"] != "extra_forbidden":
+        return None
+    *sections, name = (str(part) for part in fault["loc"])
+    for section in sections:
+        if section in options.model_fields:  # else an index of a list
+            options = next(_options_in(options.model_fields[section].annotation))
+    known = list(options.model_fields)
+    # An option that chooses a kind is called `name`: one easily writes `engine: {engine: vllm}`.
+    meant = "name" if "name" in known and [name] == sections[-1:] else name
+    hint = did_you_mean(meant, known) or f" Expected one of {', '.join(known)}."
+    return f"unknown option {'.'.join([*sections, name])}.{hint}"
+
+
+def _options_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Classes of options in a field's type: itself, of a list, or where it is not None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _options_in(inner)
 
 
 class _Loader(yaml.SafeLoader):

@@ -65,5 +65,5 @@ def test_it_trains_decodes_and_comes_back_from_disk(installed, verifier, verifie
     alone = verifier.generate(ids, do_sample=False, max_new_tokens=20, pad_token_id=0)
     ours = again.generate(ids, max_new_tokens=20, pad_token_id=0)
     assert torch.equal(ours, alone)
-    with pytest.raises(SpeculatorError, match="from_training_args: depth: Extra inputs"):
+    with pytest.raises(SpeculatorError, match="from_training_args: unknown option depth"):
         installed.from_training_args(verifier.config, depth=2)

@@ -149,7 +149,7 @@ class LiveEngine:
     server: live.Server
     baseline: live.Server | None
     concurrency: int
-    settings: wire.ServerSettings
+    settings: wire.ServerConfig
 
     @contextmanager
     def loaded(self, draft: Draft | None) -> Iterator[Runner]:
@@ -164,7 +164,7 @@ class LiveEngine:
 class _LiveRunner(Runner):
     server: live.Server
     concurrency: int
-    settings: wire.ServerSettings
+    settings: wire.ServerConfig
     awaited_tokens: int = 0
     """The server's count of tokens, once it has counted those that arrived here."""
 

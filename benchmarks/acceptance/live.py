@@ -90,7 +90,7 @@ class _Chunk(BaseModel):
     error: Any = None
 
 
-def find(settings: wire.ServerSettings, verifier: str | None) -> tuple[str, dict[str, Server]]:
+def find(settings: wire.ServerConfig, verifier: str | None) -> tuple[str, dict[str, Server]]:
     """The verifier, and the servers: ``speculating``, and ``baseline`` where there is one.
 
     Raises:
@@ -117,7 +117,7 @@ def find(settings: wire.ServerSettings, verifier: str | None) -> tuple[str, dict
     return found, {"speculating": server, "baseline": baseline}
 
 
-def inspect(url: str, settings: wire.ServerSettings) -> Server:
+def inspect(url: str, settings: wire.ServerConfig) -> Server:
     """What the server at ``url`` says of itself."""
     return asyncio.run(_inspect(_checked_url(url), settings))
 
@@ -138,7 +138,7 @@ def _checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
-async def _inspect(url: str, settings: wire.ServerSettings) -> Server:
+async def _inspect(url: str, settings: wire.ServerConfig) -> Server:
     async with wire.session(settings) as session:
         version = wire.read(_Version, await wire.get(session, url, "/version"), f"{url}/version")
         models = wire.read(
@@ -219,7 +219,7 @@ def remarks(what: str, runs: Sequence[Sequence[RequestRecord]], counters: Counte
     return found
 
 
-async def fetch_counters(server: Server, settings: wire.ServerSettings, at_least: int) -> Counters:
+async def fetch_counters(server: Server, settings: wire.ServerConfig, at_least: int) -> Counters:
     """The server's counters, once they hold so many tokens or have had time to."""
     deadline = time.monotonic() + COUNTERS_WITHIN_S
     async with wire.session(settings) as session:
@@ -232,7 +232,7 @@ async def fetch_counters(server: Server, settings: wire.ServerSettings, at_least
 
 async def complete_all(
     server: Server,
-    settings: wire.ServerSettings,
+    settings: wire.ServerConfig,
     prompts: Sequence[TokenizedPrompt],
     decoding: "Decoding",
     concurrency: int,

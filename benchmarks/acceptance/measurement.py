@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from pydantic import Field
 
-from benchmarks.acceptance.wire import ServerSettings
+from benchmarks.acceptance.wire import ServerConfig
 from speculators_core.errors import SpeculatorError
 from speculators_core.flags import Several
 from speculators_core.settings import Settings
@@ -23,7 +23,7 @@ YARDSTICK_K = 3
 """Tokens that a draft proposes in one step where neither it nor the caller says how many."""
 
 
-class AcceptanceSettings(Settings):
+class AcceptanceConfig(Settings):
     """What is measured, and on what."""
 
     model: Annotated[tuple[str, ...], Several] = ()
@@ -56,17 +56,17 @@ class AcceptanceSettings(Settings):
     """Of both models; float32 on a CPU and auto on a GPU where none is given."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """More arguments of vLLM's `LLM`, as JSON."""
-    server: Annotated[ServerSettings, Parameter(name="*")] = ServerSettings()
+    server: Annotated[ServerConfig, Parameter(name="*")] = ServerConfig()
     """Measured instead of an engine in this process."""
     output: Path | None = None
     """Folder for report.json and acceptance.png."""
 
 
-def run(*, settings: Annotated[AcceptanceSettings | None, Parameter(name="*")] = None) -> None:
+def run(*, settings: Annotated[AcceptanceConfig | None, Parameter(name="*")] = None) -> None:
     """Measures the acceptance and speed of drafts beside their verifier alone."""
     from benchmarks.acceptance.report import print_report, write_report
 
-    settings = settings or AcceptanceSettings()
+    settings = settings or AcceptanceConfig()
     if settings.output is not None:
         _make_writable(settings.output)
     report = measure(settings)
@@ -83,7 +83,7 @@ def _make_writable(folder: Path) -> None:
         raise SpeculatorError(f"{folder}: cannot write reports there ({error}).") from error
 
 
-def measure(settings: AcceptanceSettings) -> Any:
+def measure(settings: AcceptanceConfig) -> Any:
     """The report of a run.
 
     Raises:
@@ -144,9 +144,7 @@ class _Measured:
         return [] if self.counters is None else live.remarks(what, self.runs, self.counters)
 
 
-def _run_all(
-    engine: Any, draft: Any, checked: "_Checked", settings: AcceptanceSettings
-) -> _Measured:
+def _run_all(engine: Any, draft: Any, checked: "_Checked", settings: AcceptanceConfig) -> _Measured:
     from benchmarks.acceptance.engines import warm_up
     from benchmarks.acceptance.records import Decoding
     from speculators_core.console import progress
@@ -166,7 +164,7 @@ def _run_all(
         return _Measured(runs, None if before is None else runner.counters() - before)
 
 
-def _check_options(settings: AcceptanceSettings) -> None:
+def _check_options(settings: AcceptanceConfig) -> None:
     """Raises SpeculatorError for options that do not go together."""
     server = settings.server
     if settings.engine_args and settings.engine == "transformers":
@@ -220,7 +218,7 @@ class _Checked:
     servers: dict[str, Any] = field(default_factory=dict)
 
 
-def _check_inputs(settings: AcceptanceSettings) -> _Checked:
+def _check_inputs(settings: AcceptanceConfig) -> _Checked:
     from benchmarks import playground
     from speculators_core.decoding.prompts import read_prompts, tokenize
     from speculators_core.verifier.reading import read_tokenizer, read_verifier_config
@@ -237,7 +235,7 @@ def _check_inputs(settings: AcceptanceSettings) -> _Checked:
     return _Checked(named, drafts, tokenize(prompts, read_tokenizer(named), longest), servers)
 
 
-def _find_drafts(settings: AcceptanceSettings) -> tuple[str, list[_FoundDraft], dict[str, Any]]:
+def _find_drafts(settings: AcceptanceConfig) -> tuple[str, list[_FoundDraft], dict[str, Any]]:
     """The verifier, and the drafts that an engine here is to load."""
     from benchmarks import playground
 
@@ -253,7 +251,7 @@ def _find_drafts(settings: AcceptanceSettings) -> tuple[str, list[_FoundDraft], 
     return named, drafts, {}
 
 
-def _find_served(settings: AcceptanceSettings) -> tuple[str, list[_FoundDraft], dict[str, Any]]:
+def _find_served(settings: AcceptanceConfig) -> tuple[str, list[_FoundDraft], dict[str, Any]]:
     """The verifier, the draft, and the servers that run them."""
     from benchmarks.acceptance import live
 
@@ -268,7 +266,7 @@ def _find_served(settings: AcceptanceSettings) -> tuple[str, list[_FoundDraft], 
     )
 
 
-def _find_draft(name: str, settings: AcceptanceSettings) -> _FoundDraft:
+def _find_draft(name: str, settings: AcceptanceConfig) -> _FoundDraft:
     """Raises SpeculatorError where there is no such draft, or the engine has no such method."""
     from speculators_core.format import checkpoint
     from speculators_core.format.checkpoint import locate_verifier
@@ -316,7 +314,7 @@ def _check_draft(draft: _FoundDraft, verifier: str, verifier_config: Any) -> Non
         check_shared_vocabulary(draft.config, draft.name, verifier_config, verifier)
 
 
-def _engine(settings: AcceptanceSettings, checked: _Checked) -> tuple[Any, dict[str, Any]]:
+def _engine(settings: AcceptanceConfig, checked: _Checked) -> tuple[Any, dict[str, Any]]:
     """The engine, and the settings that it runs with where none were given."""
     from benchmarks.acceptance.engines import LiveEngine, TransformersEngine, VLLMEngine
 

@@ -16,7 +16,7 @@ SHOWN_CHARACTERS = 200
 """Of what a server says about a failure."""
 
 
-class ServerSettings(Settings):
+class ServerConfig(Settings):
     """Which servers are asked."""
 
     base_url: str | None = None
@@ -30,7 +30,7 @@ class ServerSettings(Settings):
 
 
 @asynccontextmanager
-async def session(settings: ServerSettings, connections: int = 1) -> AsyncIterator[Any]:
+async def session(settings: ServerConfig, connections: int = 1) -> AsyncIterator[Any]:
     """An aiohttp client with the servers' key and so many connections."""
     try:
         import aiohttp

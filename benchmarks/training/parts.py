@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from pydantic import Field
 
-from benchmarks.training.runs import RunSettings, measure_runs
-from benchmarks.training.steps import StepSettings, measure_steps
+from benchmarks.training.runs import RunsBenchmarkConfig, measure_runs
+from benchmarks.training.steps import StepsBenchmarkConfig, measure_steps
 from speculators_core.flags import Several
 from speculators_core.settings import Settings
 
@@ -17,7 +17,7 @@ Algorithm = Literal["eagle3", "peagle", "dflash", "mtp"]
 Part = Literal["steps", "peers", "overhead", "online"]
 
 
-class TrainingSettings(Settings):
+class TrainingBenchmarkConfig(Settings):
     """What is measured."""
 
     parts: Annotated[tuple[Part, ...], Several, Field(min_length=1)] = (
@@ -34,13 +34,13 @@ class TrainingSettings(Settings):
         "mtp",
     )
     """Drafts; `online` trains the first."""
-    steps: StepSettings = Field(default_factory=StepSettings)
-    runs: RunSettings = Field(default_factory=RunSettings)
+    steps: StepsBenchmarkConfig = Field(default_factory=StepsBenchmarkConfig)
+    runs: RunsBenchmarkConfig = Field(default_factory=RunsBenchmarkConfig)
 
 
-def run(*, settings: Annotated[TrainingSettings | None, Parameter(name="*")] = None) -> None:
+def run(*, settings: Annotated[TrainingBenchmarkConfig | None, Parameter(name="*")] = None) -> None:
     """Measures training."""
-    settings = settings or TrainingSettings()
+    settings = settings or TrainingBenchmarkConfig()
     if "steps" in settings.parts:
         measure_steps(settings.steps, settings.algorithms)
     whole = [part for part in settings.parts if part != "steps"]

@@ -30,7 +30,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 """What the peers' drafts were trained for."""
 
 
-class RunSettings(Settings):
+class RunsBenchmarkConfig(Settings):
     """Of parts `peers`, `overhead` and `online`."""
 
     trainers: Annotated[
@@ -49,7 +49,9 @@ class RunSettings(Settings):
     """Of drafts; the first is that of the rows as well. `peers` tells the median of all."""
 
 
-def measure_runs(parts: Sequence[str], settings: RunSettings, algorithms: Sequence[str]) -> None:
+def measure_runs(
+    parts: Sequence[str], settings: RunsBenchmarkConfig, algorithms: Sequence[str]
+) -> None:
     """Prints the ratios of each part."""
     measures = {"peers": measure_peers, "overhead": measure_overhead, "online": measure_online}
     with tempfile.TemporaryDirectory() as scratch:
@@ -62,7 +64,7 @@ def measure_runs(parts: Sequence[str], settings: RunSettings, algorithms: Sequen
 # ---- data ----
 
 
-def write_data(settings: RunSettings, work: Path) -> None:
+def write_data(settings: RunsBenchmarkConfig, work: Path) -> None:
     """Rows of tokens (rows.jsonl), the plan that makes states of them, and the states (states)."""
     import yaml
 
@@ -87,7 +89,7 @@ def write_data(settings: RunSettings, work: Path) -> None:
     generate_data(read_plan(work / "data.yaml"))
 
 
-def _library_rows(settings: RunSettings) -> Iterator[list[int]]:
+def _library_rows(settings: RunsBenchmarkConfig) -> Iterator[list[int]]:
     """The library's own source but for its held-out files, in rows without gaps."""
     from benchmarks.playground.corpus import read_library
     from speculators_core.verifier.reading import read_tokenizer
@@ -107,7 +109,10 @@ def _library_rows(settings: RunSettings) -> Iterator[list[int]]:
 
 
 def train_draft(
-    settings: RunSettings, algorithm: str, sections: Mapping[str, Mapping[str, Any]], output: Path
+    settings: RunsBenchmarkConfig,
+    algorithm: str,
+    sections: Mapping[str, Mapping[str, Any]],
+    output: Path,
 ) -> dict[str, Any]:
     """The report of a run, with its seconds; ``sections`` win over the peers' own plan."""
     from speculators_core.training.settings import TrainingPlan
@@ -130,7 +135,7 @@ def train_draft(
     return {**report.model_dump(mode="json"), "seconds": time.perf_counter() - start}
 
 
-def acceptance_length(settings: RunSettings, speculator: str) -> float:
+def acceptance_length(settings: RunsBenchmarkConfig, speculator: str) -> float:
     """Of the recorded prompts, by the reference decoder; the texts must be the verifier's own."""
     import torch
 
@@ -158,10 +163,12 @@ def acceptance_length(settings: RunSettings, speculator: str) -> float:
 # ---- measurements ----
 
 
-def measure_peers(settings: RunSettings, algorithms: Sequence[str], work: Path) -> Iterator[Line]:
+def measure_peers(
+    settings: RunsBenchmarkConfig, algorithms: Sequence[str], work: Path
+) -> Iterator[Line]:
     """Equal draft, tokens, learning rate, loss and AdamW; then our own optimizer and loss."""
     plans: dict[str, dict[str, dict[str, Any]]] = {
-        "equal": {"optimizer": {"optimizer": "adamw"}},
+        "equal": {"optimizer": {"name": "adamw"}},
         "ours": {},
     }
     losses: dict[str, dict[str, Any]] = {"mtp": {"targets": "text", "attention": "independent"}}
@@ -190,7 +197,7 @@ def measure_peers(settings: RunSettings, algorithms: Sequence[str], work: Path) 
 
 
 def measure_overhead(
-    settings: RunSettings, algorithms: Sequence[str], work: Path
+    settings: RunsBenchmarkConfig, algorithms: Sequence[str], work: Path
 ) -> Iterator[Line]:
     """A step of the trainer beside forward, backward, clipping and optimizer alone."""
     for algorithm in algorithms:
@@ -209,7 +216,7 @@ STEPS = 24
 """Steps that are timed in each turn, after some that are not."""
 
 
-def _step_rates(settings: RunSettings, work: Path, algorithm: str) -> tuple[float, float]:
+def _step_rates(settings: RunsBenchmarkConfig, work: Path, algorithm: str) -> tuple[float, float]:
     """Tokens a second of the trainer's steps and of bare ones on the same rows, in turns."""
     import torch
     from transformers import TrainerCallback
@@ -269,7 +276,9 @@ def _step_rates(settings: RunSettings, work: Path, algorithm: str) -> tuple[floa
     return rates[0], rates[1]
 
 
-def measure_online(settings: RunSettings, algorithms: Sequence[str], work: Path) -> Iterator[Line]:
+def measure_online(
+    settings: RunsBenchmarkConfig, algorithms: Sequence[str], work: Path
+) -> Iterator[Line]:
     """Training while data are generated, beside the slower side alone; a thread for each side.
 
     Both hold out the same rows; their losses over them are compared on the way.
@@ -304,11 +313,11 @@ def measure_online(settings: RunSettings, algorithms: Sequence[str], work: Path)
 EVALUATIONS = 4
 
 
-def _num_held_out(settings: RunSettings) -> int:
+def _num_held_out(settings: RunsBenchmarkConfig) -> int:
     return min(16, settings.rows // 10)
 
 
-def _write_online(settings: RunSettings, work: Path) -> None:
+def _write_online(settings: RunsBenchmarkConfig, work: Path) -> None:
     """A plan (online.yaml) of the same rows, those first that training from the store holds out."""
     import yaml
 
@@ -325,7 +334,7 @@ def _write_online(settings: RunSettings, work: Path) -> None:
     (work / "online.yaml").write_text(yaml.safe_dump(plan))
 
 
-def _alone(what: str, settings: RunSettings, algorithm: str, work: Path) -> dict[str, Any]:
+def _alone(what: str, settings: RunsBenchmarkConfig, algorithm: str, work: Path) -> dict[str, Any]:
     """Seconds of one side, or of both together, with a thread for each process."""
     import os
 
@@ -333,7 +342,9 @@ def _alone(what: str, settings: RunSettings, algorithm: str, work: Path) -> dict
     return in_process(_run_side, what, settings, algorithm, work)
 
 
-def _run_side(what: str, settings: RunSettings, algorithm: str, work: Path) -> dict[str, Any]:
+def _run_side(
+    what: str, settings: RunsBenchmarkConfig, algorithm: str, work: Path
+) -> dict[str, Any]:
     from speculators_core.data_generation.runs.generate import generate_data
     from speculators_core.data_generation.settings import read_plan
 

@@ -26,7 +26,7 @@ ANCHOR_SHARE = 8
 """A DFlash row has one anchor for so many tokens."""
 
 
-class StepSettings(Settings):
+class StepsBenchmarkConfig(Settings):
     """Of part `steps`: a row of random tokens."""
 
     lengths: Annotated[
@@ -62,7 +62,7 @@ class StepFigures(BaseModel):
         return self.length / self.seconds
 
 
-def measure_steps(settings: StepSettings, algorithms: Sequence[str]) -> None:
+def measure_steps(settings: StepsBenchmarkConfig, algorithms: Sequence[str]) -> None:
     """Prints training steps of each draft at each row length."""
     table = Table(title="training step", title_justify="left")
     for column in ("draft", "tokens", "tok/s", "peak MiB", "time grows", "memory grows"):
@@ -93,12 +93,12 @@ def _growth(name: str, before: StepFigures | None, after: StepFigures) -> str:
     return f"{math.log(ratio) / math.log(after.length / before.length):.2f}"
 
 
-def measure(settings: StepSettings, algorithm: str, length: int) -> StepFigures:
+def measure(settings: StepsBenchmarkConfig, algorithm: str, length: int) -> StepFigures:
     """Figures from a fresh process, so that no peak hides behind an earlier one."""
     return in_process(_measure_here, settings, algorithm, length)
 
 
-def _measure_here(settings: StepSettings, algorithm: str, length: int) -> StepFigures:
+def _measure_here(settings: StepsBenchmarkConfig, algorithm: str, length: int) -> StepFigures:
     import torch
 
     torch.manual_seed(0)
@@ -136,7 +136,7 @@ def _memory_bytes(device: Any, peak: bool) -> int:
 
 
 def _prepare(
-    settings: StepSettings, algorithm: str, length: int, device: Any, dtype: Any
+    settings: StepsBenchmarkConfig, algorithm: str, length: int, device: Any, dtype: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
     """A fresh draft, a packed row, and what its forward takes beside the row."""
     import torch

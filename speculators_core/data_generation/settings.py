@@ -3,7 +3,7 @@
 A YAML file holds the four sections, flags of the command line win over it:
 
     data:    {verifier: Qwen/Qwen3-8B, datasets: [{path: chats.jsonl}]}
-    engine:  {engine: vllm}
+    engine:  {name: vllm}
     sync:    {kind: disk, path: states}
     run:     {workers: 1}
 """
@@ -107,7 +107,7 @@ class DataGenConfig(Settings):
 class EngineConfig(Settings):
     """What runs the verifier."""
 
-    engine: str = "transformers"
+    name: str = "transformers"
     """`transformers`, `vllm`, or what another package registers in `speculators.engines`."""
     batch_size: int | None = Field(None, ge=1)
     """Texts that run through the verifier at one time; the engine's own number where None."""

@@ -34,7 +34,7 @@ FAILED = "the hub failed. Push again later; what is there already is not sent tw
 Switch = Parameter(negative=())
 
 
-class PushSettings(Settings):
+class PushConfig(Settings):
     """Where a speculator is pushed, and under whose names."""
 
     private: Annotated[bool, Switch] = False
@@ -84,7 +84,7 @@ def run(
     repo: str,
     /,
     *,
-    settings: Annotated[PushSettings | None, Parameter(name="*")] = None,
+    settings: Annotated[PushConfig | None, Parameter(name="*")] = None,
 ) -> None:
     """Pushes a speculator to the hub, after its checkpoint and its card were looked at.
 
@@ -95,7 +95,7 @@ def run(
     repo
         Hub id that it gets: owner/name.
     """
-    settings = settings or PushSettings()
+    settings = settings or PushConfig()
     if settings.as_json:
         with result_alone_on_stdout():
             report = push(folder, repo, settings)
@@ -104,7 +104,7 @@ def run(
         print_report(push(folder, repo, settings), settings.dry_run)
 
 
-def push(folder: Path, repo: str, settings: PushSettings | None = None) -> PushReport:
+def push(folder: Path, repo: str, settings: PushConfig | None = None) -> PushReport:
     """Looks at a speculator, then sends the checkpoint's own files in one commit.
 
     On the hub, files of an earlier push that the folder has no longer go with the same commit; what
@@ -118,7 +118,7 @@ def push(folder: Path, repo: str, settings: PushSettings | None = None) -> PushR
 
     from speculators_core.publishing.upload import look_at
 
-    settings = settings or PushSettings()
+    settings = settings or PushConfig()
     upload = look_at(folder, repo, settings.verifier, settings.license)
     report = PushReport(
         repository=repo,
@@ -155,7 +155,7 @@ def _compare_verifier(upload: "Upload") -> tuple[str, ...]:
     return ()
 
 
-def _open_repository(api: "HfApi", repo: str, settings: PushSettings) -> "ModelInfo":
+def _open_repository(api: "HfApi", repo: str, settings: PushConfig) -> "ModelInfo":
     """The repository and its branch as they are before the push; made where they are missing.
 
     Raises:
@@ -177,7 +177,7 @@ def _open_repository(api: "HfApi", repo: str, settings: PushSettings) -> "ModelI
 
 
 def _commit(
-    api: "HfApi", upload: "Upload", before: "ModelInfo", settings: PushSettings
+    api: "HfApi", upload: "Upload", before: "ModelInfo", settings: PushConfig
 ) -> dict[str, Any]:
     """Sends the files; what a report says of it."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete

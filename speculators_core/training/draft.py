@@ -14,14 +14,14 @@ from speculators_core.format.config import SpeculatorModelConfig
 from speculators_core.format.vocabulary import choose_draft_vocabulary, special_token_ids
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.registry import MODELS
-from speculators_core.training.settings import ModelSection
+from speculators_core.training.settings import TrainModelConfig
 from speculators_core.verifier.reading import read_tokenizer, read_verifier_config
 
 CountTokens = Callable[[], Int64[Tensor, "vocab"]]
 """How often each token is one to learn, in the data."""
 
 
-def draft_class(model: ModelSection) -> type[SpeculatorModel]:
+def draft_class(model: TrainModelConfig) -> type[SpeculatorModel]:
     """The class of the draft, once its options are found to be its own.
 
     Raises:
@@ -40,7 +40,7 @@ def draft_class(model: ModelSection) -> type[SpeculatorModel]:
 
 
 def make_draft(
-    model: ModelSection,
+    model: TrainModelConfig,
     verifier: PreTrainedModel | None,
     schema: Schema,
     count_tokens: CountTokens | None,
@@ -67,7 +67,7 @@ def make_draft(
 
 
 def _fresh(
-    model: ModelSection,
+    model: TrainModelConfig,
     of_class: type[SpeculatorModel],
     schema: Schema,
     count_tokens: CountTokens | None,
@@ -86,7 +86,7 @@ def _fresh(
 
 
 def _shaped(
-    model: ModelSection, of_class: type[SpeculatorModel], count_tokens: CountTokens | None
+    model: TrainModelConfig, of_class: type[SpeculatorModel], count_tokens: CountTokens | None
 ) -> SpeculatorModel:
     """Of the shape of ``draft_config``, whose verifier's place ours takes."""
     assert model.draft_config is not None
@@ -107,14 +107,16 @@ def _shaped(
     return draft
 
 
-def _attach(draft: SpeculatorModel, model: ModelSection, verifier: PreTrainedModel | None) -> None:
+def _attach(
+    draft: SpeculatorModel, model: TrainModelConfig, verifier: PreTrainedModel | None
+) -> None:
     if verifier is not None:
         draft.attach_verifier(verifier)
     else:
         draft.attach_verifier(model.verifier, "train_only", model.trust_remote_code)
 
 
-def _name(model: ModelSection) -> str:
+def _name(model: TrainModelConfig) -> str:
     """What the checkpoint calls the verifier."""
     if model.verifier_name is not None:
         return model.verifier_name
@@ -128,7 +130,7 @@ def stored_layer_ids(schema: Schema) -> tuple[int, ...]:
 
 
 def _vocabulary(
-    model: ModelSection, size: int | None, count_tokens: CountTokens | None
+    model: TrainModelConfig, size: int | None, count_tokens: CountTokens | None
 ) -> tuple[Tensor | None, Tensor | None]:
     if size is None:
         return None, None
@@ -148,7 +150,7 @@ def _vocabulary(
     return choose_draft_vocabulary(seen, size, len(counts), always)
 
 
-def _check_special_tokens(draft: SpeculatorModel, model: ModelSection) -> None:
+def _check_special_tokens(draft: SpeculatorModel, model: TrainModelConfig) -> None:
     """Raises SpeculatorError where the draft cannot say a token that ends or marks a text."""
     token_ids = getattr(draft, "draft_token_ids", None)
     if token_ids is None:

@@ -37,7 +37,7 @@ from speculators_core.errors import SpeculatorError
 from speculators_core.format.proposals import GreedyTokenProposalConfig
 from speculators_core.models.parts.losses import CHUNK_LOGITS, FEWEST_ROWS, GPU_CHUNK_LOGITS
 from speculators_core.models.speculator import SpeculatorModel
-from speculators_core.training.settings import EvaluationSection
+from speculators_core.training.settings import EvaluationConfig
 from speculators_core.verifier.head import VerifierHead
 from speculators_core.verifier.reading import read_tokenizer
 
@@ -60,7 +60,7 @@ class HeldOut:
 # ---- prompts ----
 
 
-def named_prompts(section: EvaluationSection) -> list[Prompt]:
+def named_prompts(section: EvaluationConfig) -> list[Prompt]:
     """Those of ``section.prompts`` to decode, at even distances; none where it names none.
 
     Raises:
@@ -73,7 +73,7 @@ def named_prompts(section: EvaluationSection) -> list[Prompt]:
 
 
 def choose_prompts(
-    section: EvaluationSection,
+    section: EvaluationConfig,
     examples: Sequence[GeneratedExample],
     verifier: str,
     max_length: int,
@@ -242,7 +242,7 @@ def evaluate_truth(
     draft: SpeculatorModel,
     prompts: Sequence[Sequence[int]],
     held_out: HeldOut,
-    section: EvaluationSection,
+    section: EvaluationConfig,
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, float]:

@@ -83,7 +83,7 @@ def card_facts(job: Job) -> CardFacts:
             num_steps=state.global_step,
             best_step=state.best_global_step,
             num_tokens=int(_lines_of_best(state)[-1]["num_tokens"]),
-            optimizer=plan.optimizer.optimizer,
+            optimizer=plan.optimizer.name,
             learning_rate=plan.optimizer.learning_rate,
             row_length=plan.data.row_length,
             schedule=plan.optimizer.schedule,

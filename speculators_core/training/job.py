@@ -233,7 +233,7 @@ class Job:
             dtype = torch.bfloat16 if arguments.bf16 else None
             shard(draft, arguments.device, dtype)
         rate, decay = plan.optimizer.learning_rate, plan.optimizer.weight_decay
-        make = MuonAdamW if plan.optimizer.optimizer == "muon" else adamw
+        make = MuonAdamW if plan.optimizer.name == "muon" else adamw
         train_kwargs, eval_kwargs = draft.get_trainer_kwargs(**plan.model.objective)
         return SpeculatorTrainer(
             draft,

@@ -22,7 +22,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
-class ModelSection(Settings):
+class TrainModelConfig(Settings):
     """The draft: a fresh one, or one that goes on learning."""
 
     verifier: str = Field(min_length=1)
@@ -62,7 +62,7 @@ class ModelSection(Settings):
         return self
 
 
-class DataSection(Settings):
+class TrainDataConfig(Settings):
     """What the draft learns from; one of `store`, `queue`, `online` and `texts`."""
 
     KINDS: ClassVar[tuple[str, ...]] = ("store", "queue", "online", "texts")
@@ -106,10 +106,10 @@ class DataSection(Settings):
         return next(name for name in self.KINDS if getattr(self, name) is not None)
 
 
-class OptimizerSection(Settings):
+class OptimizerConfig(Settings):
     """How weights follow gradients. They and all states are float32."""
 
-    optimizer: Literal["muon", "adamw"] = "muon"
+    name: Literal["muon", "adamw"] = "muon"
     """Muon for the matrices inside and AdamW for all else, or AdamW for all."""
     learning_rate: float = Field(1e-3, gt=0)
     """At its highest."""
@@ -133,7 +133,7 @@ class OptimizerSection(Settings):
         return self
 
 
-class EvaluationSection(Settings):
+class EvaluationConfig(Settings):
     """How the draft is measured on the way."""
 
     every: int | None = Field(None, ge=1)
@@ -161,7 +161,7 @@ class EvaluationSection(Settings):
         return self
 
 
-class RunSection(Settings):
+class TrainRunConfig(Settings):
     """How long, in which precision, and where it goes."""
 
     output: Path
@@ -211,11 +211,11 @@ class RunSection(Settings):
 class TrainingPlan(Settings):
     """All five sections."""
 
-    model: ModelSection
-    data: DataSection
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
-    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
-    run: RunSection
+    model: TrainModelConfig
+    data: TrainDataConfig
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    run: TrainRunConfig
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -13,24 +13,25 @@ from speculators_core.console import console, result_alone_on_stdout
 from speculators_core.flags import flags_of
 from speculators_core.settings import Settings
 from speculators_core.training.settings import (
-    DataSection,
-    EvaluationSection,
-    ModelSection,
-    OptimizerSection,
-    RunSection,
+    EvaluationConfig,
+    OptimizerConfig,
+    TrainDataConfig,
     TrainingPlan,
+    TrainModelConfig,
+    TrainRunConfig,
     read_training_plan,
 )
 
 if TYPE_CHECKING:
-    ModelFlags = ModelSection
-    DataFlags = DataSection
-    OptimizerFlags = OptimizerSection
-    EvaluationFlags = EvaluationSection
-    RunFlags = RunSection
+    ModelFlags = TrainModelConfig
+    DataFlags = TrainDataConfig
+    OptimizerFlags = OptimizerConfig
+    EvaluationFlags = EvaluationConfig
+    RunFlags = TrainRunConfig
 else:
     ModelFlags, DataFlags, OptimizerFlags, EvaluationFlags, RunFlags = map(
-        flags_of, (ModelSection, DataSection, OptimizerSection, EvaluationSection, RunSection)
+        flags_of,
+        (TrainModelConfig, TrainDataConfig, OptimizerConfig, EvaluationConfig, TrainRunConfig),
     )
 
 STOPPED_EXIT = 143

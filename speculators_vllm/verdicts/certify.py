@@ -40,7 +40,7 @@ CONTEXT_TOKENS = 16
 cached every draw reads its own."""
 
 
-class CertifySettings(Settings):
+class CertifyConfig(Settings):
     """What is certified, and how hard it is tried."""
 
     verifier: str | None = None
@@ -79,13 +79,13 @@ def run(
     speculator: Annotated[str, Parameter(help="Folder or hub id.")],
     /,
     *,
-    settings: Annotated[CertifySettings | None, Parameter(name="*")] = None,
+    settings: Annotated[CertifyConfig | None, Parameter(name="*")] = None,
 ) -> None:
     """Certifies that a speculator, served by vLLM, leaves its verifier's output as it is.
 
     Exit code 1 says that it does not.
     """
-    settings = settings or CertifySettings()
+    settings = settings or CertifyConfig()
     with result_alone_on_stdout() if settings.as_json else nullcontext():
         certificate = certify(speculator, settings)
         from speculators_vllm.verdicts.certificate import print_certificate, write_certificate
@@ -103,7 +103,7 @@ def run(
         sys.exit(1)
 
 
-def certify(speculator: str, settings: CertifySettings) -> Any:
+def certify(speculator: str, settings: CertifyConfig) -> Any:
     """The certificate.
 
     Raises:
@@ -145,7 +145,7 @@ def certify(speculator: str, settings: CertifySettings) -> Any:
 class _Plan:
     """What is run, found to be whole and to fit together."""
 
-    settings: CertifySettings
+    settings: CertifyConfig
     verifier: str
     speculative_config: dict[str, Any]
     prompts: list[Any]
@@ -209,7 +209,7 @@ class _Plan:
         }
 
 
-def _check(speculator: str, settings: CertifySettings) -> _Plan:
+def _check(speculator: str, settings: CertifyConfig) -> _Plan:
     """Raises SpeculatorError for whatever is at fault, before any weights are loaded."""
     from speculators_core.decoding.prompts import read_prompts, tokenize
     from speculators_core.format import checkpoint
@@ -275,7 +275,7 @@ def _check_output(folder: Path | None) -> None:
         raise SpeculatorError(f"{folder}: cannot write a certificate there ({error}).") from error
 
 
-def _read_flags(settings: CertifySettings, speculative_tokens: int) -> list[Any]:
+def _read_flags(settings: CertifyConfig, speculative_tokens: int) -> list[Any]:
     """The sets of flags to try.
 
     Raises:

@@ -30,7 +30,7 @@ Severity = Literal["fault", "warning", "note"]
 MARKS = {"fault": "[red]fault[/]", "warning": "[yellow]warning[/]", "note": "note"}
 
 
-class CheckSettings(Settings):
+class CheckConfig(Settings):
     """What is checked, and on what."""
 
     verifier: str | None = None
@@ -105,7 +105,7 @@ def run(
     speculator: str,
     /,
     *,
-    settings: Annotated[CheckSettings | None, Parameter(name="*")] = None,
+    settings: Annotated[CheckConfig | None, Parameter(name="*")] = None,
 ) -> None:
     """Checks that a speculator serves as it was trained, or names what is wrong.
 
@@ -116,7 +116,7 @@ def run(
     speculator
         Folder or hub id.
     """
-    settings = settings or CheckSettings()
+    settings = settings or CheckConfig()
     if settings.as_json:
         with result_alone_on_stdout():
             report = check(speculator, settings)
@@ -128,7 +128,7 @@ def run(
         sys.exit(NOT_FIT_EXIT)
 
 
-def check(speculator: str, settings: CheckSettings) -> CheckReport:
+def check(speculator: str, settings: CheckConfig) -> CheckReport:
     """The report on a speculator.
 
     Raises:
@@ -342,7 +342,7 @@ def _ask_stock_vllm(report: CheckReport, raw: dict[str, Any]) -> None:
 
 
 def _compare_sides(
-    report: CheckReport, settings: CheckSettings, folder: Path, prompts: Sequence[list[int]]
+    report: CheckReport, settings: CheckConfig, folder: Path, prompts: Sequence[list[int]]
 ) -> None:
     """Runs the prompts through the reference decoder and through vLLM."""
     import torch
@@ -430,7 +430,7 @@ def _compare_sides(
         )
 
 
-def _prompts(settings: CheckSettings, tokenizer: Any, longest: int) -> list[list[int]]:
+def _prompts(settings: CheckConfig, tokenizer: Any, longest: int) -> list[list[int]]:
     from speculators_core.decoding.default_prompts import default_prompts
     from speculators_core.decoding.prompts import read_prompts, tokenize
 

@@ -61,7 +61,7 @@ def test_speculators_are_what_their_plans_say(name):
     assert any("eval_acceptance_length" in line for line in lines)
     card = (folder / "README.md").read_text()
     rate = f"learning rate {plan.optimizer.learning_rate:g}"
-    assert f"Optimizer: {plan.optimizer.optimizer}, {rate}" in card
+    assert f"Optimizer: {plan.optimizer.name}, {rate}" in card
     assert not (folder / "run.json").exists()
 
 

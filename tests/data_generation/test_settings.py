@@ -63,7 +63,19 @@ REFUSED = {
     "no yaml": ("data: [", "is no YAML"),
     "no sections": ("- 1", "holds a list; expected sections"),
     "section": (WHOLE + "egnine: {}", "unknown section 'egnine'.*Did you mean 'engine'"),
-    "option": (WHOLE + "run: {wokers: 2}", "run.wokers: Extra inputs"),
+    "option": (WHOLE + "run: {wokers: 2}", "unknown option run.wokers. Did you mean 'workers'"),
+    "a section's name": (
+        WHOLE.replace("batch_size: 4", "engine: vllm"),
+        "unknown option engine.engine. Did you mean 'name'",
+    ),
+    "option in a list": (
+        WHOLE.replace("messages: turns", "mesages: turns"),
+        "unknown option data.datasets.0.columns.mesages. Did you mean 'messages'",
+    ),
+    "option like no other": (
+        WHOLE + "run: {x: 2}",
+        "unknown option run.x. Expected one of workers, backend, ",
+    ),
     "bound": (WHOLE + "run: {workers: 0}", "run.workers: .*greater than or equal to 1"),
     "choice": (WHOLE.replace("bfloat16", "int4"), "engine.dtype: .*'float32'"),
     "no verifier": ("data: {datasets: [{path: x}]}", "data.verifier: Field required"),

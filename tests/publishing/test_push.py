@@ -16,7 +16,7 @@ from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.provenance import hash_weights
 from speculators_core.publishing.card import CARD, UNKNOWN_LICENSE, parse, write_card
 from speculators_core.publishing.card_facts import CardFacts
-from speculators_core.publishing.push import PushSettings, push, run
+from speculators_core.publishing.push import PushConfig, push, run
 from tests.conftest import DRAFTS, make_draft, make_verifier
 from tests.hub import TOKEN, Hub, connected, environment
 
@@ -68,7 +68,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def refused(hub: Hub, message: str, folder: Path, repo: str = REPO, **settings) -> None:
     """Nothing was asked of the hub, and the error is one line."""
     with pytest.raises(SpeculatorError, match=message) as error:
-        push(folder, repo, PushSettings(**settings))
+        push(folder, repo, PushConfig(**settings))
     assert "\n" not in str(error.value)
     assert hub.requests == []
 
@@ -191,7 +191,7 @@ def test_given_verifier_is_written_into_what_goes_up_alone(hub, tmp_path):
     write_card(folder, CardFacts(license="mit"))
     hub.create(VERIFIER, {p.name: p.read_bytes() for p in playground.VERIFIER.iterdir()})
     before = content(folder)
-    report = push(folder, REPO, PushSettings(verifier=VERIFIER))
+    report = push(folder, REPO, PushConfig(verifier=VERIFIER))
     assert content(folder) == before
     assert report.verifier == VERIFIER and report.remarks == ()
     sent = hub.files(REPO)
@@ -202,7 +202,7 @@ def test_given_verifier_is_written_into_what_goes_up_alone(hub, tmp_path):
     assert parse(sent[CARD].decode()).data.base_model == VERIFIER
     for name in ("model.safetensors", "training_log.jsonl"):
         assert sent[name] == before[name]
-    assert not push(folder, REPO, PushSettings(verifier=VERIFIER)).is_sent
+    assert not push(folder, REPO, PushConfig(verifier=VERIFIER)).is_sent
 
 
 def test_verifier_that_no_config_names_must_be_given(hub, folder):
@@ -210,7 +210,7 @@ def test_verifier_that_no_config_names_must_be_given(hub, folder):
     config["speculators_config"]["verifier"]["name_or_path"] = None
     (folder / "config.json").write_text(json.dumps(config))
     refused(hub, "names no verifier. Pass --verifier", folder)
-    push(folder, REPO, PushSettings(verifier=VERIFIER))
+    push(folder, REPO, PushConfig(verifier=VERIFIER))
     assert SpeculatorModel.from_pretrained(REPO).config.verifier.name_or_path == VERIFIER
 
 
@@ -223,7 +223,7 @@ def test_another_verifier_is_refused_before_anything_is_made(hub, folder, tmp_pa
     make_verifier(num_hidden_layers=5).save_pretrained(tmp_path / "deeper")
     hub.create("them/deeper", content(tmp_path / "deeper"))
     with pytest.raises(SpeculatorError, match="them/deeper: number of layers 5"):
-        push(folder, REPO, PushSettings(verifier="them/deeper"))
+        push(folder, REPO, PushConfig(verifier="them/deeper"))
     assert REPO not in hub.repositories
 
 
@@ -257,7 +257,7 @@ def test_licence_must_be_named(hub, folder):
 def test_given_licence_fills_the_gap_of_what_goes_up_alone(hub, folder):
     write_card(folder, CardFacts())
     before = (folder / CARD).read_text()
-    push(folder, REPO, PushSettings(license="apache-2.0"))
+    push(folder, REPO, PushConfig(license="apache-2.0"))
     assert (folder / CARD).read_text() == before
     sent = hub.files(REPO)[CARD].decode()
     assert parse(sent).data.license == "apache-2.0" and UNKNOWN_LICENSE not in sent
@@ -265,7 +265,7 @@ def test_given_licence_fills_the_gap_of_what_goes_up_alone(hub, folder):
 
 def test_folder_without_card_gets_one_with_the_given_licence(hub, folder):
     (folder / CARD).unlink()
-    push(folder, REPO, PushSettings(license="mit"))
+    push(folder, REPO, PushConfig(license="mit"))
     sent = parse(hub.files(REPO)[CARD].decode())
     assert (sent.data.license, sent.data.base_model) == ("mit", VERIFIER)
     assert not (folder / CARD).exists()
@@ -362,7 +362,7 @@ def test_token_of_a_login_is_taken(hub, folder, patch, tmp_path):
 
 
 def test_private_repository_is_made_private(hub, folder):
-    push(folder, REPO, PushSettings(private=True))
+    push(folder, REPO, PushConfig(private=True))
     assert hub.repositories[REPO].private
     push(folder, "me/other")
     assert not hub.repositories["me/other"].private
@@ -371,22 +371,22 @@ def test_private_repository_is_made_private(hub, folder):
 def test_public_repository_is_not_taken_for_a_private_one(hub, folder):
     hub.create(REPO)
     with pytest.raises(SpeculatorError, match="there already, and public"):
-        push(folder, REPO, PushSettings(private=True))
+        push(folder, REPO, PushConfig(private=True))
     assert hub.files(REPO) == {}
 
 
 def test_branch_is_made_and_main_stays(hub, folder):
-    report = push(folder, REPO, PushSettings(revision="v2"))
+    report = push(folder, REPO, PushConfig(revision="v2"))
     assert report.is_sent and hub.files(REPO) == {}
     assert set(hub.files(REPO, "v2")) == set(report.files)
-    assert not push(folder, REPO, PushSettings(revision="v2")).is_sent
+    assert not push(folder, REPO, PushConfig(revision="v2")).is_sent
     loaded = SpeculatorModel.from_pretrained(REPO, revision="v2")
     assert loaded.config.verifier.name_or_path == VERIFIER
 
 
 def test_pull_request_goes_to_a_repository_of_others(hub, folder):
     hub.create("them/draft")
-    report = push(folder, "them/draft", PushSettings(create_pr=True))
+    report = push(folder, "them/draft", PushConfig(create_pr=True))
     assert report.pull_request_url == f"{hub.url}/them/draft/discussions/1"
     assert hub.files("them/draft") == {}
     assert set(hub.files("them/draft", "refs/pr/1")) == set(report.files)
@@ -395,18 +395,18 @@ def test_pull_request_goes_to_a_repository_of_others(hub, folder):
 
 def test_pull_request_needs_a_repository(hub, folder):
     with pytest.raises(SpeculatorError, match=r"me/draft: there is no such repository.*\(404"):
-        push(folder, REPO, PushSettings(create_pr=True))
+        push(folder, REPO, PushConfig(create_pr=True))
 
 
 def test_commit_has_the_given_message(hub, folder):
-    push(folder, REPO, PushSettings(message="First"))
+    push(folder, REPO, PushConfig(message="First"))
     assert hub.repositories[REPO].branches["main"][-1].message == "First"
 
 
 def test_dry_run_tells_files_and_sizes_and_asks_nothing(hub, folder, patch, capsys):
     patch.delenv("HF_TOKEN")
     (folder / "optimizer.safetensors").write_bytes(b"x")
-    report = push(folder, REPO, PushSettings(dry_run=True))
+    report = push(folder, REPO, PushConfig(dry_run=True))
     assert not report.is_sent
     assert report.files["model.safetensors"] == (folder / "model.safetensors").stat().st_size
     printed(folder, REPO, "--dry-run")
@@ -417,7 +417,7 @@ def test_dry_run_tells_files_and_sizes_and_asks_nothing(hub, folder, patch, caps
 
 
 def test_dry_run_tells_the_sizes_that_are_sent(hub, folder):
-    settings = PushSettings(verifier="them/other", license="mit")
+    settings = PushConfig(verifier="them/other", license="mit")
     told = push(folder, REPO, settings.model_copy(update={"dry_run": True})).files
     push(folder, REPO, settings)
     assert told == {name: len(sent) for name, sent in hub.files(REPO).items()}

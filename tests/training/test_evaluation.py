@@ -34,7 +34,7 @@ from speculators_core.training.evaluation import (
     roll_out_held_out,
     without_traces,
 )
-from speculators_core.training.settings import EvaluationSection
+from speculators_core.training.settings import EvaluationConfig
 from speculators_core.verifier.head import VerifierHead
 from tests.conftest import DRAFTS, make_batch, make_draft, make_verifier
 from tests.data_generation.making import schema
@@ -102,7 +102,7 @@ def test_the_verifier_as_its_own_draft_is_kept_whole(terse, monkeypatch):
     perfect = LanguageModelDraft(terse)
     for name in ("propose", "start_drafting"):
         monkeypatch.setattr(model, name, getattr(perfect, name))
-    section = EvaluationSection(max_tokens=MAX_TOKENS)
+    section = EvaluationConfig(max_tokens=MAX_TOKENS)
     figures = evaluate_truth(model, PROMPTS, held_out(terse), section)
     assert figures["acceptance_length"] == 4.0
     assert all(
@@ -283,7 +283,7 @@ def test_greedy_tokens_are_the_heads_however_few_rows_at_a_time(terse, monkeypat
 
 def test_figures_are_those_of_both_counts(terse):
     model, stored = make_draft("eagle3", terse), held_out(terse)
-    section = EvaluationSection(max_tokens=MAX_TOKENS, roll_outs=40)
+    section = EvaluationConfig(max_tokens=MAX_TOKENS, roll_outs=40)
     figures = evaluate_truth(model, PROMPTS, stored, section)
     decoded, rolled = (
         decode_prompts(model, PROMPTS, MAX_TOKENS),
@@ -301,15 +301,15 @@ def test_figures_are_those_of_both_counts(terse):
 
 def test_what_is_not_measured_has_no_figure(terse):
     model, stored = make_draft("eagle3", terse), held_out(terse)
-    off = EvaluationSection(decode=False, roll_outs=10)
+    off = EvaluationConfig(decode=False, roll_outs=10)
     assert all(name.startswith("predicted_") for name in evaluate_truth(model, [], stored, off))
     model.attach_verifier(terse, "train_only")
     assert evaluate_truth(model, [], stored, off)["predicted_acceptance_length"] >= 1.0
-    assert evaluate_truth(model, [], stored, EvaluationSection(decode=False, roll_outs=0)) == {}
+    assert evaluate_truth(model, [], stored, EvaluationConfig(decode=False, roll_outs=0)) == {}
 
 
 def test_a_rank_decodes_its_share_of_the_prompts(terse):
-    model, section = make_draft("eagle3", terse), EvaluationSection(max_tokens=MAX_TOKENS)
+    model, section = make_draft("eagle3", terse), EvaluationConfig(max_tokens=MAX_TOKENS)
     alone = evaluate_truth(model, PROMPTS, held_out(terse), section, rank=1, world=3)
     share = decode_prompts(model, PROMPTS[1::3], MAX_TOKENS)
     assert alone["acceptance_length"] == share.acceptance_length
@@ -327,7 +327,7 @@ def rank_of_two(rank, folder):
 
 def measure_as(rank, world):
     terse = make_verifier(vocab_size=12)
-    section = EvaluationSection(max_tokens=MAX_TOKENS, roll_outs=40)
+    section = EvaluationConfig(max_tokens=MAX_TOKENS, roll_outs=40)
     model = make_draft("eagle3", terse)
     return evaluate_truth(model, PROMPTS, held_out(terse), section, rank, world)
 
@@ -368,7 +368,7 @@ def text(ids, mask):
 
 
 def chosen(examples, num_prompts=16, max_length=100, **options):
-    section = EvaluationSection(num_prompts=num_prompts, **options)
+    section = EvaluationConfig(num_prompts=num_prompts, **options)
     return choose_prompts(section, examples, str(VERIFIER), max_length)
 
 

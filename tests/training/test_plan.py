@@ -164,7 +164,7 @@ def short(given, output, **changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"optimizer": {"optimizer": "adamw"}},
+        {"optimizer": {"name": "adamw"}},
         {"optimizer": {"learning_rate": 1e-4}},
         {"optimizer": {"weight_decay": 0.0, "learning_rate": 0.1}},
         {"optimizer": {"schedule": "linear"}},

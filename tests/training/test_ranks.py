@@ -49,7 +49,7 @@ def test_two_processes_give_the_losses_and_weights_of_one(
     The fifth row, the last of an epoch, has a step for itself.
     """
     # Muon iterates in bfloat16: what differs in the last bit of a gradient grows to 2^-8 of a step.
-    optimizer = {"optimizer": "adamw", "weight_decay": 0.01}
+    optimizer = {"name": "adamw", "weight_decay": 0.01}
     few = {"data": {"limit": 16}}
     changes = {**EXACT, **few, "optimizer": {**optimizer, "rows_per_step": 2}}
     alone = train(plan_of(given, tmp_path / "alone", algorithm, **changes))

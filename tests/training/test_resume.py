@@ -37,7 +37,7 @@ def run_in_process(target, plan, *arguments):
 def test_a_killed_run_gives_the_same_bytes(given, tmp_path, algorithm):
     """Several rows a step and epochs, draws of rows, bfloat16, and states between evaluations."""
     changes = {
-        "optimizer": {"rows_per_step": 2, "optimizer": "muon" if algorithm != "mtp" else "adamw"},
+        "optimizer": {"rows_per_step": 2, "name": "muon" if algorithm != "mtp" else "adamw"},
         "run": {"max_steps": None, "epochs": 1.5, "save_every": 3, "dtype": "bfloat16"},
     }
     plan = plan_of(given, tmp_path / "undisturbed", algorithm, **changes)

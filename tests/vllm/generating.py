@@ -40,7 +40,7 @@ def plan_of(
                 "datasets": [{"path": "unread"}],
                 "states": states or {"layer_ids": (1, 2, 3)},
             },
-            "engine": {"engine": "vllm", "dtype": "float32", "max_length": 300, **engine},
+            "engine": {"name": "vllm", "dtype": "float32", "max_length": 300, **engine},
             "sync": {"path": "unwritten", "dtype": "float32"},
             "run": {"seed": seed, "allowed_roots": roots},
         }
@@ -62,7 +62,7 @@ def examples_of(*lengths: int, seed: int = 0) -> list[Example]:
 def with_transformers(
     plan: GenerationPlan, examples: Sequence[Example]
 ) -> list[GeneratedExample | Failure]:
-    engine = {"engine": "transformers", "base_url": None, "vllm": {}}
+    engine = {"name": "transformers", "base_url": None, "vllm": {}}
     plan = plan.model_copy(update={"engine": plan.engine.model_copy(update=engine)})
     with TransformersPipeline(plan, schema_of(plan)) as pipeline:
         return pipeline.forward(examples)

@@ -38,7 +38,7 @@ RUN_ALONE: Any = {
 """Options that do not decide an answer."""
 
 
-class RegenerateSettings(Settings):
+class RegenerateConfig(Settings):
     """Who answers, and what becomes of the answers."""
 
     output: Path
@@ -74,7 +74,7 @@ def run(
     data: Annotated[DatasetConfig, Parameter(name="*")],
     /,
     *,
-    settings: Annotated[RegenerateSettings, Parameter(name="*")],
+    settings: Annotated[RegenerateConfig, Parameter(name="*")],
 ) -> None:
     """Replaces each turn of the assistant by the verifier's own answer, turn after turn."""
     report = regenerate(data, settings)
@@ -85,7 +85,7 @@ def run(
     )
 
 
-def regenerate(data: DatasetConfig, settings: RegenerateSettings) -> RegenerateReport:
+def regenerate(data: DatasetConfig, settings: RegenerateConfig) -> RegenerateReport:
     """Has the verifier answer the conversations of a data set, in their order.
 
     Nothing heavy starts before options, data and output have been looked at, or where nothing is
@@ -123,7 +123,7 @@ def regenerate(data: DatasetConfig, settings: RegenerateSettings) -> RegenerateR
     return meter.report()
 
 
-def _open(data: DatasetConfig, settings: RegenerateSettings, roots: Any) -> "Source":
+def _open(data: DatasetConfig, settings: RegenerateConfig, roots: Any) -> "Source":
     from speculators_core.data_generation.texts.rows import RowKind
     from speculators_core.data_generation.texts.sources import open_sources
 
@@ -141,7 +141,7 @@ def _open(data: DatasetConfig, settings: RegenerateSettings, roots: Any) -> "Sou
 
 
 def _options(
-    data: DatasetConfig, settings: RegenerateSettings
+    data: DatasetConfig, settings: RegenerateConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Those that decide the answers, and the others; no key is among them."""
     columns = data.model_dump(mode="json", exclude={"limit", "streaming"})
@@ -155,7 +155,7 @@ def _options(
 
 
 def _dialogues(
-    source: "Source", done: set[str], settings: RegenerateSettings
+    source: "Source", done: set[str], settings: RegenerateConfig
 ) -> Iterator["Dialogue"]:
     """Of the rows that are not done, in their order.
 

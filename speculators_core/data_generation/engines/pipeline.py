@@ -44,7 +44,7 @@ class InferencePipeline(ABC):
         Raises:
             SpeculatorError: there is no such engine, or it cannot run this verifier.
         """
-        engine: type[InferencePipeline] = ENGINES.load(plan.engine.engine)
+        engine: type[InferencePipeline] = ENGINES.load(plan.engine.name)
         return engine(plan, schema or schema_of(plan))
 
     @abstractmethod

@@ -110,7 +110,7 @@ def generate_data(plan: GenerationPlan) -> RunReport:
     from speculators_core.registry import ENGINES
 
     plan = placed(plan)
-    ENGINES.load(plan.engine.engine)
+    ENGINES.load(plan.engine.name)
     meter = Meter(count_rows(plan))
     with locked(plan.sync.path):
         store = prepare(plan)

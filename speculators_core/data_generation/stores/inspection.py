@@ -17,7 +17,7 @@ from speculators_core.settings import Settings
 NOT_SOUND_EXIT = 1
 
 
-class InspectSettings(Settings):
+class InspectConfig(Settings):
     """What is shown of a store."""
 
     example: int = Field(0, ge=0)
@@ -54,7 +54,7 @@ class StoreSummary(Settings):
 
 
 def run(
-    store: Path, /, *, settings: Annotated[InspectSettings | None, Parameter(name="*")] = None
+    store: Path, /, *, settings: Annotated[InspectConfig | None, Parameter(name="*")] = None
 ) -> None:
     """Prints what a store holds: numbers, layers, types, and an example with its loss mask.
 
@@ -63,7 +63,7 @@ def run(
     store
         Folder that `speculators generate-data` wrote.
     """
-    settings = settings or InspectSettings()
+    settings = settings or InspectConfig()
     summary = summarize(store, verify=settings.verify)
     if settings.as_json:
         print(json.dumps(summary.model_dump(), indent=2))
@@ -144,7 +144,7 @@ def _print(summary: StoreSummary) -> None:
         console.print(what, style="red", highlight=False, markup=False)
 
 
-def _print_example(folder: Path, settings: InspectSettings) -> None:
+def _print_example(folder: Path, settings: InspectConfig) -> None:
     from speculators_core.data_generation.stores.disk import DiskStore
     from speculators_core.verifier.reading import read_tokenizer
 

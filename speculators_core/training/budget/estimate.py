@@ -272,7 +272,7 @@ class _Run:
     def _optimizer_bytes(self, plan: TrainingPlan) -> tuple[int, int]:
         """What is kept between steps, and what a step works with."""
         of_muon: list[int] = []
-        if plan.optimizer.optimizer == "muon":
+        if plan.optimizer.name == "muon":
             for part in MuonAdamW(self.draft, plan.optimizer.learning_rate).parts:
                 if isinstance(part, torch.optim.Muon):
                     of_muon += [w.numel() for group in part.param_groups for w in group["params"]]

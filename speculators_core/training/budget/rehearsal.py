@@ -377,7 +377,7 @@ def measure_rate(draft: SpeculatorModel, plan: TrainingPlan, device: torch.devic
     draft.move_verifier(device)
     trained = [weight for weight in draft.parameters() if weight.requires_grad]
     before = [weight.detach().clone() for weight in trained]
-    make = MuonAdamW if plan.optimizer.optimizer == "muon" else adamw
+    make = MuonAdamW if plan.optimizer.name == "muon" else adamw
     optimizer = make(draft, plan.optimizer.learning_rate, plan.optimizer.weight_decay)
     options, _ = draft.get_trainer_kwargs(**plan.model.objective)
 

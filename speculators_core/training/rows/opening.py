@@ -17,7 +17,7 @@ from speculators_core.training.rows.online import (
     read_generation_plan,
 )
 from speculators_core.training.rows.sources import Examples, Split, StoredExamples
-from speculators_core.training.settings import ModelSection, TrainingPlan
+from speculators_core.training.settings import TrainingPlan, TrainModelConfig
 from speculators_core.verifier.fit import check_tokenizer
 from speculators_core.verifier.reading import read_verifier_config
 
@@ -66,7 +66,7 @@ def open_source(plan: TrainingPlan, generation: GenerationPlan | None, stack: Ex
     return source
 
 
-def check_data(schema: Schema, weights: str | None, model: ModelSection, where: str) -> None:
+def check_data(schema: Schema, weights: str | None, model: TrainModelConfig, where: str) -> None:
     """Holds data against the verifier that the draft is for; ``weights`` is a hash of theirs.
 
     Raises:

@@ -11,10 +11,10 @@ import pytest
 
 from benchmarks import playground
 from benchmarks.acceptance.live import read_counters
-from benchmarks.acceptance.measurement import AcceptanceSettings, measure
+from benchmarks.acceptance.measurement import AcceptanceConfig, measure
 from benchmarks.acceptance.report import print_report, write_report
 from benchmarks.acceptance.statistics import RequestRecord, Timing, latency, tokens_per_second
-from benchmarks.acceptance.wire import ServerSettings
+from benchmarks.acceptance.wire import ServerConfig
 from speculators_core.cli import main
 from speculators_core.console import console
 from speculators_core.errors import SpeculatorError
@@ -196,7 +196,7 @@ def settings(url, baseline=None, **options):
     server = {"base_url": url, "baseline_url": baseline}
     server |= {k: options.pop(k) for k in ("api_key", "timeout_s") if k in options}
     common = {"limit_per_category": 1, "max_tokens": 24}
-    return AcceptanceSettings(**common | options, server=ServerSettings(**server))
+    return AcceptanceConfig(**common | options, server=ServerConfig(**server))
 
 
 def test_counts_speeds_and_prompts_of_a_server(served, tmp_path):
@@ -494,7 +494,7 @@ def test_a_real_server_gives_what_the_engine_in_this_process_gives(tmp_path):
     with server(tmp_path / "log", *arguments) as url:
         report = measure(settings(url, **common))
     here = measure(
-        AcceptanceSettings(
+        AcceptanceConfig(
             model=(str(playground.EAGLE3),), engine_args={"max_model_len": 512}, **common
         )
     )

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from benchmarks import playground
-from benchmarks.acceptance.measurement import AcceptanceSettings, measure
+from benchmarks.acceptance.measurement import AcceptanceConfig, measure
 from benchmarks.acceptance.report import print_report, write_report
 from speculators_core.console import console
 from speculators_core.errors import SpeculatorError
@@ -20,7 +20,7 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def report():
-    return measure(AcceptanceSettings(**QUICK, k=(1, 3)))
+    return measure(AcceptanceConfig(**QUICK, k=(1, 3)))
 
 
 def test_report_can_be_recomputed_from_its_raw_counts(report, tmp_path):
@@ -57,7 +57,7 @@ def test_table_says_what_matters(report):
 
 def test_every_kind_of_draft_stands_in_one_table():
     names = (EAGLE3, "prompt-lookup", "assisted", str(playground.VERIFIER))
-    report = measure(AcceptanceSettings(**QUICK | {"model": names}))
+    report = measure(AcceptanceConfig(**QUICK | {"model": names}))
     assert [draft.short_name for draft in report.drafts] == [
         "eagle3",
         "prompt-lookup",
@@ -76,7 +76,7 @@ def test_every_kind_of_draft_stands_in_one_table():
 
 
 def test_concurrent_requests_are_the_same_requests(report):
-    together = measure(AcceptanceSettings(**QUICK, k=(3,), concurrency=4))
+    together = measure(AcceptanceConfig(**QUICK, k=(3,), concurrency=4))
     (entry,) = together.drafts[0].by_k
     assert entry.num_identical == 4
     assert (
@@ -85,13 +85,13 @@ def test_concurrent_requests_are_the_same_requests(report):
 
 
 def test_sampled_outputs_are_not_compared():
-    report = measure(AcceptanceSettings(**QUICK, temperature=1.0))
+    report = measure(AcceptanceConfig(**QUICK, temperature=1.0))
     assert report.drafts[0].by_k[0].num_identical is None
     assert report.drafts[0].by_k[0].pooled.num_drafts > 0
 
 
 def test_runs_repeat_everything():
-    report = measure(AcceptanceSettings(**QUICK, runs=2))
+    report = measure(AcceptanceConfig(**QUICK, runs=2))
     assert len(report.baseline_tokens_per_s) == 2
     assert len(report.drafts[0].by_k[0].requests) == 8
 
@@ -100,7 +100,7 @@ def test_own_prompts_and_end_of_text(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "import os\\n", "category": "mine"}\n')
     report = measure(
-        AcceptanceSettings(
+        AcceptanceConfig(
             engine="transformers",
             model=(EAGLE3,),
             prompts=str(file),
@@ -137,14 +137,14 @@ def test_differing_outputs_are_found():
 )
 def test_what_cannot_be_run_is_refused_before_anything_loads(settings, message):
     with pytest.raises(SpeculatorError, match=message):
-        measure(AcceptanceSettings(**QUICK | settings))
+        measure(AcceptanceConfig(**QUICK | settings))
 
 
 def test_a_path_that_vllm_would_misread_is_refused_before_anything_loads(tmp_path):
     link = tmp_path / "eagle3_or_mtp"
     link.symlink_to(playground.SPECULATORS["mtp"])
     with pytest.raises(SpeculatorError, match="the path holds 'eagle3'"):
-        measure(AcceptanceSettings(**QUICK | {"engine": "vllm", "model": (str(link),)}))
+        measure(AcceptanceConfig(**QUICK | {"engine": "vllm", "model": (str(link),)}))
 
 
 def test_drafts_of_one_folder_name_are_told_apart(report):

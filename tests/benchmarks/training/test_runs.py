@@ -3,14 +3,14 @@ import json
 import pytest
 
 from benchmarks.training import runs as training_runs
-from benchmarks.training.runs import RunSettings, train_draft, write_data
+from benchmarks.training.runs import RunsBenchmarkConfig, train_draft, write_data
 from speculators_core.training.rows.sources import Split, StoredExamples
 from tests.data import INTEROP
 
 
 @pytest.fixture(scope="module")
 def settings():
-    return RunSettings(rows=12, length=64)
+    return RunsBenchmarkConfig(rows=12, length=64)
 
 
 @pytest.fixture(scope="module")

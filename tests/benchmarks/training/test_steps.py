@@ -4,23 +4,23 @@ import sys
 import pytest
 
 from benchmarks.training import steps as training_steps
-from benchmarks.training.parts import TrainingSettings, run
-from benchmarks.training.steps import StepFigures, StepSettings, measure
+from benchmarks.training.parts import TrainingBenchmarkConfig, run
+from benchmarks.training.steps import StepFigures, StepsBenchmarkConfig, measure
 from speculators_core.console import console
 
 
 def test_every_draft_is_measured(monkeypatch):
     monkeypatch.setattr(training_steps, "measure", training_steps._measure_here)
-    steps = StepSettings(lengths=(32, 64), timed=1, hidden_size=64, vocab_size=64)
+    steps = StepsBenchmarkConfig(lengths=(32, 64), timed=1, hidden_size=64, vocab_size=64)
     with console.capture() as shown:
-        run(settings=TrainingSettings(parts=("steps",), steps=steps))
+        run(settings=TrainingBenchmarkConfig(parts=("steps",), steps=steps))
     lines = shown.get().splitlines()
     for algorithm in ("eagle3", "peagle", "dflash", "mtp"):
         assert sum(algorithm in line for line in lines) == 2
 
 
 def test_figures_come_from_a_process_of_their_own():
-    settings = StepSettings(timed=1, hidden_size=64, vocab_size=64)
+    settings = StepsBenchmarkConfig(timed=1, hidden_size=64, vocab_size=64)
     figures = measure(settings, "mtp", 64)
     assert figures.tokens_per_s == 64 / figures.seconds > 0
     assert figures.peak_bytes >= 0
@@ -46,7 +46,7 @@ def test_growth_is_the_exponent_of_the_length():
 )
 def test_settings_out_of_bounds_are_refused(wrong):
     with pytest.raises(ValueError):
-        TrainingSettings(**wrong)
+        TrainingBenchmarkConfig(**wrong)
 
 
 def test_equal_lengths_have_no_growth():

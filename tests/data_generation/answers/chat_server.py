@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from speculators_core.data_generation.answers.regenerate import (
+    RegenerateConfig,
     RegenerateReport,
-    RegenerateSettings,
     regenerate,
 )
 from speculators_core.data_generation.settings import DatasetConfig
@@ -112,7 +112,7 @@ class Run:
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         return path
 
-    def settings(self, url=None, data=(), **options) -> tuple[DatasetConfig, RegenerateSettings]:
+    def settings(self, url=None, data=(), **options) -> tuple[DatasetConfig, RegenerateConfig]:
         sections: dict[str, dict[str, Any]] = {"sampling": {}, "endpoint": {}, "offline": {}}
         if url is not None:
             sections["endpoint"]["base_url"] = url
@@ -123,7 +123,7 @@ class Run:
         dataset = {"path": str(self.folder / "rows.jsonl"), **dict(data)}
         return (
             DatasetConfig.model_validate(dataset),
-            RegenerateSettings.model_validate(content | {"answers": answers | sections}),
+            RegenerateConfig.model_validate(content | {"answers": answers | sections}),
         )
 
     def __call__(self, rows=None, url=None, **options) -> RegenerateReport:

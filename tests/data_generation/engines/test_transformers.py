@@ -213,7 +213,7 @@ REFUSED = {
         {"states": {"tokens": "all"}, "engine": {"max_length": 120}},
         "max_length and engine.max_new_tokens come to 132",
     ),
-    "engine": ({"engine": {"engine": "transformer"}}, "unknown engine .* Did you mean"),
+    "engine": ({"engine": {"name": "transformer"}}, "unknown engine .* Did you mean"),
     "device": ({"engine": {"device": "cuda:77"}}, "engine.device cuda:77"),
 }
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.training.steps import StepSettings, _memory_bytes, _prepare
+from benchmarks.training.steps import StepsBenchmarkConfig, _memory_bytes, _prepare
 from speculators_core.console import console
 from speculators_core.errors import SpeculatorError
 from speculators_core.format.vocabulary import choose_draft_vocabulary
@@ -79,7 +79,7 @@ def test_weights_gradients_and_optimizer_by_hand():
 
 
 def test_adamw_keeps_two_of_each_weight():
-    parts = parts_of(plan_of(optimizer={"optimizer": "adamw"}))
+    parts = parts_of(plan_of(optimizer={"name": "adamw"}))
     assert parts["optimizer"] == 8 * (MATRICES + VECTORS)
 
 
@@ -93,7 +93,7 @@ def test_optimizer_states_are_those_that_it_has(name, optimizer):
     made.step()
     states = [state for part in getattr(made, "parts", [made]) for state in part.state.values()]
     tensors = [t for state in states for t in state.values() if torch.is_tensor(t) and t.ndim]
-    parts = parts_of(plan_of(name, optimizer={"optimizer": optimizer}), draft)
+    parts = parts_of(plan_of(name, optimizer={"name": optimizer}), draft)
     assert parts["optimizer"] == sum(tensor.nbytes for tensor in tensors)
 
 
@@ -359,7 +359,7 @@ def _measure(algorithm: str, length: int, width: int) -> tuple[int, int]:
     """By how much memory grew in four steps over rows of one and two documents, and the sum of what
     was not there before: all but weights, verifier and a row."""
     torch.manual_seed(0)
-    settings = StepSettings(hidden_size=width)
+    settings = StepsBenchmarkConfig(hidden_size=width)
     draft, row, options = _prepare(settings, algorithm, length, CPU, torch.float32)
     before = _memory_bytes(CPU, peak=False)
     optimizer = MuonAdamW(draft, 1e-3)
@@ -410,7 +410,7 @@ def test_timed_steps_leave_the_draft_as_it_was(optimizer):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    plan = plan_of("dflash", optimizer={"optimizer": optimizer})
+    plan = plan_of("dflash", optimizer={"name": optimizer})
     assert measure_rate(draft, plan, CPU) > 0
     assert torch.equal(torch.rand(3), expected)
     assert not draft.training and all(weight.grad is None for weight in draft.parameters())
@@ -524,7 +524,7 @@ def test_an_option_saves_what_a_plan_with_it_needs_less(monkeypatch):
 
 def test_shards_help_where_there_are_several_processes(monkeypatch):
     draft = small(intermediate_size=2000)
-    plan = plan_of(data={"row_length": 16}, optimizer={"optimizer": "adamw"})
+    plan = plan_of(data={"row_length": 16}, optimizer={"name": "adamw"})
     assert "run.fsdp to true" not in short_of(monkeypatch, plan, draft).savings
     assert short_of(monkeypatch, plan, draft, world_size=64).savings["run.fsdp to true"] > 0
 

@@ -12,7 +12,7 @@ from transformers import Qwen3ForCausalLM
 
 from benchmarks import playground
 from benchmarks.acceptance.engines import TransformersEngine, VLLMEngine
-from benchmarks.acceptance.measurement import AcceptanceSettings, measure
+from benchmarks.acceptance.measurement import AcceptanceConfig, measure
 from benchmarks.acceptance.records import Decoding
 from speculators_core.format.vocabulary import choose_draft_vocabulary
 from speculators_core.models.eagle3 import Eagle3DraftModel
@@ -27,8 +27,8 @@ EAGLE3 = str(playground.EAGLE3)
 def test_playground_is_lossless_and_vllm_agrees_with_the_reference():
     names = tuple(map(str, playground.SPECULATORS.values()))
     common = {"limit_per_category": 2, "max_tokens": 48, "model": names}
-    served = measure(AcceptanceSettings(engine="vllm", **common))
-    reference = measure(AcceptanceSettings(engine="transformers", **common))
+    served = measure(AcceptanceConfig(engine="vllm", **common))
+    reference = measure(AcceptanceConfig(engine="transformers", **common))
     for in_vllm, decoded in zip(served.drafts, reference.drafts, strict=True):
         assert in_vllm.by_k[0].num_identical == decoded.by_k[0].num_identical == 8
         requests = zip(in_vllm.by_k[0].requests, decoded.by_k[0].requests, strict=True)
@@ -41,8 +41,8 @@ def test_playground_is_lossless_and_vllm_agrees_with_the_reference():
 
 def test_concurrent_requests_get_what_each_gets_alone():
     common = {"limit_per_category": 2, "max_tokens": 24, "k": (2,), "model": (EAGLE3,)}
-    alone = measure(AcceptanceSettings(concurrency=1, **common))
-    together = measure(AcceptanceSettings(concurrency=8, **common))
+    alone = measure(AcceptanceConfig(concurrency=1, **common))
+    together = measure(AcceptanceConfig(concurrency=8, **common))
     (ours_by_k,), (theirs_by_k,) = together.drafts[0].by_k, alone.drafts[0].by_k
     for ours, theirs in zip(ours_by_k.requests, theirs_by_k.requests, strict=True):
         assert ours.output_ids == theirs.output_ids
@@ -51,7 +51,7 @@ def test_concurrent_requests_get_what_each_gets_alone():
 
 def test_sampled_runs_differ_and_are_not_compared():
     report = measure(
-        AcceptanceSettings(
+        AcceptanceConfig(
             model=(EAGLE3,),
             temperature=1.0,
             runs=2,

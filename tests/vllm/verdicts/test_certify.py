@@ -12,7 +12,7 @@ from speculators_core.errors import SpeculatorError
 from speculators_vllm import offline
 from speculators_vllm.verdicts import certify as command
 from speculators_vllm.verdicts.certificate import Certificate, write_certificate
-from speculators_vllm.verdicts.certify import CertifySettings, certify
+from speculators_vllm.verdicts.certify import CertifyConfig, certify
 from tests.conftest import make_verifier
 
 pytestmark = pytest.mark.vllm
@@ -50,7 +50,7 @@ def prompts(tmp_path_factory) -> str:
 def honest(prompts) -> Certificate:
     probabilistic = {"draft_sample_method": "probabilistic"}
     return certify(
-        EAGLE3, CertifySettings(prompts=prompts, speculative_config=probabilistic, **QUICK)
+        EAGLE3, CertifyConfig(prompts=prompts, speculative_config=probabilistic, **QUICK)
     )
 
 
@@ -118,7 +118,7 @@ def judged(prompts):
 
     from speculators_vllm.verdicts.comparison import compare_draws, draw, find_divergences
 
-    settings = CertifySettings(prompts=prompts, dtypes=("float32",), draws=200)
+    settings = CertifyConfig(prompts=prompts, dtypes=("float32",), draws=200)
     plan = command._check(EAGLE3, settings)
     flags = plan.flag_sets[0]
     uniform = rejection_sampler.generate_uniform_probs
@@ -222,16 +222,16 @@ def test_what_is_at_fault_is_one_line_before_anything_loads(message, tmp_path, m
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(offline, "loaded", None)
     with pytest.raises(SpeculatorError, match=message) as refused:
-        certify(EAGLE3, CertifySettings(**REFUSED[message]))
+        certify(EAGLE3, CertifyConfig(**REFUSED[message]))
     assert "\n" not in str(refused.value)
 
 
 def test_another_verifier_is_refused(tmp_path):
     make_verifier().save_pretrained(tmp_path)
     with pytest.raises(SpeculatorError, match="hidden size 32; the speculator was made for 128"):
-        certify(EAGLE3, CertifySettings(verifier=str(tmp_path)))
+        certify(EAGLE3, CertifyConfig(verifier=str(tmp_path)))
     with pytest.raises(SpeculatorError, match="/nowhere: no such folder"):
-        certify("/nowhere", CertifySettings())
+        certify("/nowhere", CertifyConfig())
 
 
 def test_near_ties_are_told_from_losses():

@@ -17,7 +17,7 @@ from benchmarks import playground
 from speculators_core.errors import SpeculatorError
 from speculators_core.format.vocabulary import choose_draft_vocabulary
 from speculators_vllm import offline
-from speculators_vllm.verdicts.check import CheckSettings, check, run
+from speculators_vllm.verdicts.check import CheckConfig, check, run
 from speculators_vllm.verdicts.traces import compare
 from tests.conftest import DRAFTS, make_verifier
 from tests.vllm.serving import SMALL, fit, write_tokenizer
@@ -93,7 +93,7 @@ def broken(fitted, tmp_path):
 
 def checked(folder, fitted, **settings):
     prompts = str(fitted / "prompts.jsonl")
-    return check(str(folder), CheckSettings(prompts=prompts, max_tokens=40, **settings))
+    return check(str(folder), CheckConfig(prompts=prompts, max_tokens=40, **settings))
 
 
 @pytest.mark.parametrize("name", ["eagle3", "reduced", "mtp"])
@@ -136,7 +136,7 @@ def test_a_misread_draft_of_the_playground_is_named(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["eagle_aux_hidden_state_layer_ids"] = [14, 15, 16]
     (folder / "config.json").write_text(json.dumps(config))
-    settings = CheckSettings(
+    settings = CheckConfig(
         verifier=str(playground.VERIFIER),
         prompts=str(playground.PROMPTS),
         limit_per_category=2,
@@ -163,7 +163,7 @@ def test_a_network_of_vllm_that_computes_otherwise_is_named(monkeypatch):
     from speculators_vllm.plugin.networks.dflash import DFlashNetwork
 
     monkeypatch.delattr(DFlashNetwork, "_normalize_context_k")
-    settings = CheckSettings(prompts=str(playground.PROMPTS), limit_per_category=2, max_tokens=16)
+    settings = CheckConfig(prompts=str(playground.PROMPTS), limit_per_category=2, max_tokens=16)
     report = check(str(playground.SPECULATORS["dflash"]), settings)
     assert report.verdict == "not fit to serve: served otherwise"
     assert report.faults[0].text.startswith(
@@ -250,7 +250,7 @@ def test_a_draft_that_vllm_cannot_serve_is_a_fault(tmp_path):
     folder = shutil.copytree(playground.SPECULATORS["dflash"], tmp_path / "draft")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"sample_from_anchor": True}))
-    report = check(str(folder), CheckSettings(verifier=str(playground.VERIFIER)))
+    report = check(str(folder), CheckConfig(verifier=str(playground.VERIFIER)))
     assert "sample_from_anchor is true, which vLLM 0.32 does not serve" in report.faults[0].text
 
 
@@ -276,7 +276,7 @@ def test_tensors_without_the_same_numbers_are_unequal():
 )
 def test_what_cannot_be_checked_is_one_line(speculator, settings, words):
     with pytest.raises(SpeculatorError, match=words):
-        check(speculator, CheckSettings(**settings))
+        check(speculator, CheckConfig(**settings))
 
 
 @pytest.mark.slow
