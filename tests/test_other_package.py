@@ -14,15 +14,13 @@ from speculators_core.format.config import (
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.registry import MODELS
 from tests.conftest import SMALL_RECIPES, make_batch
-from tests.data import INTEROP
-
-PACKAGE = INTEROP.parent / "other_package"
+from tests.data import OTHER_PACKAGE
 
 
 @pytest.fixture
 def installed(monkeypatch):
     """The package on the path, as pip would leave it."""
-    monkeypatch.syspath_prepend(str(PACKAGE))
+    monkeypatch.syspath_prepend(str(OTHER_PACKAGE))
     reload_and_populate_models()
     yield MODELS.load("bigram")
     monkeypatch.undo()
@@ -33,7 +31,7 @@ def installed(monkeypatch):
 def test_it_is_unknown_until_it_is_looked_for(monkeypatch):
     with pytest.raises(SpeculatorError, match="unknown speculators_model_type 'bigram'"):
         SpeculatorModelConfig.from_dict({"speculators_model_type": "bigram"})
-    monkeypatch.syspath_prepend(str(PACKAGE))
+    monkeypatch.syspath_prepend(str(OTHER_PACKAGE))
     assert "bigram" not in MODELS.names()
     reload_schemas()
     assert "bigram" in MODELS.names()

@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from benchmarks.ratios import Line, in_process, print_lines
+from benchmarks.training import PEERS
 from speculators_core.flags import Several
 from speculators_core.settings import Settings
 
-PEERS = Path(__file__).parents[2] / "tests/data/interop"
 LAYER_IDS = (1, 3, 4)
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "eagle3": {"ttt_steps": 3},

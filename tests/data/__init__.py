@@ -1,7 +1,8 @@
-"""Data of the tests: ``interop`` holds speculators trained by another implementation.
+"""Data of the tests: what another implementation computed with its speculators.
 
-The cases are as recorded, but that of the logits DFlash's has every sixth anchor's alone
-([anchors, slots, vocab]) and P-EAGLE's every fourth element's.
+The speculators themselves are `benchmarks.training.peers`. The cases are as recorded, except that
+DFlash's has the logits of every sixth anchor only ([anchors, slots, vocab]) and P-EAGLE's those of
+every fourth element.
 """
 
 import dataclasses
@@ -12,9 +13,12 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.training import PEERS
 from speculators_core.batch import Batch
 
-INTEROP = Path(__file__).parent / "interop"
+INTEROP = PEERS
+OTHER_PACKAGE = Path(__file__).parent / "other_package"
+CASES = Path(__file__).parent / "interop"
 
 
 def interop_acceptance() -> dict[str, Any]:
@@ -24,6 +28,6 @@ def interop_acceptance() -> dict[str, Any]:
 
 def interop_case(name: str) -> tuple[dict[str, Tensor], Batch]:
     """What was recorded of an algorithm, and the packed row that it was recorded on."""
-    case = load_file(INTEROP / f"{name}_case.safetensors")
+    case = load_file(CASES / f"{name}_case.safetensors")
     columns = {f.name: case[f.name][None] for f in dataclasses.fields(Batch) if f.name in case}
     return case, Batch(**columns, last_hidden_states=case["verifier_last_hidden_states"][None])

@@ -26,7 +26,7 @@ from speculators_vllm.plugin import register as plugin
 from speculators_vllm.plugin.proposers import PROPOSERS
 from speculators_vllm.plugin.speculative_config import locate
 from tests.conftest import DRAFTS, make_verifier
-from tests.data import INTEROP, interop_acceptance
+from tests.data import INTEROP, OTHER_PACKAGE, interop_acceptance
 from tests.vllm.serving import EAGER, SMALL, as_prompts, fit, run
 
 pytestmark = pytest.mark.vllm
@@ -215,7 +215,7 @@ def test_revision_of_a_speculator_is_not_looked_for_in_its_verifier():
 @pytest.fixture
 def other_package(monkeypatch):
     """A package with an algorithm of its own on the path, as pip would leave it."""
-    folder = str(INTEROP.parent / "other_package")
+    folder = str(OTHER_PACKAGE)
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("PYTHONPATH", folder)  # vLLM looks at networks in processes of its own
     reload_and_populate_models()
