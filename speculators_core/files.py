@@ -1,14 +1,17 @@
-"""Files that appear whole and survive a power cut, and where they may lie."""
+"""Files and folders that are whole or absent, also after a power cut."""
 
 import errno
 import fcntl
+import json
 import os
+import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from speculators_core.errors import SpeculatorError, first_line
 
@@ -55,39 +58,81 @@ def open_own(path: Path) -> IO[str]:
     return open(os.open(path, flags, 0o644), "a", encoding="utf-8")
 
 
+# ---- locks ----
+
 LOCK = ".lock"
+
+
+def try_lock(file: int) -> bool:
+    """Locks an open file or folder until it is closed; False if another process has locked it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager
 def locked(folder: Path | None) -> Iterator[None]:
-    """One run at a time in a folder; the lock goes with the process.
+    """Allows one run at a time in a folder, which is made if needed. None locks nothing.
 
     Raises:
-        SpeculatorError: another run has it, or the folder cannot be made.
+        SpeculatorError: another run is in it, or the folder cannot be made.
     """
     if folder is None:
         yield
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise SpeculatorError(f"{folder} cannot be written: {first_line(error)}.") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not try_lock(file):
+            raise SpeculatorError(
+                f"{folder}: another run is writing there. Wait for its end, or choose another "
+                "folder."
+            )
         yield
-    except BlockingIOError as error:
-        raise SpeculatorError(f"{folder}: another run is writing there.") from error
     finally:
         os.close(file)
 
 
+# ---- reading ----
+
+
+def read_json(path: Path, expected: str = "a checkpoint") -> dict[str, Any]:
+    """The JSON object in a file; ``expected`` names what its folder should hold, for errors.
+
+    Raises:
+        SpeculatorError: the file is missing or is not a JSON object.
+    """
+    if path.exists() and not path.is_file():
+        raise SpeculatorError(f"{path} is not a file.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SpeculatorError(f"{path.parent} holds no {path.name}; not {expected}.") from error
+    except OSError as error:
+        raise SpeculatorError(f"{path} cannot be read: {error.strerror}.") from error
+    except RecursionError as error:
+        raise SpeculatorError(f"{path} is nested too deeply for {expected}.") from error
+    except ValueError as error:  # no JSON, no text, or a number of thousands of digits
+        raise SpeculatorError(f"{path} is not valid JSON: {first_line(error)}.") from error
+    if not isinstance(content, dict):
+        raise SpeculatorError(f"{path} holds a {type(content).__name__}; expected an object.")
+    return content
+
+
+# ---- writing ----
+
+
 @contextmanager
 def replaced(path: Path, is_synced: bool = True) -> Iterator[Path]:
-    """A temporary name to write to; what lies there in the end has ``path`` as its name.
+    """A temporary name to write a file to; at the end the file is renamed to ``path``.
 
-    Where there was an error nothing of it is left, and what had that name before still has. With
-    ``is_synced`` bytes and name are on disk in the end; without it `sync` is another's to call.
+    After an error the temporary file is gone and ``path`` is unchanged. With ``is_synced`` both
+    bytes and name are on disk at the end; without it the caller has to `sync` later.
 
     Raises:
         OSError: it cannot be written.
@@ -106,11 +151,125 @@ def replaced(path: Path, is_synced: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Raises:
-    OSError: it cannot be written.
+    """Replaces a file.
+
+    Raises:
+        OSError: it cannot be written.
     """
     with replaced(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replaced_files(folder: Path, marker: str, stale: Collection[str] = ()) -> Iterator[Path]:
+    """An empty folder to fill; at the end its files replace those of the same names in ``folder``.
+
+    Other files in ``folder`` stay, except the ``stale`` ones. A reader takes the files for valid
+    only with the ``marker`` among them, so it is removed first and written last: at every moment
+    there are all old files, no marker, or all new files. After an error while the folder is
+    filled, ``folder`` is unchanged.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    make_folder(folder)
+    part = part_of(folder / marker)
+    with filled(part):
+        yield part
+    names = sorted(path.name for path in part.iterdir())
+    gone = [name for name in stale if name not in names]
+    if names != [marker] or gone:
+        (folder / marker).unlink(missing_ok=True)
+        sync_names(folder)
+    for name in gone:
+        (folder / name).unlink(missing_ok=True)
+    place_files(part, folder, marker)
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill; at the end it is renamed to ``folder``, whose old content is gone.
+
+    After an error while it is filled, ``folder`` is unchanged. A kill leaves the old folder, none,
+    or the new one; hidden leftovers beside it are removed by the next call.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    make_folder(folder.parent)
+    with filled(part_of(folder)) as part:
+        yield part
+    place_folder(part, folder)
+
+
+def part_of(path: Path) -> Path:
+    """Where a file or folder lies while it is written."""
+    return path.with_name(f".{path.name}.part")
+
+
+@contextmanager
+def filled(part: Path) -> Iterator[Path]:
+    """An empty folder to fill: on disk at the end, or removed after an error."""
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+        for path in sorted(part.rglob("*")):
+            if path.is_file():
+                # safetensors lets the owner alone read.
+                path.chmod(part.stat().st_mode & 0o666)
+                sync(path)
+            else:
+                sync_names(path)
+        sync_names(part)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def place_files(part: Path, folder: Path, marker: str) -> None:
+    """Moves the files of a folder that is on disk to ``folder``, the ``marker`` last."""
+    for path in sorted(part.iterdir()):
+        if path.name != marker:
+            os.replace(path, folder / path.name)
+    sync_names(folder)
+    os.replace(part / marker, folder / marker)
+    part.rmdir()
+    sync_names(folder)
+
+
+def place_folder(part: Path, folder: Path) -> None:
+    """Renames a folder that is on disk to ``folder``; what had that name is removed."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.is_dir() and any(folder.iterdir()):
+        os.replace(folder, old)
+    os.replace(part, folder)
+    sync_names(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it; their names are on disk afterwards.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        sync_names(path.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder and a file in it, which goes again.
+
+    Raises:
+        OSError: one of them cannot be made.
+    """
+    make_folder(folder)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def sync(path: Path) -> None:

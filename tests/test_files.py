@@ -83,9 +83,9 @@ def test_shards_are_on_disk_before_the_report_says_that_they_are(tmp_path, asked
 
 def test_a_new_store_is_on_disk_with_its_folders(tmp_path, asked):
     folder = create(tmp_path).folder
-    assert [told[0] for told in asked] == ["bytes of", "name", "names of", "names of"]
-    assert asked[1][2] == folder / MANIFEST and (folder / SHARDS).is_dir()
-    assert [told[1] for told in asked[2:]] == [folder, tmp_path]
+    assert [told[0] for told in asked] == ["names of", "names of", "bytes of", "name", "names of"]
+    assert asked[3][2] == folder / MANIFEST and (folder / SHARDS).is_dir()
+    assert [told[1] for told in (*asked[:2], asked[4])] == [tmp_path, folder, folder]
 
 
 def test_what_cannot_reach_the_disk_gets_no_name(tmp_path, monkeypatch):

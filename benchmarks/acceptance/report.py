@@ -1,7 +1,6 @@
 """An acceptance report: its record, its table and its plot."""
 
 import json
-import os
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from benchmarks.acceptance.statistics import (
     without_loops,
 )
 from speculators_core.console import console
+from speculators_core.files import make_folder, replaced, write_text
 
 
 class KReport(BaseModel):
@@ -259,14 +259,11 @@ def _table(title: str, *columns: str) -> Table:
 
 def write_report(report: Report, folder: Path) -> None:
     """``report.json`` and ``acceptance.png``; each replaces an older one when it is whole."""
-    from speculators_core.format.checkpoint import writing_into
-
-    with writing_into(folder) as draft:
-        text = json.dumps(report.model_dump(mode="json"), indent=1)
-        (draft / "report.json").write_text(text + "\n", encoding="utf-8")
-        _plot(report, draft / "acceptance.png")
-        for file in sorted(draft.iterdir()):
-            os.replace(file, folder / file.name)
+    make_folder(folder)
+    with replaced(folder / "acceptance.png") as temporary:
+        _plot(report, temporary)
+    text = json.dumps(report.model_dump(mode="json"), indent=1)
+    write_text(folder / "report.json", text + "\n")
     console.print(f"wrote {folder / 'report.json'} and {folder / 'acceptance.png'}")
 
 
@@ -301,5 +298,5 @@ def _plot(report: Report, path: Path) -> None:
     if counted:
         histogram.legend(frameon=False)
     histogram.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
     pyplot.close(figure)

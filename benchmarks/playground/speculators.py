@@ -15,6 +15,7 @@ from datasets import Dataset
 from benchmarks.playground.corpus import write_lines
 from speculators_core.data_generation.runs.generate import generate_data
 from speculators_core.data_generation.settings import read_plan
+from speculators_core.files import replaced_folder
 from speculators_core.training.settings import read_training_plan
 from speculators_core.training.states.run_folder import CONFIG, PROVENANCE
 from speculators_core.training.train import STOPPED_EXIT, train
@@ -65,8 +66,6 @@ def train_speculator(name: str, verifier: Path, work: Path, folder: Path) -> Non
     report = train(plan.model_copy(update={"model": model, "data": data, "run": run}))
     if report.speculator is None:
         raise SystemExit(STOPPED_EXIT)
-    part = folder.with_name(f".{name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(report.speculator, part, ignore=shutil.ignore_patterns(CONFIG, PROVENANCE))
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    papers = shutil.ignore_patterns(CONFIG, PROVENANCE)
+    with replaced_folder(folder) as part:
+        shutil.copytree(report.speculator, part, ignore=papers, dirs_exist_ok=True)

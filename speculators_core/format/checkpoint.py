@@ -5,10 +5,7 @@ checked before any tensor is read; what is written goes to a temporary name firs
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -22,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.files import make_folder, read_json, replaced_files, write_text
 
 CONFIG = "config.json"
 
@@ -132,24 +130,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         SpeculatorError: the file is missing or is not a JSON object.
     """
     return read_json(folder / CONFIG)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    if path.exists() and not path.is_file():
-        raise SpeculatorError(f"{path} is no file.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SpeculatorError(f"{path.parent} holds no {path.name}; not a checkpoint.") from error
-    except OSError as error:
-        raise SpeculatorError(f"{path} cannot be read: {error.strerror}.") from error
-    except RecursionError as error:
-        raise SpeculatorError(f"{path} is nested too deeply for a checkpoint's.") from error
-    except ValueError as error:  # no JSON, no text, or a number of thousands of digits
-        raise SpeculatorError(f"{path} is not valid JSON: {first_line(error)}.") from error
-    if not isinstance(content, dict):
-        raise SpeculatorError(f"{path} holds a {type(content).__name__}; expected an object.")
-    return content
 
 
 def stored_tensors(folder: Path, files: Collection[str] | None = None) -> dict[str, StoredTensor]:
@@ -264,9 +244,8 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def write_config(folder: str | PathLike, config: Mapping[str, Any]) -> None:
-    with writing_into(Path(folder)) as draft:
-        (draft / CONFIG).write_text(_json(config), encoding="utf-8")
-        os.replace(draft / CONFIG, Path(folder) / CONFIG)
+    make_folder(Path(folder))
+    write_text(Path(folder) / CONFIG, _json(config))
 
 
 def write_checkpoint(
@@ -275,38 +254,19 @@ def write_checkpoint(
     tensors: Mapping[str, Tensor],
     max_shard_size: str | int = "5GB",
 ) -> None:
-    """Writes a whole checkpoint; what it replaces goes only when it is whole itself."""
+    """Writes a whole checkpoint; the one it replaces goes only when all of it is on disk."""
     folder = Path(folder)
     old = {INDEX, WEIGHTS}
     if (folder / INDEX).exists():
         old |= {_inside(folder, shard).name for shard in read_weight_map(folder).values()}
-    with writing_into(folder) as draft:
+    with replaced_files(folder, marker=CONFIG, stale=old) as draft:
         save_torch_state_dict(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             draft,
             max_shard_size=max_shard_size,
             metadata={"format": "pt"},
         )
-        written = {path.name for path in draft.iterdir()}
         (draft / CONFIG).write_text(_json(config), encoding="utf-8")
-        readers = (draft / CONFIG).stat().st_mode  # safetensors lets the owner alone read
-        for name in sorted(written):  # shards before their index
-            os.chmod(draft / name, readers)
-            os.replace(draft / name, folder / name)
-        # The index first: without it a reader takes the single file, with it only its shards.
-        for stale in sorted(old - written, key=lambda name: name != INDEX):
-            (folder / stale).unlink(missing_ok=True)
-        os.replace(draft / CONFIG, folder / CONFIG)
-
-
-@contextmanager
-def writing_into(folder: Path) -> Iterator[Path]:
-    """A folder for unfinished files beside those that they shall replace; it goes in the end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=".writing-", dir=folder, ignore_cleanup_errors=True
-    ) as draft:
-        yield Path(draft)
 
 
 def _json(config: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from speculators_core.data_generation.settings import DatasetConfig
 from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.files import write_text
 from speculators_core.format import checkpoint
 from speculators_core.format.checkpoint import is_hub_id
 from speculators_core.format.config import SpeculatorModelConfig
@@ -91,9 +92,7 @@ def write_card(folder: Path, facts: CardFacts) -> bool:
     if (folder / CARD).exists() and not is_ours(read_text(folder / CARD)):
         return False
     text = make_card(folder, facts)
-    with checkpoint.writing_into(folder) as draft:
-        (draft / CARD).write_text(text, encoding="utf-8")
-        (draft / CARD).replace(folder / CARD)
+    write_text(folder / CARD, text)
     return True
 
 

@@ -9,6 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.files import read_json
 from speculators_core.format import checkpoint
 from speculators_core.format.checkpoint import is_hub_id
 from speculators_core.format.config import SpeculatorModelConfig
@@ -157,7 +158,7 @@ def _own_files(folder: Path) -> dict[str, Path]:
 
 def _check_record(path: Path) -> None:
     """Raises SpeculatorError where a record says that it is of other weights."""
-    record = checkpoint.read_json(path)
+    record = read_json(path)
     drafts = record.get("drafts")
     parts = [part for part in drafts if isinstance(part, dict)] if isinstance(drafts, list) else []
     stated = [record.get("speculator_sha256"), *(part.get("sha256") for part in parts)]

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shlex
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from transformers import TrainerState
 
 from speculators_core.decoding.prompts import Prompt
 from speculators_core.errors import SpeculatorError
-from speculators_core.files import write_text
+from speculators_core.files import replaced_folder, write_text
 from speculators_core.format.checkpoint import as_dtype, is_hub_id
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.provenance import environment
@@ -42,19 +41,12 @@ PROMPTS = "prompts.jsonl"
 def write_speculator(plan: TrainingPlan, draft: SpeculatorModel, facts: CardFacts) -> None:
     """Writes ``run/speculator``, whole or not at all: checkpoint, card, and the run's papers."""
     run = plan.run.output
-    target, part = run / SPECULATOR, run / f".{SPECULATOR}.part"
-    old = run / f".{SPECULATOR}.old"  # of a start that was killed before its report
-    for folder in (part, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    draft.to("cpu", as_dtype(plan.run.saved_dtype)).save_pretrained(part)
-    for name in (CONFIG, PROVENANCE, LOG):
-        if (run / name).exists():
-            shutil.copyfile(run / name, part / name)
-    write_card(part, facts)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(part, target)
-    shutil.rmtree(old, ignore_errors=True)
+    with replaced_folder(run / SPECULATOR) as part:
+        draft.to("cpu", as_dtype(plan.run.saved_dtype)).save_pretrained(part)
+        for name in (CONFIG, PROVENANCE, LOG):
+            if (run / name).exists():
+                shutil.copyfile(run / name, part / name)
+        write_card(part, facts)
 
 
 def best_figures(state: TrainerState) -> dict[str, float]:

@@ -8,7 +8,7 @@ from transformers import (
 )
 
 from speculators_core.errors import SpeculatorError
-from speculators_core.format import checkpoint
+from speculators_core.files import read_json
 from speculators_core.format.config import SpeculatorModelConfig
 
 
@@ -61,7 +61,7 @@ def read_tokenizer_vocabulary(folder: str | PathLike) -> dict[str, int] | None:
     path = Path(folder) / TOKENIZER
     if not path.is_file():
         return None
-    content = checkpoint.read_json(path)
+    content = read_json(path)
     try:
         vocabulary = content["model"]["vocab"]
         if isinstance(vocabulary, list):  # a unigram model's, with scores

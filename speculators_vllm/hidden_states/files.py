@@ -5,9 +5,7 @@ in one line: ``name.safetensors`` or ``name.error``, never both.
 """
 
 import json
-import os
 import time
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.files import make_folder, replaced, write_text
 from speculators_vllm.hidden_states.settings import path_for
 
 FORMAT: Final = "speculators-hidden-states-1"
@@ -67,21 +66,20 @@ class FileWriter:
         """
         self.folder = folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         except OSError as error:
             raise SpeculatorError(f"{folder} cannot be made: {first_line(error)}") from error
 
     def write(self, states: HiddenStates) -> None:
-        """Under a temporary name first.
+        """The file is on disk afterwards.
 
         Raises:
             OSError: the file cannot be written; nothing of it is left.
             SafetensorError: the same.
             SpeculatorError: the name leads out of the folder.
         """
-        path = path_for(self.folder, states.name)
-        temporary = self._temporary(path)
-        try:
+        path = self._path(states.name)
+        with replaced(path) as temporary:
             save_file(
                 {"token_ids": states.token_ids, "hidden_states": states.hidden_states},
                 temporary,
@@ -93,25 +91,18 @@ class FileWriter:
                     "num_prompt_tokens": str(states.num_prompt_tokens),
                 },
             )
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
 
     def report(self, request_id: str, name: str, reason: str) -> None:
         """Leaves the reason where the reader looks for the file, if anything can be written."""
         with suppress(OSError, SpeculatorError):
-            path = path_for(self.folder, name)
-            temporary = self._temporary(path)
-            temporary.write_text(reason)
-            os.replace(temporary, path.with_suffix(".error"))
+            write_text(self._path(name).with_suffix(".error"), reason)
 
-    def _temporary(self, path: Path) -> Path:
-        """A free name in the same folder; a folder of a nested name is made, the sink's is not."""
+    def _path(self, name: str) -> Path:
+        """The file of this name; a folder of a nested name is made, the sink's is not."""
+        path = path_for(self.folder, name)
         if path.parent != self.folder.resolve() and self.folder.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
-        return path.parent / f".{uuid.uuid4().hex}.part"
+            make_folder(path.parent)
+        return path
 
     def stop(self) -> None:
         """Files are written to their end."""

@@ -1,7 +1,6 @@
 """A losslessness certificate: its record, its verdict, its tables and its page."""
 
 import io
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from speculators_core.decoding.acceptance import AcceptanceCounts
-from speculators_core.format import checkpoint
+from speculators_core.files import make_folder, write_text
 from speculators_vllm.verdicts.chi_square import LawTest, combine
 from speculators_vllm.verdicts.reference import first_difference, pool
 
@@ -338,8 +337,7 @@ def write_certificate(certificate: Certificate, folder: Path) -> list[Path]:
         "certificate.json": certificate.model_dump_json(indent=1) + "\n",
         "certificate.html": page.export_html(code_format=PAGE),
     }
-    with checkpoint.writing_into(folder) as draft:
-        for name, text in texts.items():
-            (draft / name).write_text(text, encoding="utf-8")
-            os.replace(draft / name, folder / name)
+    make_folder(folder)
+    for name, text in texts.items():
+        write_text(folder / name, text)
     return [folder / name for name in texts]

@@ -264,13 +264,12 @@ def _check(speculator: str, settings: CertifyConfig) -> _Plan:
 
 
 def _check_output(folder: Path | None) -> None:
-    from speculators_core.format.checkpoint import writing_into
+    from speculators_core.files import check_writable
 
     if folder is None:
         return
     try:
-        with writing_into(folder):
-            pass
+        check_writable(folder)
     except OSError as error:
         raise SpeculatorError(f"{folder}: cannot write a certificate there ({error}).") from error
 

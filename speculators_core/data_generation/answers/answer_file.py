@@ -6,7 +6,6 @@ answers.jsonl.yaml               options and versions
 answers.jsonl.log                how it came along
 """
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from speculators_core.data_generation.answers.dialogues import Dialogue
 from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.files import make_folder, try_lock, write_text
 from speculators_core.settings import load_yaml
 
 
@@ -38,7 +38,6 @@ class AnswerFile:
             SpeculatorError: there is an output, and it is not to be gone on with, was made with
                 other options, or is not what such a run writes; or another run is writing it.
         """
-        from speculators_core.files import write_text
         from speculators_core.provenance import versions
 
         self.path = path
@@ -46,10 +45,11 @@ class AnswerFile:
         """Keys of what was kept or set aside."""
         stated, aside = beside(path, "yaml"), beside(path, "set_aside.jsonl")
         with ExitStack() as opened, _told(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             self._kept = opened.enter_context(path.open("ab", buffering=0))
             self._aside = opened.enter_context(aside.open("ab", buffering=0))
-            self._lock()
+            if not try_lock(self._kept.fileno()):
+                raise SpeculatorError(f"{path}: another run is writing it.")
             if path.stat().st_size or aside.stat().st_size:
                 if not resume:
                     raise SpeculatorError(
@@ -76,13 +76,6 @@ class AnswerFile:
         with _told(file.name):
             if file.write(line) != len(line):
                 raise OSError("no space left")
-
-    def _lock(self) -> None:
-        """For this process alone; the lock goes with it."""
-        try:
-            fcntl.flock(self._kept, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SpeculatorError(f"{self.path}: another run is writing it.") from error
 
     def __enter__(self) -> Self:
         return self

@@ -7,7 +7,6 @@ first, so a reader that was taken for gone can tell that its example is no longe
 """
 
 import errno
-import fcntl
 import logging
 import mmap
 import os
@@ -32,6 +31,7 @@ from speculators_core.data_generation.queues.frames import (
     tensor_of,
 )
 from speculators_core.errors import SpeculatorError
+from speculators_core.files import try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class PrivateFolder:
     def __init__(self, place: Path) -> None:
         hidden = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=place))
         self._lock: int | None = os.open(hidden, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        try_lock(self._lock)
         self.path = place / f"{PREFIX}{secrets.token_hex(8)}"
         hidden.rename(self.path)  # seen by others only when it is locked
 
@@ -93,10 +93,8 @@ def _remove_if_left(folder: Path) -> None:
     except OSError:
         return  # another one was faster
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:
-        pass  # its owner lives
+        if try_lock(lock):  # its owner is gone
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)
 

@@ -11,7 +11,7 @@ from speculators_core.data_generation.engines.pipeline import schema_of
 from speculators_core.data_generation.settings import GenerationPlan
 from speculators_core.data_generation.stores.disk import SHARDS, DiskStore, Manifest, check_same
 from speculators_core.errors import SpeculatorError, first_line
-from speculators_core.files import Roots, write_text
+from speculators_core.files import Roots, make_folder, write_text
 from speculators_core.provenance import sample_weights, this_command, versions, without_secrets
 
 CONFIG = "config.yaml"
@@ -95,7 +95,7 @@ def _open_journal(folder: Path, manifest: Manifest, is_going_on: bool) -> None:
     path = folder / JOURNAL
     if not path.exists():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             write_text(path, manifest.model_dump_json(indent=2))
         except OSError as error:
             raise SpeculatorError(f"{path} cannot be written: {first_line(error)}.") from error

@@ -33,7 +33,7 @@ from speculators_core.data_generation.stores.shards import (
     write_shard,
 )
 from speculators_core.errors import SpeculatorError, first_fault, first_line
-from speculators_core.files import replaced, sync, sync_names, write_text
+from speculators_core.files import make_folder, replaced, sync, sync_names, write_text
 from speculators_core.settings import Settings, flat
 
 MANIFEST = "store.json"
@@ -141,9 +141,8 @@ class DiskStore:
             raise SpeculatorError(f"{folder} is not empty and no store. Name another folder.")
         else:
             try:
-                (folder / SHARDS).mkdir(parents=True, exist_ok=True)
+                make_folder(folder / SHARDS)
                 write_text(folder / MANIFEST, manifest.model_dump_json(indent=2))
-                sync_names(folder.parent)
             except OSError as error:
                 raise SpeculatorError(
                     f"{folder} cannot be made: {error.strerror or first_line(error)}."

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,16 @@ from torch import Tensor
 from xxhash import xxh3_64
 
 from speculators_core.errors import SpeculatorError, first_fault, first_line
+from speculators_core.files import (
+    filled,
+    make_folder,
+    part_of,
+    place_files,
+    place_folder,
+    sync,
+    sync_names,
+    write_text,
+)
 from speculators_core.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -209,25 +220,17 @@ def write_whole(folder: Path, contents: Mapping[str, Content]) -> None:
     if step is None or folder.name.startswith(".") or set(contents) != set(FILES):
         raise ValueError(f"expected checkpoint-<step> and {FILES}, found {folder}, {[*contents]}")
     run = folder.parent
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     tidy(run)
-    part = run / f".{folder.name}.part"
-    try:
-        part.mkdir(exist_ok=True)
+    serial = 1 + max(map(_serial_of, _in_order(run)), default=0)
+    with filled(part_of(folder)) as part:
         for name, content in contents.items():
             if isinstance(content, str):
                 (part / name).write_text(content, encoding="utf-8")
             else:
                 save_file(dict(content), part / name, {"format": "pt"})
-                # As the other files: safetensors lets the owner alone read.
-                os.chmod(part / name, part.stat().st_mode & 0o666)
-            _sync(part / name)
-        serial = 1 + max(map(_serial_of, _in_order(run)), default=0)
+            sync(part / name)  # before there is a manifest
         _write_manifest(part, step, serial)
-    except BaseException:
-        with suppress(OSError):
-            _take_apart(part)
-        raise
     _put_in_place(part)
 
 
@@ -235,9 +238,7 @@ def _write_manifest(folder: Path, step: int, serial: int) -> None:
     files = {name: _record(folder / name) for name in FILES}
     manifest = Manifest(step=step, serial=serial, files=files)
     manifest = manifest.model_copy(update={"checksum": manifest.expected_checksum})
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    write_text(folder / MANIFEST, manifest.model_dump_json(indent=1))
 
 
 def rotate_states(run: Path, keep: int, best_step: int | None = None) -> None:
@@ -273,7 +274,7 @@ def tidy(run: Path) -> None:
         if _serial_of(part):
             _put_in_place(part)
         else:
-            _take_apart(part)
+            shutil.rmtree(part)
     for folder in _state_folders(run):
         if (folder / UNFINISHED).exists():
             _take_apart(folder)
@@ -287,25 +288,18 @@ def _put_in_place(part: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         _fill(folder, part)
     else:
-        os.rename(part, folder)
-    _sync(folder.parent)
+        place_folder(part, folder)
 
 
 def _fill(folder: Path, part: Path) -> None:
     """Moves a state into a folder that holds files of others, or goes on with that."""
-    names = [name for name in (*FILES, MANIFEST) if (part / name).exists()]
-    for name in names:
+    for name in sorted(path.name for path in part.iterdir()):
         if (folder / name).exists():
             raise SpeculatorError(
                 f"{folder / name} is of no state of this run, and in the way of one. Move it away, "
                 "then start the same command again."
             )
-    for name in names:
-        if name == MANIFEST:
-            _sync(folder)
-        os.replace(part / name, folder / name)
-    _sync(folder)
-    part.rmdir()
+    place_files(part, folder, MANIFEST)
 
 
 def _is_ours(folder: Path) -> bool:
@@ -320,18 +314,9 @@ def _take_apart(folder: Path) -> None:
     """Removes a state's own files, and the folder where nothing else is in it."""
     if (folder / MANIFEST).exists():
         os.replace(folder / MANIFEST, folder / UNFINISHED)
-        _sync(folder)
+        sync_names(folder)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
     (folder / UNFINISHED).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
-
-
-def _sync(path: Path) -> None:
-    """Returns when a file, or a folder's list of files, is on disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -330,7 +330,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         seen.append((sorted(p.suffix for p in tmp_path.iterdir()), source.parent == target.parent))
         os.rename(source, target)
 
-    monkeypatch.setattr("speculators_vllm.hidden_states.files.os.replace", watched)
+    monkeypatch.setattr("speculators_core.files.os.replace", watched)
     states = record()
     FileWriter(tmp_path).write(states)
     assert seen == [([".part"], True)]
