@@ -21,7 +21,7 @@ class Batch:
     position_ids: Int[Tensor, "batch seq"]
     loss_mask: Bool[Tensor, "batch seq"]
     """Tokens that the draft learns to propose."""
-    hidden_states: Float[Tensor, "batch seq aux_hidden"]
+    aux_hidden_states: Float[Tensor, "batch seq aux_hidden"]
     """Aux hidden states, ascending by layer, side by side."""
     last_hidden_states: Float[Tensor, "batch seq hidden"]
     """After all layers, before the final norm."""
@@ -35,6 +35,6 @@ class Batch:
     ) -> "Batch":
         """The same rows, all on this device, with states of this type."""
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
-        for name in ("hidden_states", "last_hidden_states"):
+        for name in ("aux_hidden_states", "last_hidden_states"):
             moved[name] = moved[name].to(dtype=dtype)
         return Batch(**moved)

@@ -19,6 +19,6 @@ def test_batch_is_one_row():
 def test_batch_changes_the_type_of_its_states_alone():
     batch = filled(1)
     half = batch.to(torch.bfloat16)
-    assert half.hidden_states.dtype == half.last_hidden_states.dtype == torch.bfloat16
-    assert batch.hidden_states.dtype == torch.float32
+    assert half.aux_hidden_states.dtype == half.last_hidden_states.dtype == torch.bfloat16
+    assert batch.aux_hidden_states.dtype == torch.float32
     assert half.input_ids is batch.input_ids

@@ -188,7 +188,7 @@ def _prepare(
         document_ids=(rows // per_document)[None],
         position_ids=(rows % per_document)[None],
         loss_mask=torch.ones(1, length, dtype=torch.bool, device=device),
-        hidden_states=torch.randn(1, length, 3 * hidden, device=device, dtype=dtype),
+        aux_hidden_states=torch.randn(1, length, 3 * hidden, device=device, dtype=dtype),
         last_hidden_states=torch.randn(1, length, hidden, device=device, dtype=dtype),
     )
     return model.to(device, dtype).train(), batch, kwargs

@@ -24,7 +24,7 @@ from speculators_core.decoding.acceptance import Acceptance, AcceptanceCounts
 from speculators_core.decoding.drafter import Confirmed, Drafter, Proposal
 from speculators_core.decoding.row_cache import RowCache
 from speculators_core.decoding.rules import STATELESS_PROCESSORS, Rules
-from speculators_core.decoding.sequences import Text, Texts, by_place
+from speculators_core.decoding.sequences import Sequence, Sequences, by_place
 from speculators_core.format.proposals import TokenProposalConfig
 from speculators_core.verifier.taps import LayerTaps
 
@@ -181,8 +181,8 @@ def decode(
     prompts: Int[Tensor, "batch seq"],
     attention_mask: Int[Tensor, "batch seq"] | None,
     rules: Rules,
-) -> Texts:
-    """The finished texts of a batch, and what was kept of each draft.
+) -> Sequences:
+    """The finished sequences of a batch, and what was kept of each draft.
 
     confirmed tokens   [... x y]     the verifier has run over all but y
     propose            y -> [a b c]
@@ -201,18 +201,18 @@ def decode(
             "prompt itself ends in the pad token"
         )
     longest = getattr(verifier.config.get_text_config(), "max_position_embeddings", None)
-    texts, alive = Texts(prompts, rules), list(range(len(prompts)))
+    sequences, alive = Sequences(prompts, rules), list(range(len(prompts)))
     cache, state = RowCache(verifier), drafter.start_drafting()
     with LayerTaps(verifier, drafter.aux_layer_ids) as taps:
         logits = cache.run(prompts, is_token, logits_to_keep=1)
-        kept = _settle(texts.rows, Proposal(prompts[:, :0]), logits, rules)
+        kept = _settle(sequences.rows, Proposal(prompts[:, :0]), logits, rules)
         confirmed = Confirmed(
             torch.cat([prompts, kept.next_token[:, None]], dim=1),
             (is_token.long().cumsum(1) - 1).masked_fill(~is_token, PADDING),
             taps.states(taps.layer_ids),
         )
-        while rows := texts.unwritten():
-            texts.stream()
+        while rows := sequences.unwritten():
+            sequences.stream()
             if len(rows) < len(alive):
                 index = torch.tensor(_places(rows, alive), device=prompts.device)
                 cache.select_rows(index)
@@ -226,14 +226,14 @@ def decode(
                 proposal = _propose(drafter, state, confirmed, rules)
             tokens = torch.cat([bonus, proposal.token_ids], dim=1)
             logits = cache.run(tokens)
-            kept = _settle([texts.rows[row] for row in alive], proposal, logits, rules)
+            kept = _settle([sequences.rows[row] for row in alive], proposal, logits, rules)
             cache.forget(proposal.token_ids.shape[1] - kept.num_accepted)
             news = _confirm(tokens, position, kept, taps.states(taps.layer_ids))
             confirmed = news if can_draft else _join(confirmed, news)
-    texts.stream()
+    sequences.stream()
     if rules.streamer is not None:
         rules.streamer.end()
-    return texts
+    return sequences
 
 
 def _places(rows: list[int], among: list[int]) -> list[int]:
@@ -258,7 +258,7 @@ def _propose(drafter: Drafter, state: Any, confirmed: Confirmed, rules: Rules) -
 
 
 def _settle(
-    texts: list[Text],
+    sequences: list[Sequence],
     proposal: Proposal,
     logits: Float[Tensor, "batch places vocab"],
     rules: Rules,
@@ -272,17 +272,20 @@ def _settle(
             flat = processor(drafted, flat)
         scores = flat.view(logits.shape)
     else:
-        rows = zip(texts, drafted, logits.float(), strict=True)
-        scores = torch.stack([text.process(row, row_logits) for text, row, row_logits in rows])
+        rows = zip(sequences, drafted, logits.float(), strict=True)
+        scores = torch.stack(
+            [sequence.process(row, row_logits) for sequence, row, row_logits in rows]
+        )
     kept = rules.accept(proposal, scores)
-    proposed = [drafted.shape[1]] * len(texts)
+    proposed = [drafted.shape[1]] * len(sequences)
     if proposal.num_proposed is not None:
         proposed = proposal.num_proposed.tolist()
-    for row, (text, count) in enumerate(zip(texts, kept.num_accepted.tolist(), strict=True)):
-        if proposed[row] and text.end is None:
-            text.counts.accepted.append(min(count, proposed[row]))
+    num_accepted = kept.num_accepted.tolist()
+    for row, (sequence, count) in enumerate(zip(sequences, num_accepted, strict=True)):
+        if proposed[row] and sequence.end is None:
+            sequence.counts.accepted.append(min(count, proposed[row]))
         new = torch.cat([drafted[row, :count], kept.next_token[row : row + 1]])
-        text.append(new, scores[row], logits[row])
+        sequence.append(new, scores[row], logits[row])
     return kept
 
 
@@ -319,17 +322,19 @@ def _select(confirmed: Confirmed, rows: Int[Tensor, "rows"]) -> Confirmed:
     )
 
 
-def _output(texts: Texts, rules: Rules) -> Int[Tensor, "batch total"] | SpeculativeOutput:
-    length, rows = texts.length, texts.rows
+def _output(sequences: Sequences, rules: Rules) -> Int[Tensor, "batch total"] | SpeculativeOutput:
+    length, rows = sequences.length, sequences.rows
     assert length is not None
-    sequences = texts.sequences(length)
+    padded = sequences.padded(length)
     if not rules.config.return_dict_in_generate:
-        return sequences
+        return padded
     num_new = length - rows[0].prompt_length
+    scores = by_place([row.scores for row in rows], num_new) if rules.keeps_scores else None
+    logits = by_place([row.logits for row in rows], num_new) if rules.keeps_logits else None
     return SpeculativeOutput(
-        sequences=sequences,
-        scores=by_place([text.scores for text in rows], num_new) if rules.keeps_scores else None,
-        logits=by_place([text.logits for text in rows], num_new) if rules.keeps_logits else None,
-        acceptance=[text.counts for text in rows],
+        sequences=padded,
+        scores=scores,
+        logits=logits,
+        acceptance=[row.counts for row in rows],
         lossy_options=rules.lossy_options,
     )

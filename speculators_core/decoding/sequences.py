@@ -1,4 +1,4 @@
-"""The texts of a batch while they are written: how scores become tokens, and where a text ends."""
+"""The sequences of a batch while they grow: scores to tokens, and where each ends."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from speculators_core.decoding.acceptance import AcceptanceCounts
 from speculators_core.decoding.rules import Rules
 
 
-class Text:
+class Sequence:
     """One row of the batch: its prompt, padding included, and what was generated."""
 
     def __init__(self, row: int, prompt: Int[Tensor, "seq"], rules: Rules):
@@ -28,7 +28,7 @@ class Text:
     def process(
         self, drafted: Int[Tensor, "draft"], logits: Float[Tensor, "places vocab"]
     ) -> Float[Tensor, "places vocab"]:
-        """Scores of each place after this text, each under the drafted tokens before it."""
+        """Scores of each place after this sequence, each under the drafted tokens before it."""
         ids = torch.cat([self.ids, drafted])[None]
         places = []
         for place in range(len(logits)):
@@ -75,29 +75,29 @@ def _for_row(processor: Any, row: int) -> Any:
     return processor
 
 
-class Texts:
+class Sequences:
     """The rows of a batch, each as far as it has come."""
 
     def __init__(self, prompts: Int[Tensor, "batch seq"], rules: Rules):
         self.rules = rules
-        self.rows = [Text(row, prompt, rules) for row, prompt in enumerate(prompts)]
+        self.rows = [Sequence(row, prompt, rules) for row, prompt in enumerate(prompts)]
         self._num_streamed = prompts.shape[1]  # Transformers hands the prompt to the streamer
 
     @property
     def length(self) -> int | None:
-        """Of the longest text, its prompt included; None while one has not ended."""
-        ends = [text.end for text in self.rows if text.end is not None]
+        """Of the longest sequence, its prompt included; None while one has not ended."""
+        ends = [sequence.end for sequence in self.rows if sequence.end is not None]
         return max(ends) if len(ends) == len(self.rows) else None
 
     def unwritten(self) -> list[int]:
         """Rows that need further tokens."""
         if self.rules.pad_token_id is not None:
-            return [row for row, text in enumerate(self.rows) if text.end is None]
+            return [row for row, sequence in enumerate(self.rows) if sequence.end is None]
         goal = self.length or self.rules.stopping_criteria.max_length
         return [row for row, t in enumerate(self.rows) if goal is None or len(t.ids) < goal]
 
-    def sequences(self, length: int) -> Int[Tensor, "batch length"]:
-        """The start of every text, padded behind its end."""
+    def padded(self, length: int) -> Int[Tensor, "batch length"]:
+        """The start of every sequence, padded behind its end."""
         pad = self.rules.pad_token_id or 0
         rows = [nn.functional.pad(t.ids, (0, length - len(t.ids)), value=pad) for t in self.rows]
         return torch.stack(rows)
@@ -109,7 +109,7 @@ class Texts:
         lengths = [len(self.rows[row].ids) for row in self.unwritten()]
         length = min(lengths) if lengths else self.length
         assert length is not None
-        for tokens in self.sequences(length)[:, self._num_streamed :].T:
+        for tokens in self.padded(length)[:, self._num_streamed :].T:
             self.rules.streamer.put(tokens.cpu())
         self._num_streamed = length
 

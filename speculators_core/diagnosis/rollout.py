@@ -125,7 +125,7 @@ def share_drafts(num_places: Sequence[int], count: int, seed: int = 0) -> list[i
     return shares
 
 
-def reachable(
+def reachable_positions(
     places: Sequence[int], num_drafts: int, num_tokens: int, length: int
 ) -> tuple[list[int], list[int]]:
     """The places that so many drafts can come to in a text of ``length`` tokens, and the rows of

@@ -166,7 +166,7 @@ class DFlashDraftModel(FeatureDraftModel):
     config_class: ClassVar[type[SpeculatorModelConfig]] = DFlashSpeculatorConfig
     recipe_class = DFlashRecipe
     objective_class = DFlashObjective
-    own_ends = ("lm_head.weight",)
+    vocabulary_weights = ("lm_head.weight",)
     config: DFlashSpeculatorConfig
 
     def __init__(
@@ -255,7 +255,7 @@ class DFlashDraftModel(FeatureDraftModel):
         slots = torch.arange(num_slots, device=anchors.device)
         positions = (batch.position_ids[0, anchors, None] + slots).flatten()[None]
         hidden = self.embed_block(batch.input_ids[0, anchors], num_slots).flatten(0, 1)[None]
-        context = self.combine(batch.hidden_states)
+        context = self.combine(batch.aux_hidden_states)
         rotary = self.rotary_emb(context, batch.position_ids)
         starts = document_starts(batch.document_ids[0])[anchors].repeat_interleave(num_slots)
         ends = anchors.repeat_interleave(num_slots)

@@ -87,7 +87,7 @@ class Eagle3DraftModel(EagleStackModel):
         Row i of step k predicts token i + 2 + k. Tokens are the true ones throughout.
         """
         attend = UnrolledAttention(self.config.transformer_layer_config, batch.document_ids[0, :-1])
-        hidden = self.combine(batch.hidden_states[:, :-1])
+        hidden = self.combine(batch.aux_hidden_states[:, :-1])
         return unroll(batch, hidden, num_steps, partial(self.step, attend=attend))
 
     def forward(
@@ -107,7 +107,7 @@ class Eagle3DraftModel(EagleStackModel):
         draft_tokens = torch.full(
             (objective.ttt_steps, *documents.shape), -1, device=documents.device
         )
-        total = batch.hidden_states.new_zeros((), dtype=torch.float32)
+        total = batch.aux_hidden_states.new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
         right_so_far = torch.ones_like(batch.loss_mask)
         for step, output in enumerate(self.unroll(batch, objective.ttt_steps)):

@@ -111,7 +111,7 @@ class FeatureDraftModel(SpeculatorModel):
     t2d: Tensor
     fc: nn.Linear
 
-    own_ends: ClassVar[tuple[str, ...]] = ("embed_tokens.weight", "lm_head.weight")
+    vocabulary_weights: ClassVar[tuple[str, ...]] = ("embed_tokens.weight", "lm_head.weight")
     """Copies of the verifier's embeddings and head that this algorithm's checkpoints hold."""
 
     def make_vocabulary(self) -> None:
@@ -142,13 +142,13 @@ class FeatureDraftModel(SpeculatorModel):
             if not self.config.has_whole_vocabulary:
                 self.t2d.copy_(t2d)
                 self.d2t.copy_(d2t)
-        self.unset = {name for name in self.own_ends if name in self.state_dict()}
+        self.unset = {name for name in self.vocabulary_weights if name in self.state_dict()}
 
     @property
     def from_verifier(self) -> tuple[str, ...]:
         """Of a reduced vocabulary the head is the draft's own: vLLM would take the whole one."""
         whole = self.config.has_whole_vocabulary
-        return tuple(name for name in self.own_ends if whole or name != "lm_head.weight")
+        return tuple(name for name in self.vocabulary_weights if whole or name != "lm_head.weight")
 
     @property
     def optional(self) -> tuple[str, ...]:

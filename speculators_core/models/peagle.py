@@ -116,7 +116,9 @@ class PEagleDraftModel(EagleStackModel):
         is_masked = depths > 0
         tokens = batch.input_ids[0, (rows + 1).clamp_max(batch.input_ids.shape[1] - 1)]
         tokens = tokens.masked_fill(is_masked, self.config.mask_token_id or 0)
-        features = torch.cat([batch.hidden_states[0], self.mask_hidden[0].to(batch.hidden_states)])
+        features = torch.cat(
+            [batch.aux_hidden_states[0], self.mask_hidden[0].to(batch.aux_hidden_states)]
+        )
         hidden = self.combine(features[None])  # each feature once, not once for each element
         index = rows.masked_fill(is_masked, len(features) - 1)
         positions = batch.position_ids[0, anchors] + depths

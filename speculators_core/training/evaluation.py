@@ -29,7 +29,7 @@ from speculators_core.diagnosis.rollout import (
     SurvivalCounts,
     VerifiedText,
     bonus_places,
-    reachable,
+    reachable_positions,
     roll_out,
     share_drafts,
 )
@@ -204,7 +204,9 @@ def roll_out_held_out(
     with without_traces(draft):
         for at in drawn[rank::world]:
             example, share = held_out.examples[at], shares[at]
-            reached, rows = reachable(places[at], share, num_tokens, len(example.input_ids))
+            reached, rows = reachable_positions(
+                places[at], share, num_tokens, len(example.input_ids)
+            )
             text = _verified_text(example, layout, draft.verifier_head, rows)
             total += roll_out(draft, text, reached, num_tokens, share)
     return total

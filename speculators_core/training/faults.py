@@ -48,7 +48,7 @@ def describe_no_fault(
 
 def _find_in_data(batch: Mapping[str, Any], keys: Sequence[str]) -> str | None:
     """The first token whose states are not finite."""
-    for what in ("hidden_states", "last_hidden_states"):
+    for what in ("aux_hidden_states", "last_hidden_states"):
         states = batch.get(what)
         if states is None:
             continue

@@ -30,4 +30,8 @@ def interop_case(name: str) -> tuple[dict[str, Tensor], Batch]:
     """What was recorded of an algorithm, and the packed row that it was recorded on."""
     case = load_file(CASES / f"{name}_case.safetensors")
     columns = {f.name: case[f.name][None] for f in dataclasses.fields(Batch) if f.name in case}
-    return case, Batch(**columns, last_hidden_states=case["verifier_last_hidden_states"][None])
+    return case, Batch(
+        **columns,
+        aux_hidden_states=case["hidden_states"][None],
+        last_hidden_states=case["verifier_last_hidden_states"][None],
+    )

@@ -70,10 +70,12 @@ def test_a_row_holds_whole_examples_with_what_belongs_to_each_token(states):
             assert torch.equal(row.input_ids[0, own], example.input_ids)
             assert torch.equal(row.loss_mask[0, own], example.loss_mask)
             assert row.position_ids[0, own].tolist() == list(range(len(example.input_ids)))
-            assert torch.equal(row.hidden_states[0, own], example.hidden_states[:, :-1].flatten(1))
+            assert torch.equal(
+                row.aux_hidden_states[0, own], example.hidden_states[:, :-1].flatten(1)
+            )
             assert torch.equal(row.last_hidden_states[0, own], example.hidden_states[:, -1])
         padding = documents == -1
-        assert not row.loss_mask[0, padding].any() and not row.hidden_states[0, padding].any()
+        assert not row.loss_mask[0, padding].any() and not row.aux_hidden_states[0, padding].any()
     assert next(waiting, None) is None
 
 
@@ -87,8 +89,8 @@ def test_an_example_longer_than_a_row_is_cut(states):
 def test_a_draft_reads_its_own_layers_in_its_own_type(states):
     folder, examples = states
     row = next(iter(GeneratedDataset(folder, layer_ids=[2], dtype=torch.bfloat16)))
-    assert row.hidden_states.dtype is torch.bfloat16
-    assert torch.equal(row.hidden_states[0], examples[0].hidden_states[:, 1].bfloat16())
+    assert row.aux_hidden_states.dtype is torch.bfloat16
+    assert torch.equal(row.aux_hidden_states[0], examples[0].hidden_states[:, 1].bfloat16())
 
 
 REFUSED = {
@@ -109,7 +111,7 @@ def test_what_training_needs_and_the_store_lacks_is_said(tmp_path, what):
 def test_a_mean_of_layers_is_one_aux_state(tmp_path):
     examples = stored(tmp_path / "states", reduce="mean")
     row = next(iter(GeneratedDataset(tmp_path / "states")))
-    assert torch.equal(row.hidden_states[0], examples[0].hidden_states[:, 0])
+    assert torch.equal(row.aux_hidden_states[0], examples[0].hidden_states[:, 0])
 
 
 class Queue:

@@ -43,7 +43,7 @@ def test_a_row_holds_each_token_beside_what_belongs_to_it():
     assert row.document_ids.tolist() == [[0, 0, 0, 1, 1, -1, -1]]
     assert row.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
     assert row.loss_mask.int().tolist() == [[0, 1, 1, 1, 0, 0, 0]]
-    assert row.hidden_states.tolist() == [
+    assert row.aux_hidden_states.tolist() == [
         [
             [10, -10, 11, -11],
             [20, -20, 21, -21],
@@ -77,7 +77,7 @@ def test_a_row_without_a_length_is_as_long_as_its_examples():
 )
 def test_a_draft_gets_its_own_layers_in_ascending_order(layer_ids, expected):
     row = RowLayout.of(NARROW, layer_ids, None).pack(TWO)
-    assert row.hidden_states[0, 0].tolist() == expected
+    assert row.aux_hidden_states[0, 0].tolist() == expected
     assert row.last_hidden_states[0, 0].tolist() == [12, -12]
 
 
@@ -87,9 +87,11 @@ def test_a_mean_is_one_state_and_the_last_can_be_one_of_the_drafts():
         GeneratedExample(e.key, e.input_ids, e.loss_mask, 1, e.hidden_states[:, 1:]) for e in TWO
     ]
     whole = RowLayout.of(mean, None, None).pack(two_states)
-    assert whole.hidden_states[0, 0].tolist() == [11, -11]
+    assert whole.aux_hidden_states[0, 0].tolist() == [11, -11]
     last = RowLayout.of(mean, [4], None).pack(two_states)
-    assert last.hidden_states[0, 0].tolist() == last.last_hidden_states[0, 0].tolist() == [12, -12]
+    assert (
+        last.aux_hidden_states[0, 0].tolist() == last.last_hidden_states[0, 0].tolist() == [12, -12]
+    )
 
 
 REFUSED = {
@@ -109,7 +111,7 @@ def test_examples_that_lack_a_state_are_refused(what):
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
 def test_states_have_the_type_that_is_asked_for(dtype):
     row = RowLayout.of(NARROW, None, 9, dtype).pack(TWO)
-    assert row.hidden_states.dtype == row.last_hidden_states.dtype == (dtype or torch.float32)
+    assert row.aux_hidden_states.dtype == row.last_hidden_states.dtype == (dtype or torch.float32)
     assert row.input_ids.dtype is torch.int64
 
 
@@ -157,14 +159,14 @@ def test_each_document_of_a_row_is_its_example(lengths, row_length):
             assert torch.equal(row.input_ids[0, own], example.input_ids[:count])
             assert torch.equal(row.loss_mask[0, own], example.loss_mask[:count])
             assert row.position_ids[0, own].tolist() == list(range(count))
-            assert torch.equal(row.hidden_states[0, own], expected[:, :-1].flatten(1))
+            assert torch.equal(row.aux_hidden_states[0, own], expected[:, :-1].flatten(1))
             assert torch.equal(row.last_hidden_states[0, own], expected[:, -1])
         padding = row.document_ids[0] == -1
-        assert not row.loss_mask[0, padding].any() and not row.hidden_states[0, padding].any()
+        assert not row.loss_mask[0, padding].any() and not row.aux_hidden_states[0, padding].any()
 
 
 def test_a_packed_row_is_a_copy():
     example = examples_of([4])[0]
     row = RowLayout.of(schema(), None, 4).pack([example])
     example.hidden_states.zero_()
-    assert row.hidden_states.any() and row.hidden_states.shape == (1, 4, 2 * HIDDEN_SIZE)
+    assert row.aux_hidden_states.any() and row.aux_hidden_states.shape == (1, 4, 2 * HIDDEN_SIZE)

@@ -17,7 +17,7 @@ from speculators_core.diagnosis.rollout import (
     SurvivalCounts,
     VerifiedText,
     bonus_places,
-    reachable,
+    reachable_positions,
     roll_out,
     share_drafts,
 )
@@ -315,7 +315,7 @@ def test_no_draft_asks_for_more_than_what_is_reachable(model, verifier, texts):
     length = len(text.token_ids)
     for num_drafts in (1, 3, 100):
         places = list(range(4, length))
-        reached, rows = reachable(places, num_drafts, 3, length)
+        reached, rows = reachable_positions(places, num_drafts, 3, length)
         assert (len(reached) == len(places)) == (num_drafts == 100)
         choices = torch.full_like(text.choices, UNKNOWN)
         choices[rows] = text.choices[rows]

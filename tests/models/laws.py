@@ -56,7 +56,7 @@ def make_document(length: int, loss_mask: Sequence[bool] | None = None, seed: in
         document_ids=torch.zeros(1, length, dtype=torch.long),
         position_ids=torch.arange(length)[None],
         loss_mask=torch.tensor(mask)[None],
-        hidden_states=torch.randn(1, length, num_aux * HIDDEN_SIZE, generator=generator),
+        aux_hidden_states=torch.randn(1, length, num_aux * HIDDEN_SIZE, generator=generator),
         last_hidden_states=torch.randn(1, length, HIDDEN_SIZE, generator=generator),
     )
 
@@ -161,7 +161,7 @@ def served(
     document: Batch,
     ends: Sequence[int],
     num_tokens: int,
-    states: str = "hidden_states",
+    states: str = "aux_hidden_states",
     dictate: bool = False,
 ) -> Iterator[tuple[int, Tensor]]:
     """Logits of each proposal while a document is confirmed piece by piece, up to each end.
@@ -178,7 +178,7 @@ def served(
 
 
 def check_batch_equals_rows_alone(
-    model: SpeculatorModel, num_tokens: int, states: str = "hidden_states", num_aux: int = 3
+    model: SpeculatorModel, num_tokens: int, states: str = "aux_hidden_states", num_aux: int = 3
 ) -> None:
     """Three texts with unequal numbers of new tokens; the second one ends before the others."""
     ends = ([2, 3, 9, 10], [6, 7], [1, 5, 7, 12])
@@ -210,7 +210,7 @@ def check_batch_equals_rows_alone(
 
 
 def check_proposals_leave_no_trace(
-    model: SpeculatorModel, states: str = "hidden_states", num_aux: int = 3
+    model: SpeculatorModel, states: str = "aux_hidden_states", num_aux: int = 3
 ) -> None:
     """What was proposed and rejected earlier changes nothing."""
     document = make_document(12, num_aux=num_aux)
@@ -227,7 +227,7 @@ def proposed_probs_error(model: SpeculatorModel, document: Batch) -> float:
     ids = model.t2d.nonzero().flatten()
     ((_, logits),) = served(model, document, [6], 4)
     proposal = model.propose(
-        model.start_drafting(), confirm(document, 0, 6, "hidden_states"), 4, Chooser(1.0)
+        model.start_drafting(), confirm(document, 0, 6, "aux_hidden_states"), 4, Chooser(1.0)
     )
     assert proposal.probs is not None
     expected = torch.zeros(4, VOCAB_SIZE)
@@ -302,13 +302,15 @@ def without(model: nn.Module, name: str) -> Callable[[], None]:
 
 def misaligned(batch: Batch) -> dict[str, Batch]:
     """The row of an interop case, with one thing wrong in each."""
-    chunks = batch.hidden_states.chunk(3, dim=-1)
+    chunks = batch.aux_hidden_states.chunk(3, dim=-1)
     positions = batch.position_ids.clone()
     positions[:, batch.input_ids.shape[1] // 4 :] += 1
     changes = {
-        "aux states shifted": {"hidden_states": batch.hidden_states.roll(1, dims=1)},
+        "aux states shifted": {"aux_hidden_states": batch.aux_hidden_states.roll(1, dims=1)},
         "last states shifted": {"last_hidden_states": batch.last_hidden_states.roll(1, dims=1)},
-        "layers swapped": {"hidden_states": torch.cat([chunks[1], chunks[0], chunks[2]], dim=-1)},
+        "layers swapped": {
+            "aux_hidden_states": torch.cat([chunks[1], chunks[0], chunks[2]], dim=-1)
+        },
         "tokens shifted": {"input_ids": batch.input_ids.roll(1, dims=1)},
         "a position left out": {"position_ids": positions},
         "documents merged": {"document_ids": torch.zeros_like(batch.document_ids)},

@@ -873,7 +873,7 @@ def test_reduced_vocabulary_serves_what_it_trains_in_verifier_ids(reduced):
     ids = reduced.t2d.nonzero().flatten()
     assert torch.equal(reduced.head_weight, reduced.verifier.lm_head.weight[ids])
     greedy = reduced.propose(
-        reduced.start_drafting(), confirm(document, 0, 6, "hidden_states"), 4, Chooser()
+        reduced.start_drafting(), confirm(document, 0, 6, "aux_hidden_states"), 4, Chooser()
     )
     assert torch.equal(greedy.token_ids[0], ids[trained.argmax(-1)])
 

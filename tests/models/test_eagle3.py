@@ -173,7 +173,9 @@ def test_first_unroll_step_is_what_decoding_proposes(verifier, variant):
     expected = model.lm_head(next(model.unroll(batch, 1)))[0].argmax(-1)  # row i
     state = model.start_drafting()
     for row in range(9):
-        proposed = model.propose(state, confirm(batch, row, row + 1, "hidden_states"), 1, Chooser())
+        proposed = model.propose(
+            state, confirm(batch, row, row + 1, "aux_hidden_states"), 1, Chooser()
+        )
         assert proposed.token_ids.item() == expected[row].item()
 
 
@@ -185,7 +187,7 @@ def test_later_unroll_steps_are_what_decoding_proposes(verifier, variant):
     row = 4
     state = model.start_drafting()
     proposed = model.propose(
-        state, confirm(batch, 0, row + 1, "hidden_states"), 3, Chooser()
+        state, confirm(batch, 0, row + 1, "aux_hidden_states"), 3, Chooser()
     ).token_ids
     tokens = batch.input_ids.clone()
     tokens[0, row + 2 : row + 4] = proposed[0, :2]
@@ -362,8 +364,8 @@ def test_every_norm_option_changes_the_output(verifier, batch):
 
 def test_sliding_window_hides_far_tokens(verifier):
     batch = make_batch(verifier, (12,), 12)
-    other = dataclasses.replace(batch, hidden_states=batch.hidden_states.clone())
-    other.hidden_states[:, 0] += 1.0
+    other = dataclasses.replace(batch, aux_hidden_states=batch.aux_hidden_states.clone())
+    other.aux_hidden_states[:, 0] += 1.0
     for window, sees in ((3, False), (None, True)):
         model = make_eagle3(verifier, sliding_window=window)
         first, second = (next(model.unroll(b, 1))[0, 8] for b in (batch, other))
@@ -413,10 +415,12 @@ def test_mutated_alignment_costs_the_fitted_draft(verifier):
     good = model(batch)[2]["loss_0"].item()
     assert good < 0.2
     width = verifier.config.hidden_size
-    chunks = batch.hidden_states.split(width, dim=-1)
+    chunks = batch.aux_hidden_states.split(width, dim=-1)
     mutations = {
-        "states shifted by one": {"hidden_states": batch.hidden_states.roll(1, dims=1)},
-        "layers swapped": {"hidden_states": torch.cat([chunks[2], chunks[1], chunks[0]], dim=-1)},
+        "states shifted by one": {"aux_hidden_states": batch.aux_hidden_states.roll(1, dims=1)},
+        "layers swapped": {
+            "aux_hidden_states": torch.cat([chunks[2], chunks[1], chunks[0]], dim=-1)
+        },
         "tokens shifted by one": {"input_ids": batch.input_ids.roll(1, dims=1)},
         "targets shifted by one": {"last_hidden_states": batch.last_hidden_states.roll(1, dims=1)},
     }
@@ -446,7 +450,7 @@ def test_no_norm_can_be_dropped(interop, case, case_batch):
 @pytest.mark.parametrize("variant", ["norm_before_fc", "fc_norm"])
 def test_norms_before_fc_are_the_contracts(variant):
     """One over all states together, or one for each; then fc."""
-    model, states = lively(variant), make_document(4).hidden_states
+    model, states = lively(variant), make_document(4).aux_hidden_states
 
     def normed(x, norm):
         return norm.weight * x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
@@ -466,7 +470,7 @@ def test_layers_are_read_ascending(verifier):
     states = verifier.model(batch.input_ids, output_hidden_states=True).hidden_states
     columns = model.fc.weight.split(32, dim=1)
     expected = sum(states[k] @ column.T for k, column in zip((1, 2, 3), columns, strict=True))
-    assert_close(model.combine(batch.hidden_states), expected)
+    assert_close(model.combine(batch.aux_hidden_states), expected)
 
 
 def test_shifted_d2t_is_noticed():
@@ -479,7 +483,7 @@ def test_shifted_d2t_is_noticed():
     assert torch.equal(model.draft_token_ids, marked)
     proposals = [
         draft.propose(
-            draft.start_drafting(), confirm(document, 0, 9, "hidden_states"), 4, Chooser()
+            draft.start_drafting(), confirm(document, 0, 9, "aux_hidden_states"), 4, Chooser()
         ).token_ids
         for draft in (model, shifted)
     ]
@@ -512,7 +516,7 @@ def test_reduced_vocabulary_proposes_verifier_ids(verifier, reduced, batch, tmp_
     ids = reduced.draft_token_ids
     assert torch.equal(reduced.lm_head.weight, verifier.lm_head.weight[ids])
     proposed = reduced.propose(
-        reduced.start_drafting(), confirm(batch, 0, 4, "hidden_states"), 4, Chooser()
+        reduced.start_drafting(), confirm(batch, 0, 4, "aux_hidden_states"), 4, Chooser()
     )
     assert set(proposed.token_ids[0].tolist()) <= set(ids.tolist())
     reduced.save_pretrained(tmp_path)
@@ -570,7 +574,7 @@ def test_sampled_proposals_say_what_they_were_drawn_from(variant):
     model, document = lively(variant), make_document(10)
     recorder = Recorder(temperature=0.7, generator=torch.Generator().manual_seed(0))
     proposal = model.propose(
-        model.start_drafting(), confirm(document, 0, 6, "hidden_states"), 3, recorder
+        model.start_drafting(), confirm(document, 0, 6, "aux_hidden_states"), 3, recorder
     )
     assert proposal.probs is not None and proposal.probs.shape == (1, 3, 96)
     ids = torch.arange(96) if model.draft_token_ids is None else model.draft_token_ids

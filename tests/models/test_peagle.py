@@ -616,7 +616,7 @@ def test_target_hidden_size_is_the_width_of_the_aux_states():
     assert model.fc.weight.shape == (32, 60) and model.mask_hidden.shape == (1, 1, 60)
     assert model.fc_norm[2].weight.shape == (20,)
     document = make_document(6)
-    narrow = dataclasses.replace(document, hidden_states=document.hidden_states[..., :60])
+    narrow = dataclasses.replace(document, aux_hidden_states=document.aux_hidden_states[..., :60])
     assert model.states(narrow, all_elements(narrow)).isfinite().all()
 
 
@@ -668,7 +668,7 @@ def test_reduced_vocabulary_serves_what_it_trains_in_verifier_ids(reduced):
     assert_close(logits, trained)
     assert proposed_probs_error(reduced, document) < 1e-6
     greedy = reduced.propose(
-        reduced.start_drafting(), confirm(document, 0, 6, "hidden_states"), 4, Chooser()
+        reduced.start_drafting(), confirm(document, 0, 6, "aux_hidden_states"), 4, Chooser()
     )
     ids = reduced.t2d.nonzero().flatten()
     assert torch.equal(greedy.token_ids[0], ids[trained.argmax(-1)])

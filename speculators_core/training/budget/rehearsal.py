@@ -198,7 +198,7 @@ class _Step(nn.Module):
         self.draft, self.head = draft, draft.verifier_head
 
     def forward(self, row: Batch, options: Mapping[str, Any], rehearsal: Rehearsal) -> None:
-        with _precision(row.hidden_states.dtype, rehearsal.device):
+        with _precision(row.aux_hidden_states.dtype, rehearsal.device):
             _, loss, _ = self.draft(row, **options)
         rehearsal.is_backward = True
         loss.backward()
@@ -271,7 +271,7 @@ def rehearse(
         row = _make_row(draft, dtype, length, first_document, CPU, states_on=torch.device("meta"))
         row = replace(
             row,
-            hidden_states=rehearsal.stand_in(row.hidden_states),
+            aux_hidden_states=rehearsal.stand_in(row.aux_hidden_states),
             last_hidden_states=rehearsal.stand_in(row.last_hidden_states),
         )
         named = [*step.named_parameters(), *step.named_buffers()]
@@ -337,7 +337,7 @@ def _make_row(
         document_ids=torch.where(behind < 0, 0, 1 + behind // QUERY_BLOCK)[None],
         position_ids=torch.where(behind < 0, rows, behind % QUERY_BLOCK)[None],
         loss_mask=torch.ones(1, length, dtype=torch.bool, device=device),
-        hidden_states=torch.randn(1, length, aux_width, dtype=dtype, device=states_on),
+        aux_hidden_states=torch.randn(1, length, aux_width, dtype=dtype, device=states_on),
         last_hidden_states=torch.randn(1, length, width, dtype=dtype, device=states_on),
     )
 
@@ -386,7 +386,7 @@ def measure_rate(draft: SpeculatorModel, plan: TrainingPlan, device: torch.devic
         seconds: list[float] = []
         while len(seconds) <= TIMED_STEPS and sum(seconds) < TIMED_S:
             start = time.perf_counter()
-            with _precision(row.hidden_states.dtype, device):
+            with _precision(row.aux_hidden_states.dtype, device):
                 _, loss, _ = draft(row, **options)
             loss.backward()
             optimizer.step()

@@ -197,7 +197,7 @@ def allocated_bytes(draft, plan, first_document) -> int:
             weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
         torch.manual_seed(plan.run.seed)  # as a rehearsal does
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
-            with rehearsal._precision(row.hidden_states.dtype, CPU):
+            with rehearsal._precision(row.aux_hidden_states.dtype, CPU):
                 _, loss, _ = draft(row, **options)
             loss.backward()
             del loss, _
@@ -330,7 +330,7 @@ def test_a_draft_that_cannot_be_rehearsed_is_counted_without(monkeypatch, caplog
     draft = small()
 
     def forward(batch, **_):
-        batch.hidden_states.nonzero()
+        batch.aux_hidden_states.nonzero()
 
     monkeypatch.setattr(draft, "forward", forward)
     parts = parts_of(plan_of(), draft)

@@ -46,7 +46,7 @@ def fitted(small):
 
     def shifted(batch):
         """Each token beside its own state: what a trainer with an off-by-one trains on."""
-        return replace(batch, hidden_states=batch.hidden_states.roll(-1, 1))
+        return replace(batch, aux_hidden_states=batch.aux_hidden_states.roll(-1, 1))
 
     maps = choose_draft_vocabulary({i: 1 for i in range(8, 128)}, 120, 128, always=[0])
     kinds = {
