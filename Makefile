@@ -14,10 +14,10 @@ demo: $(READY)
 	$(BIN)/python -m benchmarks.acceptance --limit-per-category 4 --max-tokens 96 --output results/demo
 
 # Two processes, each with one core; a file's tests share an engine, so they stay together.
-test: lint
+test: lint  ## set up and run every check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: $(READY)
+lint: $(READY)  ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -26,7 +26,7 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "wrote site/index.html"
 
-setup: $(READY)
+setup: $(READY)  ## create the virtual environment with everything in it
 
 # Set-up again only where the requirements have changed.
 $(READY): pyproject.toml constraints.txt
@@ -36,5 +36,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m speculators_vllm.installation
 	touch $(READY)
 
-clean:
+clean:  ## remove the virtual environment and all results
 	rm -rf $(VENV) results site
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
