@@ -1,16 +1,15 @@
-# make demo   sets everything up, serves the playground with vLLM and prints the acceptance table
-# make test   sets everything up and runs every check
-# make docs   builds the documentation into site/, without a network; warnings are errors
-
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEVICE := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 
-.PHONY: demo docs test lint setup clean
+.PHONY: help demo test lint docs setup clean
 
-demo: $(READY)
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## set up, serve the playground with vLLM and print the acceptance tables
 	$(BIN)/python -m benchmarks.acceptance --limit-per-category 4 --max-tokens 96 --output results/demo
 
 # Two processes, each with one core; a file's tests share an engine, so they stay together.
@@ -22,7 +21,7 @@ lint: $(READY)  ## check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(READY)
+docs: $(READY)  ## build the documentation into site/, without a network; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "wrote site/index.html"
 
@@ -38,6 +37,3 @@ $(READY): pyproject.toml constraints.txt
 
 clean:  ## remove the virtual environment and all results
 	rm -rf $(VENV) results site
-
-help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
