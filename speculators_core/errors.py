@@ -1,6 +1,22 @@
 """The one exception that a user can act on."""
 
+from typing import Literal
+
 from pydantic import ValidationError
+
+Cause = Literal[
+    "damaged checkpoint",
+    "wrong layer ids",
+    "missing norm",
+    "d2t offset",
+    "rope",
+    "position shift",
+    "hidden-state timing",
+    "chat template",
+    "dead draft",
+    "served otherwise",
+]
+"""Why a speculator does not serve as it was trained, in the words of `speculators check`."""
 
 
 class SpeculatorError(ValueError):

@@ -10,8 +10,8 @@ from typing import Any, Literal, Protocol
 
 from benchmarks.acceptance import live, wire
 from benchmarks.acceptance.records import Decoding, Done
-from benchmarks.acceptance.statistics import Counters, RequestRecord
 from speculators_core.decoding.prompts import TokenizedPrompt
+from speculators_core.diagnosis.acceptance_report import Counters, RequestRecord
 from speculators_vllm import offline
 
 logger = logging.getLogger(__name__)

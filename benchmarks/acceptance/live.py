@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, Field
 
 from benchmarks.acceptance import wire
-from benchmarks.acceptance.statistics import Counters, RequestRecord, Timing
 from speculators_core.decoding.prompts import TokenizedPrompt
+from speculators_core.diagnosis.acceptance_report import Counters, RequestRecord, Timing
 from speculators_core.errors import SpeculatorError
 
 if TYPE_CHECKING:  # which imports this file

@@ -94,9 +94,10 @@ def measure(settings: AcceptanceConfig) -> Any:
     if settings.engine == "vllm" and not settings.server.base_url:
         offline.prepare()
     from benchmarks.acceptance.engines import Draft
-    from benchmarks.acceptance.report import DraftReport, Report, report_k
+    from benchmarks.acceptance.report import report_k
     from benchmarks.acceptance.statistics import latency, tokens_per_second
     from speculators_core.decoding.prompts import hash_prompts
+    from speculators_core.diagnosis.acceptance_report import AcceptanceReport, DraftReport
     from speculators_core.provenance import environment, hash_weights
 
     checked = _check_inputs(settings)
@@ -115,7 +116,7 @@ def measure(settings: AcceptanceConfig) -> Any:
             remarks += measured.remarks("with speculation")
         weights = None if found.folder is None else hash_weights(found.folder)
         drafts.append(DraftReport(name=found.name, kind=found.kind, sha256=weights, by_k=by_k))
-    return Report(
+    return AcceptanceReport(
         settings={**settings.model_dump(mode="json"), **chosen},
         verifier=checked.verifier,
         verifier_sha256=hash_weights(checked.verifier),

@@ -1,19 +1,13 @@
-"""An acceptance report: its record, its table and its plot."""
+"""An acceptance report: its figures, its tables and its plot."""
 
 import json
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
 
-from pydantic import BaseModel
 from rich.table import Table
 
 from benchmarks.acceptance.statistics import (
     FEW_LOOPS,
-    Counters,
-    Latency,
-    RequestRecord,
-    Summary,
     bootstrap_interval,
     by_category,
     latency,
@@ -25,75 +19,13 @@ from benchmarks.acceptance.statistics import (
     without_loops,
 )
 from speculators_core.console import console
+from speculators_core.diagnosis.acceptance_report import (
+    AcceptanceReport,
+    Counters,
+    KReport,
+    RequestRecord,
+)
 from speculators_core.files import make_folder, replaced, write_text
-
-
-class KReport(BaseModel):
-    """Everything about one number of speculative tokens."""
-
-    speculative_tokens: int
-    counted: Literal["by request", "by server"]
-    """A server that does not say what each request kept has one count of them all; then there are
-    no figures of categories, and no interval."""
-    pooled: Summary
-    interval_95: tuple[float, float] | None
-    macro_acceptance_length: float | None
-    categories: dict[str, Summary]
-    tokens_per_s: list[float]
-    """Of each run."""
-    speed_up: float | None
-    """Median tokens/s over the median without speculation; None where that was not measured."""
-    num_identical: int | None
-    """Outputs equal to those without speculation; None where there are none or they are sampled."""
-    first_differences: dict[int, int]
-    """Request to the first output position that differs."""
-    repeated_8_grams: float
-    without_loops: Summary
-    """Of the requests with under a tenth of repeated 8-grams: loops flatter a draft."""
-    latency: Latency | None
-    requests: list[RequestRecord]
-    counters: Counters | None
-    """What the server counted meanwhile, of everybody's requests."""
-
-    @property
-    def first_run(self) -> list[RequestRecord]:
-        return self.requests[: len(self.requests) // len(self.tokens_per_s)]
-
-
-class DraftReport(BaseModel):
-    """Everything about one draft."""
-
-    name: str
-    kind: str
-    sha256: str | None
-    by_k: list[KReport]
-
-    @property
-    def short_name(self) -> str:
-        return Path(self.name).name
-
-
-class Report(BaseModel):
-    """What `python -m benchmarks.acceptance` writes as JSON."""
-
-    settings: dict[str, Any]
-    verifier: str
-    verifier_sha256: str | None
-    environment: dict[str, str]
-    prompts_sha256: str
-    counting_rule: str = (
-        "a request's first token belongs to no draft; its last step counts whole, accepted tokens "
-        "beyond max_tokens included"
-    )
-    baseline_tokens_per_s: list[float]
-    """Of each run without speculation; empty where there was none."""
-    baseline_requests: list[RequestRecord]
-    baseline_latency: Latency | None = None
-    drafts: list[DraftReport]
-    servers: dict[str, dict[str, Any]] = {}
-    """What the servers said of themselves."""
-    remarks: list[str] = []
-    """What to know before believing the figures."""
 
 
 def report_k(
@@ -149,7 +81,7 @@ def _first_difference(ours: list[int], alone: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(alone)))
 
 
-def print_report(report: Report) -> None:
+def print_report(report: AcceptanceReport) -> None:
     """The tables: by draft and number of speculative tokens, by position, and by category."""
     first = report.drafts[0].by_k[0]
     outputs = report.baseline_requests or first.first_run
@@ -213,7 +145,7 @@ def _figure(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
-def _latency_table(report: Report) -> Table:
+def _latency_table(report: AcceptanceReport) -> Table:
     """When tokens came, of a server; no rows where none was asked."""
     table = _table(
         f"latency, {report.settings['concurrency']} requests at a time",
@@ -240,7 +172,7 @@ def _latency_table(report: Report) -> Table:
     return table
 
 
-def _entries(report: Report) -> list[tuple[str, KReport]]:
+def _entries(report: AcceptanceReport) -> list[tuple[str, KReport]]:
     """Each draft at each number of speculative tokens, under a name that fits a table."""
     short = [draft.short_name for draft in report.drafts]
     return [
@@ -257,7 +189,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def write_report(report: Report, folder: Path) -> None:
+def write_report(report: AcceptanceReport, folder: Path) -> None:
     """``report.json`` and ``acceptance.png``; each replaces an older one when it is whole."""
     make_folder(folder)
     with replaced(folder / "acceptance.png") as temporary:
@@ -267,7 +199,7 @@ def write_report(report: Report, folder: Path) -> None:
     console.print(f"wrote {folder / 'report.json'} and {folder / 'acceptance.png'}")
 
 
-def _plot(report: Report, path: Path) -> None:
+def _plot(report: AcceptanceReport, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -7,7 +7,7 @@ from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from speculators_core.diagnosis.acceptance_report import Latency, RequestRecord, Summary
 
 if TYPE_CHECKING:
     from speculators_core.decoding.acceptance import AcceptanceCounts
@@ -17,83 +17,6 @@ LOOP_SPAN = 8
 PERCENTILES = (50, 90, 99)
 FEW_LOOPS = 0.1
 """Share of repeated 8-grams below which an output counts as free of loops."""
-
-
-class Timing(BaseModel):
-    """When a server answered a request that it ran beside others."""
-
-    model_config = ConfigDict(frozen=True)
-    start_s: float
-    """Since the run's first request."""
-    first_token_s: float
-    """Since the request was sent."""
-
-
-class RequestRecord(BaseModel):
-    """What one request did: enough to recompute every figure."""
-
-    model_config = ConfigDict(frozen=True)
-    category: str
-    num_prompt_tokens: int
-    output_ids: list[int]
-    accepted: list[int]
-    """Tokens kept of each draft, in order; empty without speculation, or where nobody says."""
-    seconds: float
-    """From request to last token; requests that were handed over together share that time."""
-    timing: Timing | None = None
-    """Of a server, whose requests overlap."""
-
-
-class Counters(BaseModel):
-    """What a server counts over all its requests, whoever sent them."""
-
-    model_config = ConfigDict(frozen=True)
-    num_drafts: int
-    accepted_per_position: tuple[int, ...]
-    """One entry for each speculative token; none without speculation."""
-    generation_tokens: int
-    prompt_tokens: int
-    """Those that the prefix cache was asked for."""
-    cached_prompt_tokens: int
-
-    def __sub__(self, before: "Counters") -> "Counters":
-        kept = zip(self.accepted_per_position, before.accepted_per_position, strict=True)
-        return Counters(
-            num_drafts=self.num_drafts - before.num_drafts,
-            accepted_per_position=tuple(after - earlier for after, earlier in kept),
-            generation_tokens=self.generation_tokens - before.generation_tokens,
-            prompt_tokens=self.prompt_tokens - before.prompt_tokens,
-            cached_prompt_tokens=self.cached_prompt_tokens - before.cached_prompt_tokens,
-        )
-
-
-class Latency(BaseModel):
-    """Percentiles over requests, in seconds."""
-
-    model_config = ConfigDict(frozen=True)
-    first_token_s: dict[str, float]
-    """TTFT: from request to first token."""
-    per_token_s: dict[str, float]
-    """TPOT: from first to last token, over the tokens after the first."""
-    tokens_per_s_per_user: float
-    """Median of a request's tokens over its seconds, prefill included."""
-
-
-class Summary(BaseModel):
-    """Figures of some requests at one number of speculative tokens."""
-
-    model_config = ConfigDict(frozen=True)
-    num_requests: int
-    num_drafts: int
-    accepted_per_position: list[int]
-    acceptance_length: float
-    """1 + accepted / drafts over all requests (pooled)."""
-    joint_rates: list[float]
-    """Share of drafts whose positions 1 to k were all kept."""
-    conditional_rates: list[float | None]
-    """Share kept at k of the drafts kept up to k - 1; None where there were none."""
-    histogram: list[float]
-    """Share of drafts with 0, 1, ... K tokens kept."""
 
 
 def summarize(records: Sequence[RequestRecord], speculative_tokens: int) -> Summary:

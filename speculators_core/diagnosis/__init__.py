@@ -1,1 +1,1 @@
-"""Why a draft accepts less than it could."""
+"""Why a draft accepts less than it could, and the reports that say so."""

@@ -9,30 +9,18 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from speculators_core.diagnosis.replay import Reading, SeenText, first_token_log_probs, replay_all
-from speculators_core.errors import SpeculatorError
+from speculators_core.errors import Cause, SpeculatorError
 from speculators_core.format.config import SpeculatorModelConfig
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.verifier.taps import default_aux_layer_ids
 
-Cause = Literal[
-    "damaged checkpoint",
-    "wrong layer ids",
-    "missing norm",
-    "d2t offset",
-    "rope",
-    "position shift",
-    "hidden-state timing",
-    "chat template",
-    "dead draft",
-    "served otherwise",
-]
 DEAD_BELOW = 1.05
 """Acceptance length under which a draft costs more than it gives."""
 MIN_GAIN_NATS = 0.02

@@ -1,6 +1,5 @@
 """The end of a run: the speculator, its papers, and whether it serves."""
 
-import json
 import logging
 import shlex
 import shutil
@@ -10,9 +9,12 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from pydantic import ValidationError
 from transformers import TrainerState
 
 from speculators_core.decoding.prompts import Prompt
+from speculators_core.diagnosis.acceptance_report import AcceptanceReport
+from speculators_core.diagnosis.check_report import CheckReport
 from speculators_core.errors import SpeculatorError
 from speculators_core.files import replaced_folder, write_text
 from speculators_core.format.checkpoint import as_dtype, is_hub_id
@@ -124,12 +126,11 @@ def check(speculator: Path, verifier: str) -> str | None:
         return None
     done = _command("check", str(speculator), "--verifier", verifier, "--json")
     try:
-        report = json.loads(done.stdout)
-    except ValueError:
+        report = CheckReport.model_validate_json(done.stdout)
+    except ValidationError:
         return f"not checked: {_last_line(done)}"
     write_text(speculator.parent / CHECK, done.stdout)
-    faults = [fault["cause"] for fault in report["findings"] if fault["severity"] == "fault"]
-    return f"not fit to serve: {', '.join(map(str, faults))}" if faults else "fit to serve"
+    return report.verdict
 
 
 def measure(speculator: Path, plan: TrainingPlan, prompts: Sequence[Prompt]) -> Measurement | None:
@@ -148,22 +149,23 @@ def measure(speculator: Path, plan: TrainingPlan, prompts: Sequence[Prompt]) -> 
     if done.returncode:
         logger.warning("acceptance was not measured by category: %s", _last_line(done))
         return None
-    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
-    found = report["drafts"][0]["by_k"][0]
+    report = AcceptanceReport.model_validate_json((output / "report.json").read_bytes())
+    (draft,) = report.drafts
+    (found,) = draft.by_k
     named = plan.model.verifier_name or plan.model.verifier
     public = ["--prompts", PROMPTS, "--verifier", named if is_hub_id(named) else VERIFIER]
     return Measurement(
         rows=tuple(
             CategoryAcceptance(
                 category=name,
-                acceptance_length=counts["acceptance_length"],
-                num_prompts=counts["num_requests"],
+                acceptance_length=counts.acceptance_length,
+                num_prompts=counts.num_requests,
             )
-            for name, counts in found["categories"].items()
+            for name, counts in found.categories.items()
         ),
         command=shlex.join(["speculators", "acceptance", *options, *public, "--model", REPOSITORY]),
-        versions=report["environment"],
-        speculative_tokens=found["speculative_tokens"],
+        versions=report.environment,
+        speculative_tokens=found.speculative_tokens,
     )
 
 

@@ -2,11 +2,10 @@
 
 Four questions, in this order: is the folder what the format asks for; would vLLM alone read it, and
 what would it change; does the draft compute in vLLM what it computes in Transformers; and are the
-same tokens kept on both sides. What is wrong is named in one of the words of `diagnosis.Cause`.
+same tokens kept on both sides. What is wrong is named in one of the words of `errors.Cause`.
 """
 
 import gc
-import json
 import sys
 from collections.abc import Sequence
 from math import isfinite
@@ -14,11 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from pydantic import BaseModel, Field
+from pydantic import Field
 from rich.table import Table
 
 from speculators_core.console import console, result_alone_on_stdout
-from speculators_core.errors import SpeculatorError
+from speculators_core.diagnosis.check_report import CheckReport, Counts, Severity
+from speculators_core.errors import Cause, SpeculatorError
 from speculators_core.settings import Settings
 from speculators_vllm import offline
 
@@ -26,8 +26,11 @@ NOT_FIT_EXIT = 1
 TRACED_TOKENS = 64
 """Tokens of the prompt on which tensors are compared, at most."""
 
-Severity = Literal["fault", "warning", "note"]
-MARKS = {"fault": "[red]fault[/]", "warning": "[yellow]warning[/]", "note": "note"}
+MARKS: dict[Severity, str] = {
+    "fault": "[red]fault[/]",
+    "warning": "[yellow]warning[/]",
+    "note": "note",
+}
 
 
 class CheckConfig(Settings):
@@ -51,56 +54,6 @@ class CheckConfig(Settings):
     """Print the report as JSON."""
 
 
-class Finding(BaseModel):
-    """One thing that was found."""
-
-    severity: Severity
-    part: Literal["checkpoint", "stock vLLM", "tensors", "acceptance", "reading"]
-    text: str
-    cause: str | None = None
-    """One of `diagnosis.Cause`, of a fault."""
-
-
-class Counts(BaseModel):
-    """What one side kept."""
-
-    num_drafts: int
-    accepted_per_position: list[int]
-    acceptance_length: float
-
-
-class CheckReport(BaseModel):
-    """Everything that was found about a speculator."""
-
-    speculator: str
-    verifier: str | None = None
-    speculative_tokens: int | None = None
-    versions: dict[str, str] = Field(default_factory=dict)
-    findings: list[Finding] = Field(default_factory=list)
-    stages: list[tuple[str, float | None]] = Field(default_factory=list)
-    """Tensors that were compared, with their largest difference over their largest value; None
-    where one side has numbers and the other has not."""
-    reference: Counts | None = None
-    served: Counts | None = None
-
-    @property
-    def faults(self) -> list[Finding]:
-        return [finding for finding in self.findings if finding.severity == "fault"]
-
-    @property
-    def is_fit(self) -> bool:
-        return not self.faults
-
-    @property
-    def verdict(self) -> str:
-        if self.is_fit:
-            return "fit to serve"
-        return f"not fit to serve: {', '.join(dict.fromkeys(f.cause or '' for f in self.faults))}"
-
-    def add(self, severity: Severity, part: Any, text: str, cause: str | None = None) -> None:
-        self.findings.append(Finding(severity=severity, part=part, text=text, cause=cause))
-
-
 def run(
     speculator: str,
     /,
@@ -120,7 +73,7 @@ def run(
     if settings.as_json:
         with result_alone_on_stdout():
             report = check(speculator, settings)
-        print(json.dumps({"verdict": report.verdict, **report.model_dump()}, indent=2))
+        print(report.model_dump_json(indent=2))
     else:
         report = check(speculator, settings)
         print_report(report)
@@ -209,7 +162,7 @@ def _check_checkpoint(
     return config
 
 
-def _cause_of(message: str) -> str:
+def _cause_of(message: str) -> Cause:
     """The word for what makes a checkpoint unreadable."""
     if "d2t" in message or "t2d" in message:
         return "d2t offset"

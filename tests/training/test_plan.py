@@ -12,8 +12,14 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoTokenizer
 
+from benchmarks.acceptance.report import report_k
 from speculators_core.cli import main
 from speculators_core.data_generation.stores.disk import DiskStore
+from speculators_core.diagnosis.acceptance_report import (
+    AcceptanceReport,
+    DraftReport,
+    RequestRecord,
+)
 from speculators_core.errors import SpeculatorError
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.registry import COMMANDS
@@ -423,15 +429,32 @@ def test_prompts_that_were_decoded_are_measured_by_category(given, tmp_path, mon
     section = {"prompts": str(tmp_path / "all.jsonl"), "num_prompts": 3}
     plan = plan_of(given, tmp_path / "run", evaluation=section)
     (tmp_path / "run").mkdir()
-    counts = {"acceptance_length": 2.0, "num_requests": 3}
+    record = RequestRecord(
+        category="a", num_prompt_tokens=1, output_ids=[1, 2], accepted=[1], seconds=1.0
+    )
 
     def measured(*arguments):
         """What `speculators acceptance` leaves."""
         output = Path(arguments[arguments.index("--output") + 1])
-        found = {"categories": {"a": counts}, "speculative_tokens": 3}
-        report = {"drafts": [{"by_k": [found]}], "environment": {}}
+        report = AcceptanceReport(
+            settings={},
+            verifier="v",
+            verifier_sha256=None,
+            environment={},
+            prompts_sha256="0",
+            baseline_tokens_per_s=[],
+            baseline_requests=[],
+            drafts=[
+                DraftReport(
+                    name="d",
+                    kind="speculator",
+                    sha256=None,
+                    by_k=[report_k(3, [[record] * 3], [], greedy=True)],
+                )
+            ],
+        )
         output.mkdir()
-        (output / "report.json").write_text(json.dumps(report))
+        (output / "report.json").write_text(report.model_dump_json())
         asked.append(Path(arguments[arguments.index("--prompts") + 1]).read_text().splitlines())
         return subprocess.CompletedProcess(arguments, 0, "", "")
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from speculators_core.diagnosis.check_report import CheckReport
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.training import finish
 from speculators_core.training.train import train
@@ -76,7 +77,8 @@ def test_what_is_checked_is_served_with_the_verifier_that_it_was_trained_with(
 
     def answer(*arguments):
         asked.append(arguments)
-        return subprocess.CompletedProcess(arguments, 0, '{"findings": []}', "")
+        report = CheckReport(speculator=arguments[1])
+        return subprocess.CompletedProcess(arguments, 0, report.model_dump_json(), "")
 
     monkeypatch.setattr(finish, "_command", answer)
     assert finish.check(tmp_path / "speculator", "verifier") == "fit to serve"

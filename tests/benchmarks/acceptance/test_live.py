@@ -13,10 +13,11 @@ from benchmarks import playground
 from benchmarks.acceptance.live import read_counters
 from benchmarks.acceptance.measurement import AcceptanceConfig, measure
 from benchmarks.acceptance.report import print_report, write_report
-from benchmarks.acceptance.statistics import RequestRecord, Timing, latency, tokens_per_second
+from benchmarks.acceptance.statistics import latency, tokens_per_second
 from benchmarks.acceptance.wire import ServerConfig
 from speculators_core.cli import main
 from speculators_core.console import console
+from speculators_core.diagnosis.acceptance_report import RequestRecord, Timing
 from speculators_core.errors import SpeculatorError
 from tests.vllm.serving import server
 

@@ -1,7 +1,6 @@
 import pytest
 
 from benchmarks.acceptance.statistics import (
-    RequestRecord,
     bootstrap_interval,
     macro_acceptance_length,
     repeated_share,
@@ -9,6 +8,7 @@ from benchmarks.acceptance.statistics import (
     tokens_per_second,
     without_loops,
 )
+from speculators_core.diagnosis.acceptance_report import RequestRecord
 
 
 def record(accepted, category="a", output_ids=(), seconds=1.0):

@@ -1,0 +1,64 @@
+"""The report of ``speculators check``, as it is written and read back."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field, computed_field
+
+from speculators_core.errors import Cause
+
+Severity = Literal["fault", "warning", "note"]
+Part = Literal["checkpoint", "stock vLLM", "tensors", "acceptance", "reading"]
+
+
+class Finding(BaseModel):
+    """One observation about a speculator."""
+
+    severity: Severity
+    part: Part
+    text: str
+    cause: Cause | None = None
+    """Cause of a fault; None for warnings and notes."""
+
+
+class Counts(BaseModel):
+    """Tokens that one side accepted."""
+
+    num_drafts: int
+    accepted_per_position: list[int]
+    acceptance_length: float
+
+
+class CheckReport(BaseModel):
+    """All findings about a speculator, and the verdict that follows from them."""
+
+    speculator: str
+    verifier: str | None = None
+    speculative_tokens: int | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    findings: list[Finding] = Field(default_factory=list)
+    stages: list[tuple[str, float | None]] = Field(default_factory=list)
+    """Compared tensors with their largest difference over their largest value; None where only
+    one side has numbers."""
+    reference: Counts | None = None
+    """Counts of the reference decoder."""
+    served: Counts | None = None
+    """Counts of vLLM."""
+
+    @property
+    def faults(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity == "fault"]
+
+    @property
+    def is_fit(self) -> bool:
+        return not self.faults
+
+    @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorated property
+    @property
+    def verdict(self) -> str:
+        """``fit to serve``, or ``not fit to serve:`` and every cause once."""
+        if self.is_fit:
+            return "fit to serve"
+        return f"not fit to serve: {', '.join(dict.fromkeys(f.cause or '' for f in self.faults))}"
+
+    def add(self, severity: Severity, part: Part, text: str, cause: Cause | None = None) -> None:
+        self.findings.append(Finding(severity=severity, part=part, text=text, cause=cause))
