@@ -26,12 +26,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """MkDocs calls this once it has found the pages that are written by hand."""
     for path, content in pages().items():
         files.append(File.generated(config, path, content=content))
-    architecture = files.get_file_from_path("architecture.md")
-    assert architecture is not None
-    architecture.content_string = architecture.content_string.replace(
-        "<!-- file table -->", file_table()
-    )
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Puts what is generated into pages that are written by hand."""
+    text = re.sub(r"<!-- docstring (\S+) -->", lambda found: docstring(found[1]), markdown)
+    return text.replace("<!-- file table -->", file_table())
 
 
 def pages() -> dict[str, str]:
@@ -174,10 +175,15 @@ def python_pages() -> dict[str, str]:
 # ---- files ----
 
 
+def docstring(path: str | Path) -> str:
+    """A module's docstring as Markdown; what is indented in it becomes a block of its own."""
+    text = ast.get_docstring(ast.parse((ROOT / path).read_text(encoding="utf-8"))) or ""
+    return text.replace("``", "`")
+
+
 def first_line(file: Path) -> str:
     """What a module is, in its docstring's first line, without the full stop."""
-    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    return docstring.partition("\n")[0].replace("``", "`").removesuffix(".")
+    return docstring(file).partition("\n")[0].removesuffix(".")
 
 
 def source_files() -> list[Path]:

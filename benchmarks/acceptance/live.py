@@ -10,18 +10,16 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, JsonValue
+from pydantic import BaseModel, Field
 
 from benchmarks.acceptance import wire
 from speculators_core.decoding.prompts import TokenizedPrompt
 from speculators_core.diagnosis.acceptance_report import Counters, RequestRecord, Timing
 from speculators_core.errors import SpeculatorError
-from speculators_core.http import Client, VLLMModels
 
 if TYPE_CHECKING:  # which imports this file
     from benchmarks.acceptance.records import Decoding, Done
@@ -50,13 +48,25 @@ class _Version(BaseModel):
     version: str
 
 
+class _Model(BaseModel):
+    id: str
+    root: str
+    max_model_len: int
+    parent: str | None = None
+    """Of an adapter."""
+
+
+class _Models(BaseModel):
+    data: list[_Model] = Field(min_length=1)
+
+
 class _Drafts(BaseModel):
     acceptance_histogram: list[int]
     per_step_accepted: list[int] | None = None
 
     @property
     def accepted(self) -> list[int]:
-        """Tokens kept of each draft, in order if ``per_step_accepted`` is there."""
+        """In order, where the server tells the order."""
         if self.per_step_accepted is not None:
             return self.per_step_accepted
         return [kept for kept, times in enumerate(self.acceptance_histogram) for _ in range(times)]
@@ -77,7 +87,7 @@ class _Chunk(BaseModel):
 
     choices: list[_Choice] = []
     metrics: _Metrics | None = None
-    error: JsonValue = None
+    error: Any = None
 
 
 def find(settings: wire.ServerConfig, verifier: str | None) -> tuple[str, dict[str, Server]]:
@@ -129,16 +139,19 @@ def _checked_url(url: str) -> str:
 
 
 async def _inspect(url: str, settings: wire.ServerConfig) -> Server:
-    async with Client(settings.access(url)) as client:
-        version = await client.ask(_Version, "/version")
-        model = (await client.ask(VLLMModels, "/v1/models")).base
-        metrics = (await client.read("/metrics")).decode("utf-8", "replace")
+    async with wire.session(settings) as session:
+        version = wire.read(_Version, await wire.get(session, url, "/version"), f"{url}/version")
+        models = wire.read(
+            _Models, await wire.get(session, url, "/v1/models"), f"{url}/v1/models"
+        ).data
+        metrics = await wire.get(session, url, "/metrics")
+    model = next((found for found in models if found.parent is None), models[0])
     caching = re.search(r'enable_prefix_caching="(True|False)"', metrics)
     return Server(
         url=url,
         version=version.version,
         model=model.id,
-        root=model.root or model.id,
+        root=model.root,
         max_model_len=model.max_model_len,
         has_prefix_cache=None if caching is None else caching[1] == "True",
         speculative_tokens=len(read_counters(metrics).accepted_per_position),
@@ -209,9 +222,9 @@ def remarks(what: str, runs: Sequence[Sequence[RequestRecord]], counters: Counte
 async def fetch_counters(server: Server, settings: wire.ServerConfig, at_least: int) -> Counters:
     """The server's counters, once they hold so many tokens or have had time to."""
     deadline = time.monotonic() + COUNTERS_WITHIN_S
-    async with Client(settings.access(server.url)) as client:
+    async with wire.session(settings) as session:
         while True:
-            found = read_counters((await client.read("/metrics")).decode("utf-8", "replace"))
+            found = read_counters(await wire.get(session, server.url, "/metrics"))
             if found.generation_tokens >= at_least or time.monotonic() > deadline:
                 return found
             await asyncio.sleep(COUNTERS_WITHIN_S / 20)
@@ -234,16 +247,15 @@ async def complete_all(
     waiting = iter(enumerate(prompts, 1))
     began = time.perf_counter()
 
-    async def work(client: Client) -> None:
+    async def work(session: Any) -> None:
         for number, prompt in waiting:
-            try:
-                records[number] = await _complete(client, server, prompt, decoding, began)
-            except SpeculatorError as error:
-                raise SpeculatorError(f"prompt {number} at {error}") from error
+            where = f"prompt {number} at {server.url}"
+            with wire.failures(where):
+                records[number] = await _complete(session, server, prompt, decoding, began, where)
             done()
 
-    async with Client(settings.access(server.url, concurrency)) as client:
-        workers = [asyncio.create_task(work(client)) for _ in range(concurrency)]
+    async with wire.session(settings, concurrency) as session:
+        workers = [asyncio.create_task(work(session)) for _ in range(concurrency)]
         try:
             await asyncio.gather(*workers)
         finally:
@@ -254,25 +266,29 @@ async def complete_all(
 
 
 async def _complete(
-    client: Client, server: Server, prompt: TokenizedPrompt, decoding: "Decoding", began: float
+    session: Any,
+    server: Server,
+    prompt: TokenizedPrompt,
+    decoding: "Decoding",
+    began: float,
+    where: str,
 ) -> RequestRecord:
-    path = "/v1/completions"
-    where = f"{server.url}{path}"
+    body = _request(server, prompt, decoding)
+    url = f"{server.url}/v1/completions"
     output_ids: list[int] = []
     accepted: list[int] = []
-    is_in_order = True
     sent = time.perf_counter()
     first_token = last_token = sent
     is_finished = False
-    events = client.events(path, _request(server, prompt, decoding))
-    async with aclosing(events):
-        async for event in events:
-            chunk = client.parse(_Chunk, event, path)
+    async with session.post(url, json=body, allow_redirects=False) as reply:
+        if reply.status != 200:
+            raise SpeculatorError(f"{where}: {await wire.describe(reply)}")
+        async for event in wire.events(reply.content):
+            chunk = wire.read(_Chunk, event, where)
             if chunk.error is not None:
-                raise SpeculatorError(f"{where}: {client.shown(json.dumps(chunk.error))}")
+                raise SpeculatorError(f"{where}: {wire.shown(json.dumps(chunk.error))}")
             if chunk.metrics and chunk.metrics.speculative_decoding:
-                drafts = chunk.metrics.speculative_decoding
-                accepted, is_in_order = drafts.accepted, drafts.per_step_accepted is not None
+                accepted = chunk.metrics.speculative_decoding.accepted
             for choice in chunk.choices:
                 if choice.prompt_token_ids not in (None, prompt.token_ids):
                     raise SpeculatorError(f"{where}: the server changed the prompt.")
@@ -288,7 +304,6 @@ async def _complete(
         num_prompt_tokens=len(prompt.token_ids),
         output_ids=output_ids,
         accepted=accepted,
-        is_in_order=is_in_order,
         seconds=last_token - sent,
         timing=Timing(start_s=sent - began, first_token_s=first_token - sent),
     )
