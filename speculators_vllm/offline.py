@@ -1,4 +1,8 @@
-"""vLLM inside this process: loads an engine, runs token ids through it, shuts it down."""
+"""vLLM inside this process: starts an engine, runs token ids through it, stops it.
+
+torch and vLLM are imported inside of functions: `prepare` loads a library that has to come before
+torch, and importing vLLM takes seconds, for which an error in the options must not wait.
+"""
 
 import gc
 import os
@@ -6,16 +10,22 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
 from speculators_core.errors import SpeculatorError, first_fault, first_line
 from speculators_core.registry import did_you_mean
 from speculators_vllm import openmp
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm import LLM, SamplingParams, TokensPrompt
+
 CPU_KV_CACHE_GIB = "1"
+QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
 DECIDED = (
     "model",
     "speculative_config",
@@ -27,13 +37,15 @@ DECIDED = (
     "max_logprobs",
     "logprobs_mode",
 )
-"""vLLM's arguments that `check` and `certify` decide, or have an option of their own for."""
+"""vLLM's arguments that `check` and `certify` decide, or have options for."""
 PLUGIN = "speculators"
 """The name of our entry point among vLLM's."""
 
 
 def prepare() -> None:
-    """vLLM in this process and quiet, and on a CPU Intel's OpenMP under it; before torch is used.
+    """Makes vLLM quiet in this process and, on a CPU, loads Intel's OpenMP.
+
+    To be called before torch is used, and before vLLM is imported, which sets its log level then.
 
     Raises:
         SpeculatorError: vLLM is not installed.
@@ -43,10 +55,26 @@ def prepare() -> None:
             "vLLM is not installed. Install speculators-vllm[cpu] or speculators-vllm[cuda]."
         )
     openmp.preload()
-    if not has_gpu():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_CACHE_GIB)
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    with environment(QUIET):
+        import_module("vllm.logger")
+
+
+@contextmanager
+def environment(defaults: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for what starts meanwhile; those that the user has set win.
+
+    ``LD_PRELOAD``, which vLLM changes, is put back too.
+    """
+    before = {name: os.environ.get(name) for name in (*defaults, "LD_PRELOAD")}
+    os.environ.update({name: value for name, value in defaults.items() if before[name] is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def has_gpu() -> bool:
@@ -55,8 +83,8 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def default_arguments() -> dict[str, Any]:
-    """On a CPU eager: compiling takes a minute."""
+def default_arguments() -> dict[str, JsonValue]:
+    """Arguments of `vllm.LLM`: eager on a CPU, where compiling takes a minute."""
     return {} if has_gpu() else {"enforce_eager": True}
 
 
@@ -66,18 +94,20 @@ def has_plugin() -> bool:
     return chosen is None or PLUGIN in chosen.split(",")
 
 
-def told(error: Exception) -> str:
-    """What is wrong in one line, pydantic's complaint where it judged."""
+def in_one_line(error: Exception) -> str:
+    """Another library's error in one line; of pydantic's, the first complaint."""
     return first_fault(error) if isinstance(error, ValidationError) else first_line(error)
 
 
-def check_names(option: str, given: Mapping[str, Any], taken: Sequence[str]) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` under vLLM's names.
+def check_names(
+    option: str, given: Mapping[str, JsonValue], taken: Sequence[str]
+) -> dict[str, JsonValue]:
+    """Arguments of `vllm.LLM` under vLLM's names; ``option`` is where the user gave them.
 
     Raises:
         SpeculatorError: vLLM does not know a key, or it is one of those that are ``taken``.
     """
-    if not given:  # importing vLLM takes seconds, which another fault need not wait for
+    if not given:
         return {}
     from vllm.config import SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
@@ -87,7 +117,7 @@ def check_names(option: str, given: Mapping[str, Any], taken: Sequence[str]) -> 
     named = {key.replace("-", "_"): value for key, value in given.items()}
     for key in named:
         if key in taken:
-            raise SpeculatorError(f"{option} {key}: this command decides it itself.")
+            raise SpeculatorError(f"{option} {key}: this command decides it. Leave it out.")
         if key not in known:
             raise SpeculatorError(
                 f"{option} {key}: vLLM has no such argument.{did_you_mean(key, known)}"
@@ -95,38 +125,33 @@ def check_names(option: str, given: Mapping[str, Any], taken: Sequence[str]) -> 
     return named
 
 
-def longest_text(config: Any, *arguments: Mapping[str, Any]) -> int:
-    """Positions that a verifier has, or fewer where vLLM's ``max_model_len`` says so.
+def longest_text(config: "PretrainedConfig", *arguments: Mapping[str, JsonValue]) -> int:
+    """Positions of a verifier, or fewer where vLLM's arguments have a lower ``max_model_len``.
 
     Raises:
-        SpeculatorError: max_model_len is no number.
+        SpeculatorError: max_model_len is not a number.
     """
     longest = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
     for given in arguments:
         stated = given.get("max_model_len", longest)
         if not isinstance(stated, int):
-            raise SpeculatorError(f"max_model_len: expected a number, found {stated!r}.")
+            raise SpeculatorError(
+                f"max_model_len: found {stated!r}, expected a number of tokens such as {longest}."
+            )
         longest = min(longest, stated)
     return longest
 
 
 @contextmanager
-def loaded(**arguments: Any) -> Iterator[Any]:
-    """A `vllm.LLM` of these arguments, which says of each request what it kept of each draft.
+def loaded(**arguments: Any) -> Iterator["LLM"]:
+    """A `vllm.LLM` with these arguments, which reports how many tokens of each draft it kept.
 
     Raises:
         SpeculatorError: vLLM does not start with them.
     """
-    from vllm import LLM
-
     if arguments.get("speculative_config") is not None:
         arguments["per_request_spec_decode_metrics"] = "detailed"
-    try:
-        llm = LLM(**arguments)
-    except SpeculatorError:
-        raise
-    except Exception as error:  # of many kinds: settings, memory, its own assertions
-        raise SpeculatorError(f"vLLM did not start: {told(error)}") from error
+    llm = _start(arguments)
     try:
         yield llm
     finally:
@@ -135,20 +160,40 @@ def loaded(**arguments: Any) -> Iterator[Any]:
         gc.collect()
 
 
+def _start(arguments: Mapping[str, Any]) -> "LLM":
+    defaults = QUIET | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if not has_gpu():
+        defaults["VLLM_CPU_KVCACHE_SPACE"] = CPU_KV_CACHE_GIB
+    with environment(defaults):
+        from vllm import LLM
+
+        openmp.preload_in_children()
+        try:
+            return LLM(**arguments)
+        except SpeculatorError:
+            raise
+        except Exception as error:  # of many kinds: settings, memory, its own assertions
+            raise SpeculatorError(
+                f"vLLM did not start: {in_one_line(error).rstrip('.')}. Change the engine's "
+                "arguments, or set VLLM_LOGGING_LEVEL=INFO to see vLLM's log."
+            ) from error
+
+
 @dataclass(frozen=True)
 class Continuation:
-    """What one request gave."""
+    """Tokens that one request generated."""
 
     token_ids: list[int]
     accepted: list[int]
     """Tokens kept of each draft, in order; empty without speculation."""
 
 
-def continue_all(llm: Any, prompts: Sequence[list[int]], parameters: Any) -> list[Continuation]:
-    """The first continuation of each prompt, all handed to vLLM at one time."""
-    outputs = llm.generate(
-        [{"prompt_token_ids": token_ids} for token_ids in prompts], parameters, use_tqdm=False
-    )
+def continue_all(
+    llm: "LLM", prompts: Sequence[list[int]], parameters: "SamplingParams"
+) -> list[Continuation]:
+    """The first continuation of each prompt; vLLM gets all prompts at one time."""
+    asked: list[TokensPrompt] = [{"prompt_token_ids": token_ids} for token_ids in prompts]
+    outputs = llm.generate(asked, parameters, use_tqdm=False)
     completions = [output.outputs[0] for output in outputs]
     return [
         Continuation(

@@ -1,27 +1,41 @@
-"""vLLM in this process answers conversations, many at one time."""
+"""vLLM in this process answers conversations.
+
+vLLM is imported inside of functions: `offline.prepare` comes first, and an error in the options
+must not wait for the import.
+"""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
 
 from speculators_core.data_generation.answers.answerer import AnswersConfig
 from speculators_core.data_generation.answers.dialogues import Answer, Call, Dialogue
+from speculators_core.data_generation.texts.messages import Message
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_vllm import offline
 
+if TYPE_CHECKING:
+    from vllm import CompletionOutput
+    from vllm.entrypoints.chat_utils import ChatCompletionMessageParam
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.engine.protocol import FunctionCall
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.parser.abstract_parser import Parser
+    from vllm.tokenizers import TokenizerLike
+
 AHEAD = 4
-"""Conversations that are taken for each one that is answered: a long one holds few others up."""
+"""Conversations taken ahead per open one, so that a long one delays few others."""
 DECIDED = ("model", "dtype", "trust_remote_code", "reasoning_parser")
-"""vLLM's arguments for which `regenerate` has options of its own, or leaves no choice."""
+"""vLLM's arguments that `regenerate` decides, or has options for."""
 
 
 class VLLMAnswerer:
-    """Answers the next turn of as many conversations as there is room for, then the one after.
+    """Answers one turn of a batch of conversations, then the next turn.
 
-    Greedy answers are the verifier's own up to rounding: vLLM's values depend a little on what else
-    is in a batch.
+    Greedy answers are the verifier's up to rounding: vLLM's values depend a little on what else is
+    in a batch.
     """
 
     def __init__(self, config: AnswersConfig) -> None:
@@ -30,14 +44,17 @@ class VLLMAnswerer:
             the verifier has no chat template.
         """
         if config.verifier is None:
-            raise SpeculatorError("engine vllm needs --verifier, a folder or hub id.")
+            raise SpeculatorError("Engine vllm needs --verifier, a folder or hub id.")
         if config.endpoint.base_url is not None:
-            raise SpeculatorError("--base-url is for engine openai; vllm is an engine of our own.")
+            raise SpeculatorError(
+                "--base-url is for engine openai; engine vllm runs in this process. Leave it out, "
+                "or choose the other engine."
+            )
         self._sampling, self._config = config.sampling, config.offline
         offline.prepare()
         arguments = offline.check_names("--engine-args", config.offline.engine_args, DECIDED)
         self._find_parser()  # a wrong name is found before vLLM starts
-        arguments = offline.default_arguments() | arguments
+        arguments = {**offline.default_arguments(), **arguments}
         with ExitStack() as stack:
             self._llm = stack.enter_context(
                 offline.loaded(model=config.verifier, dtype=config.offline.dtype, **arguments)
@@ -66,16 +83,21 @@ class VLLMAnswerer:
         self._stack.close()
 
     def _check_template(self) -> None:
-        """Of a text model: the processor of another may have one, or vLLM."""
+        """For text models alone: the processor of another may have one, or vLLM."""
         config = self._llm.model_config
         if not config.is_multimodal_model and getattr(self._tokenizer, "chat_template", 1) is None:
-            raise SpeculatorError(f"{config.model} has no chat template; its answers need one.")
+            raise SpeculatorError(
+                f"{config.model} has no chat template, which answers need. Add a "
+                "chat_template.jinja to its folder, or choose a chat model."
+            )
 
-    def _find_parser(self, **of: Any) -> Any:
-        """vLLM's class for telling thoughts, answer and tool calls apart; None without names.
+    def _find_parser(
+        self, is_harmony: bool = False, tokenizer: "TokenizerLike | None" = None
+    ) -> "type[Parser] | None":
+        """vLLM's class that separates reasoning, answer and tool calls; None where none is named.
 
         Raises:
-            SpeculatorError: it has none of that name, or none for this tokenizer.
+            SpeculatorError: vLLM has no parser of that name, or none for this tokenizer.
         """
         from vllm.parser import ParserManager
 
@@ -84,7 +106,8 @@ class VLLMAnswerer:
                 tool_parser_name=self._config.tool_call_parser,
                 reasoning_parser_name=self._config.reasoning_parser,
                 enable_auto_tools=True,
-                **of,
+                is_harmony=is_harmony,
+                tokenizer=tokenizer,
             )
         except (TypeError, ValueError) as error:
             raise SpeculatorError(
@@ -95,11 +118,15 @@ class VLLMAnswerer:
         """Raises:
         SpeculatorError: vLLM stopped.
         """
+        from vllm import RequestOutput
+
         asked = [(one, reader) for one in dialogues if (reader := self._enqueue(one)) is not None]
         try:
-            outputs = self._llm.wait_for_completion(use_tqdm=False)
+            outputs = self._llm.wait_for_completion(RequestOutput, use_tqdm=False)
         except Exception as error:  # of the engine, of any kind
-            raise SpeculatorError(f"vLLM stopped: {first_line(error)}") from error
+            raise SpeculatorError(
+                f"vLLM stopped: {first_line(error).rstrip('.')}. Run the command with --resume."
+            ) from error
         for (dialogue, reader), output in zip(asked, outputs, strict=True):
             try:
                 answer = reader.read(output.outputs[0])
@@ -109,8 +136,8 @@ class VLLMAnswerer:
                 dialogue.take(answer)
 
     def _enqueue(self, dialogue: Dialogue) -> "_Reader | None":
-        """What reads the answer; None where the template refuses the dialogue, or it is too long,
-        which ends it."""
+        """The reader of the answer; None where the dialogue is too long, or the template refuses
+        it, which ends it."""
         from vllm import SamplingParams
 
         sampling = self._sampling
@@ -124,14 +151,17 @@ class VLLMAnswerer:
                 seed=dialogue.seed,
                 skip_special_tokens=reader.skips_special_tokens,
             )
+            messages: list[ChatCompletionMessageParam] = [
+                _with_vllm_keys(message) for message in dialogue.messages
+            ]
             self._llm.enqueue_chat(
-                [_named(message) for message in dialogue.messages],
+                messages,
                 parameters,
                 use_tqdm=False,
                 tools=dialogue.tools or None,
                 chat_template_kwargs=sampling.template_options or None,
             )
-        except Exception as error:  # of the template, of vLLM's own checks
+        except Exception as error:  # of the template, or of vLLM's checks
             dialogue.fail(first_line(error))
             return None
         return reader
@@ -145,7 +175,7 @@ class VLLMAnswerer:
         request = ChatCompletionRequest(messages=dialogue.messages, **tools)
         parser = self._make_parser(
             self._tokenizer,
-            request.tools,
+            [*request.tools] if request.tools else None,
             chat_template_kwargs=self._sampling.template_options,
             model_config=self._llm.model_config,
         )
@@ -153,24 +183,30 @@ class VLLMAnswerer:
 
 
 class _Reader:
-    """Reads an answer as vLLM's server does."""
+    """Reads an answer as vLLM's server does; all of it is content without a parser."""
 
-    def __init__(self, parser: Any = None, request: Any = None) -> None:
+    def __init__(
+        self,
+        parser: "Parser | None" = None,
+        request: "ChatCompletionRequest | ResponsesRequest | None" = None,
+    ) -> None:
         self._parser, self._request = parser, request
 
     @property
     def skips_special_tokens(self) -> bool:
-        """Some parsers go by them."""
-        return self._request is None or self._request.skip_special_tokens
+        """False where the parser needs them."""
+        return self._request is None or bool(self._request.skip_special_tokens)
 
-    def read(self, output: Any) -> Answer:
+    def read(self, output: "CompletionOutput") -> Answer:
         """Raises:
-        ValueError: vLLM ended it before its end.
+        ValueError: vLLM stopped before the end of the answer.
         """
         if output.finish_reason not in ("stop", "length"):
-            raise ValueError(f"vLLM ended it: {output.finish_reason}")
-        reasoning, content, calls = None, output.text, None
-        if self._parser is not None:
+            raise ValueError(f"vLLM stopped early, finish_reason is {output.finish_reason}")
+        reasoning: str | None = None
+        content: str | None = output.text
+        calls: list[FunctionCall] | None = None
+        if self._parser is not None and self._request is not None:
             reasoning, content, calls = self._parser.parse(
                 output.text,
                 self._request,
@@ -186,7 +222,7 @@ class _Reader:
         )
 
 
-def _named(message: dict[str, Any]) -> dict[str, Any]:
-    """With thoughts under vLLM's name for them."""
-    thoughts = message.get("reasoning_content")
-    return message if thoughts is None else message | {"reasoning": thoughts}
+def _with_vllm_keys(message: Message) -> Message:
+    """The message with its reasoning also under vLLM's key."""
+    reasoning = message.get("reasoning_content")
+    return message if reasoning is None else message | {"reasoning": reasoning}

@@ -1,6 +1,6 @@
-"""What comes of the requests of one batch, and the thread that receives their hidden states.
+"""Outcomes of a batch's requests, and the thread that receives states.
 
-Engines tell of a request in two places: its answer, and its states, which come on their own.
+Engines report a request in two places: in its answer, and with its states, which arrive apart.
 """
 
 import logging
@@ -16,19 +16,22 @@ from speculators_vllm.hidden_states.stream import HiddenStateReceiver, Undeliver
 logger = logging.getLogger(__name__)
 
 SILENCE_S = 60.0
-"""Without a word of any request, those that are missing count as lost."""
+"""When no outcome has come for so long, the missing ones count as lost."""
 POLL_S = 0.05
 
 Outcome = GeneratedExample | Failure
 
 
 class Arrivals:
-    """Requests by name; any thread may tell what came of one, and the first word counts."""
+    """Outcomes by the name of a request; any thread may report one, and the first report counts."""
 
     def __init__(
         self, examples: Sequence[Example], form: Callable[[Example, HiddenStates], Outcome]
     ) -> None:
-        """``form`` runs in the thread that tells; a SpeculatorError of it ends the batch."""
+        """``form`` makes the outcome of states, in the thread that reports them.
+
+        A SpeculatorError of it ends the batch.
+        """
         batch = uuid.uuid4().hex
         self.examples = {f"{batch}-{number}": one for number, one in enumerate(examples)}
         self._form = form
@@ -39,10 +42,10 @@ class Arrivals:
     def arrived(self, states: HiddenStates) -> None:
         example = self.examples.get(states.name)
         if example is None or states.name in self._outcomes:
-            logger.warning("hidden states came that nobody asked for, named %s", states.name)
+            logger.warning("ignored hidden states that were not requested: %s", states.name)
             return
         try:
-            self._settle(states.name, self._form(example, states))
+            self._record(states.name, self._form(example, states))
         except SpeculatorError as error:
             self.end(error)
         except Exception as error:  # memory, or the head: it is this example's alone
@@ -51,15 +54,15 @@ class Arrivals:
     def failed(self, name: str, reason: str) -> None:
         example = self.examples.get(name)
         if example is not None:
-            self._settle(name, Failure(example.key, reason))
+            self._record(name, Failure(example.key, reason))
 
-    def _settle(self, name: str, outcome: Outcome) -> None:
+    def _record(self, name: str, outcome: Outcome) -> None:
         with self._changed:
             self._outcomes.setdefault(name, outcome)
             self._changed.notify_all()
 
     def end(self, fault: SpeculatorError) -> None:
-        """The batch cannot go on."""
+        """Ends the batch with this error; the first one counts."""
         with self._changed:
             self._fault = self._fault or fault
             self._changed.notify_all()
@@ -69,7 +72,7 @@ class Arrivals:
         return self._fault is not None
 
     def wait(self, silence_s: float = SILENCE_S) -> dict[str, Outcome]:
-        """What came of each example, by its key.
+        """The outcome of each example, by its key.
 
         Raises:
             SpeculatorError: the batch ended.
@@ -80,7 +83,7 @@ class Arrivals:
                     break
             if self._fault is not None:
                 raise self._fault
-            lost = f"its hidden states did not come within {silence_s} s"
+            lost = f"its hidden states did not arrive within {silence_s} s"
             return {
                 example.key: self._outcomes.get(name) or Failure(example.key, lost)
                 for name, example in self.examples.items()
@@ -88,7 +91,7 @@ class Arrivals:
 
 
 class Inbox:
-    """Receives in a thread of its own, beside the model, and passes on to the batch at hand."""
+    """Receives states in a thread, beside the model, and passes them to the current batch."""
 
     def __init__(self, endpoint: str, max_frame_bytes: int) -> None:
         """Raises:

@@ -1,22 +1,25 @@
-"""Data generation on vLLM: an engine of our own, or a server that runs already.
+"""Data generation on vLLM: an engine here or a server.
 
-A request has a name, by which its states are known when they come, beside its answer:
+A request has a name, by which its states are found when they arrive, apart from its answer:
 
-    forward -> requests -> vLLM --> answers --> what came of each example
+    forward -> requests -> vLLM --> answers --> the outcome of each example
                              |                    ^
-                             +--> states, formed as they come
+                             +--> states, formed as they arrive
+
+vLLM is imported inside of functions: a plan that uses a server needs none, and an error in the plan
+must not wait for the import.
 """
 
 import json
-import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from pydantic import JsonValue
 
 from speculators_core.data_generation.engines.pipeline import InferencePipeline, seed_of
 from speculators_core.data_generation.examples import Example, Failure, Schema
@@ -26,9 +29,17 @@ from speculators_core.verifier.head import VerifierHead
 from speculators_core.verifier.reading import read_verifier_head
 from speculators_vllm import offline
 from speculators_vllm.generation.arrivals import Arrivals, Inbox, Outcome
+from speculators_vllm.generation.requests import OptionsOf, RequestOptions
 from speculators_vllm.generation.server import Server
-from speculators_vllm.hidden_states.files import HiddenStates
-from speculators_vllm.hidden_states.settings import StreamSink, engine_arguments
+from speculators_vllm.hidden_states import (
+    EngineArguments,
+    HiddenStates,
+    StreamSink,
+    engine_arguments,
+)
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.core_client import EngineCoreClient
 
 DECIDED = (
     "model",
@@ -44,19 +55,18 @@ DECIDED = (
     "skip_tokenizer_init",
     "trust_remote_code",
 )
-"""vLLM's arguments for which a plan has options of its own, or leaves no choice."""
-ALLOW_LONG = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
+"""vLLM's arguments that a plan decides, or has options for."""
+ALLOW_LONG = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+"""Lets vLLM start with more positions than the verifier's."""
 LARGEST_DTYPE = torch.float32
 HEADER_ROOM = 2**16
 DEATH_POLL_S = 0.5
 
 
 class Runner(Protocol):
-    """What runs requests: their options are under the names that vLLM has for them everywhere."""
+    """Runs a batch of requests on a vLLM engine, wherever it is."""
 
-    def run(
-        self, arrivals: Arrivals, options_of: Callable[[str, Example], dict[str, Any]]
-    ) -> dict[str, Outcome]: ...
+    def run(self, arrivals: Arrivals, options_of: OptionsOf) -> dict[str, Outcome]: ...
     def close(self) -> None: ...
 
 
@@ -66,34 +76,34 @@ class VLLMPipeline(InferencePipeline):
     def __init__(self, plan: GenerationPlan, schema: Schema) -> None:
         super().__init__(plan, schema)
         if schema.logits != "none":
-            _ = self.head  # a fault of it is found before vLLM starts
+            self.head.eval()  # read here, so that an error is found before vLLM starts
         max_frame_bytes = HEADER_ROOM + self._max_tokens * len(self.captured_ids) * (
             schema.hidden_size * LARGEST_DTYPE.itemsize
         )
         self._runner: Runner
         if plan.engine.base_url is None:
-            self._runner = Engine(self._arguments(), self._sink_arguments, max_frame_bytes)
+            # A prompt may fill all positions: the token after it is sampled and never run.
+            allows_long = plan.data.states.tokens == "prompt"
+            arguments = self._arguments()
+            self._runner = Engine(arguments, self._sink_arguments, max_frame_bytes, allows_long)
         else:
             self._runner = Server(plan.engine, plan.run.allowed_roots, max_frame_bytes)
 
     @property
     def _max_tokens(self) -> int:
-        """Of an example with what is written, the last written token included."""
+        """Tokens of an example at most, those that the verifier writes included."""
         writes = self.plan.data.states.tokens == "all"
         return self.plan.engine.max_length + (self.plan.engine.max_new_tokens if writes else 1)
 
-    def _arguments(self) -> dict[str, Any]:
-        """Of `vllm.LLM`, but for those that say where states go.
+    def _arguments(self) -> dict[str, JsonValue]:
+        """Arguments of `vllm.LLM` without those that name the sink.
 
         Raises:
-            SpeculatorError: vLLM has no such argument, or no such device, or decides it here.
+            SpeculatorError: vLLM has no such argument or device, or the plan decides the argument.
         """
         offline.prepare()
         engine, data = self.plan.engine, self.plan.data
         given = offline.check_names("engine.vllm", engine.vllm, DECIDED)
-        if data.states.tokens == "prompt":
-            # A prompt may fill all positions: the token after it is sampled and never run.
-            os.environ.setdefault(ALLOW_LONG, "1")
         return {
             "model": data.verifier,
             "trust_remote_code": data.trust_remote_code,
@@ -106,13 +116,13 @@ class VLLMPipeline(InferencePipeline):
             **given,
         }
 
-    def _sink_arguments(self, endpoint: str) -> dict[str, Any]:
+    def _sink_arguments(self, endpoint: str) -> EngineArguments:
         sink = StreamSink(endpoint=endpoint, by_default="none")
         return engine_arguments(self.verifier_config, self.captured_ids, sink, with_last=False)
 
     @cached_property
     def head(self) -> VerifierHead:
-        """On the GPU where there is one: on a CPU logits take longer than the verifier itself."""
+        """On the GPU where there is one: on a CPU logits take longer than the verifier."""
         dtype = self.plan.engine.dtype
         head = read_verifier_head(
             self.plan.data.verifier,
@@ -129,25 +139,27 @@ class VLLMPipeline(InferencePipeline):
         done = self._runner.run(arrivals, self._options_of) if sound else {}
         return [done.get(example.key) or outcomes[example.key] for example in examples]
 
-    def _options_of(self, name: str, example: Example) -> dict[str, Any]:
+    def _options_of(self, name: str, example: Example) -> RequestOptions:
         engine, writes = self.plan.engine, self.goes_on(example)
         samples = writes and engine.temperature > 0
-        return {
-            "max_tokens": engine.max_new_tokens if writes else 1,
-            "temperature": engine.temperature if samples else 0.0,
-            "top_p": engine.top_p if samples else 1.0,
-            "seed": seed_of(self.plan.run.seed, example.key) if samples else None,
-            # Where these are not stated, a server takes the verifier's generation_config.json.
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "ignore_eos": True,  # of the tokenizer; these are of the verifier
-            "stop_token_ids": self.end_ids,
-            "kv_transfer_params": {"hidden_states": "all" if writes else "prompt", "name": name},
-        }
+        return RequestOptions(
+            {
+                "max_tokens": engine.max_new_tokens if writes else 1,
+                "temperature": engine.temperature if samples else 0.0,
+                "top_p": engine.top_p if samples else 1.0,
+                "seed": seed_of(self.plan.run.seed, example.key) if samples else None,
+                # Without these a server takes the verifier's generation_config.json.
+                "top_k": 0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "ignore_eos": True,  # of the tokenizer; these are of the verifier
+                "stop_token_ids": self.end_ids,
+            },
+            {"hidden_states": "all" if writes else "prompt", "name": name},
+        )
 
     def _form_states(self, example: Example, states: HiddenStates) -> Outcome:
-        """Raises SpeculatorError where the states are not those of this plan's verifier."""
+        """Raises SpeculatorError where the states do not belong to this plan's verifier."""
         engine, tensor = self.plan.engine, states.hidden_states
         dtype = str(tensor.dtype).removeprefix("torch.")
         expected_dtype = dtype if engine.dtype == "auto" else engine.dtype
@@ -168,16 +180,17 @@ class VLLMPipeline(InferencePipeline):
 
 
 class Engine:
-    """A vLLM engine in this process, or in one of its own (``VLLM_ENABLE_V1_MULTIPROCESSING=1``).
+    """A vLLM engine in this process, or in a child with ``VLLM_ENABLE_V1_MULTIPROCESSING=1``.
 
-    A process has one of them that hands out states.
+    A process can have one engine that hands out states.
     """
 
     def __init__(
         self,
-        arguments: dict[str, Any],
-        sink_arguments: Callable[[str], dict[str, Any]],
+        arguments: Mapping[str, JsonValue],
+        sink_arguments: Callable[[str], EngineArguments],
         max_frame_bytes: int,
+        allows_long: bool,
     ) -> None:
         """Raises:
         SpeculatorError: vLLM does not start with these arguments.
@@ -187,18 +200,17 @@ class Engine:
             # Received beside the model: vLLM pauses when too much of it waits.
             self._inbox = Inbox(f"ipc://{folder}/states", max_frame_bytes)
             stack.callback(self._inbox.close)
-            arguments = {**arguments, **sink_arguments(self._inbox.endpoint)}
-            self._llm = stack.enter_context(offline.loaded(**arguments))
-            stack.enter_context(_waking_on_death(self._llm.llm_engine.engine_core))
+            both = {**arguments, **sink_arguments(self._inbox.endpoint)}
+            with offline.environment(ALLOW_LONG if allows_long else {}):
+                self._llm = stack.enter_context(offline.loaded(**both))
+            stack.enter_context(_ending_waits_on_death(self._llm.llm_engine.engine_core))
             self._stack = stack.pop_all()
 
-    def run(
-        self, arrivals: Arrivals, options_of: Callable[[str, Example], dict[str, Any]]
-    ) -> dict[str, Outcome]:
+    def run(self, arrivals: Arrivals, options_of: OptionsOf) -> dict[str, Outcome]:
         """Raises:
-        SpeculatorError: the engine died.
+        SpeculatorError: the engine stopped.
         """
-        from speculators_vllm.hidden_states.connector import drain
+        from speculators_vllm.hidden_states import drain
 
         self._inbox.arrivals = arrivals
         try:
@@ -209,37 +221,41 @@ class Engine:
         except SpeculatorError:
             raise
         except Exception as error:  # whatever it was, its requests are lost
-            raise SpeculatorError(f"vLLM died: {offline.told(error)}") from error
+            raise SpeculatorError(
+                f"vLLM stopped: {offline.in_one_line(error).rstrip('.')}. Set run.resume and run "
+                "the plan again."
+            ) from error
         return arrivals.wait()
 
     def _add(
-        self, arrivals: Arrivals, name: str, example: Example, options: dict[str, Any]
+        self, arrivals: Arrivals, name: str, example: Example, options: RequestOptions
     ) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        extra = {"kv_transfer_params": options.pop("kv_transfer_params")}
         try:
             self._llm.llm_engine.add_request(
                 name,
                 {"prompt_token_ids": example.input_ids.tolist()},
                 SamplingParams(
-                    **options,
+                    **options.sampling,
                     detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
-                    extra_args=extra,
+                    extra_args={"kv_transfer_params": options.kv_transfer_params},
                 ),
             )
-        except ValueError as error:  # it is too long for this engine, or vLLM knows why not
+        except ValueError as error:  # too long for this engine, or refused by vLLM otherwise
             arrivals.failed(name, first_line(error))
 
     def _step(self, arrivals: Arrivals) -> None:
-        """Until all requests are answered; of those that are aborted vLLM says nothing."""
+        """Steps until all requests are answered; vLLM does not report those that are aborted."""
+        from vllm import RequestOutput
+
         engine = self._llm.llm_engine
         unanswered = set(arrivals.examples)
         while engine.has_unfinished_requests():
             for output in engine.step():
-                if not output.finished:
+                if not isinstance(output, RequestOutput) or not output.finished:
                     continue
                 answer = output.kv_transfer_params or {}
                 if "error" in answer:
@@ -247,42 +263,45 @@ class Engine:
                 elif "hidden_states_endpoint" in answer:
                     unanswered.discard(output.request_id)
         for name in unanswered:
-            arrivals.failed(name, "vLLM gave the request up")
+            arrivals.failed(name, "vLLM aborted the request")
 
     def close(self) -> None:
         self._stack.close()
 
 
 @contextmanager
-def _waking_on_death(client: Any) -> Iterator[None]:
+def _ending_waits_on_death(client: "EngineCoreClient") -> Iterator[None]:
     """Ends the wait for an engine whose process was killed.
 
-    vLLM 0.32 sees the death and takes the engine down, but its synchronous client waits on.
+    vLLM 0.32 notices and shuts the engine down, but its synchronous client keeps waiting.
     """
+    from vllm.v1.engine.core_client import SyncMPClient
     from vllm.v1.engine.exceptions import EngineDeadError
 
     closing = threading.Event()
 
-    def watch() -> None:
+    def watch(client: SyncMPClient) -> None:
         while not closing.wait(DEATH_POLL_S):
             if client.resources.engine_dead:
                 client.outputs_queue.put(EngineDeadError())
                 return
 
-    if hasattr(client, "outputs_queue"):
-        threading.Thread(target=watch, name="engine-watch", daemon=True).start()
+    if isinstance(client, SyncMPClient):
+        threading.Thread(target=watch, args=[client], name="engine-watch", daemon=True).start()
     try:
         yield
     finally:
         closing.set()
 
 
-def _device_arguments(device: str | None) -> dict[str, Any]:
-    """Raises SpeculatorError where this vLLM does not run there."""
+def _device_arguments(device: str | None) -> dict[str, JsonValue]:
+    """Raises SpeculatorError where this vLLM does not run on the device."""
     if device is None:
         return {}
     kind, _, index = device.partition(":")
     here = "cuda" if offline.has_gpu() else "cpu"
     if kind != here or not (index.isdigit() or not index):
-        raise SpeculatorError(f"engine.device {device}: vLLM runs on {here} here.")
+        raise SpeculatorError(
+            f"engine.device {device}: vLLM runs on {here} here. Set it to {here}, or leave it out."
+        )
     return {"device_ids": [int(index)]} if index and kind == "cuda" else {}

@@ -5,7 +5,7 @@ Its answers say where states are: in a file that both see, or on their way to an
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +18,7 @@ from speculators_core.data_generation.settings import EngineConfig
 from speculators_core.errors import SpeculatorError, first_fault, first_line
 from speculators_core.files import Roots
 from speculators_vllm.generation.arrivals import Arrivals, Inbox, Outcome
+from speculators_vllm.generation.requests import OptionsOf, RequestOptions
 from speculators_vllm.hidden_states.files import read_hidden_states
 from speculators_vllm.hidden_states.settings import ENDPOINT
 
@@ -91,9 +92,7 @@ class Server:
         models = self._ask(_Models, "GET", "/v1/models").data
         self._model = next((model for model in models if model.parent is None), models[0])
 
-    def run(
-        self, arrivals: Arrivals, options_of: Callable[[str, Example], dict[str, Any]]
-    ) -> dict[str, Outcome]:
+    def run(self, arrivals: Arrivals, options_of: OptionsOf) -> dict[str, Outcome]:
         """Raises:
         SpeculatorError: the server does not answer, or not as one that hands out states.
         """
@@ -113,14 +112,15 @@ class Server:
         return arrivals.wait()
 
     def _complete(
-        self, arrivals: Arrivals, name: str, example: Example, options: dict[str, Any]
+        self, arrivals: Arrivals, name: str, example: Example, options: RequestOptions
     ) -> None:
         room = self._model.max_model_len - len(example.input_ids)
         body = {
             "model": self._model.id,
             "prompt": example.input_ids.tolist(),
-            **options,
-            "max_tokens": max(1, min(options["max_tokens"], room)),
+            **options.sampling,
+            "max_tokens": max(1, min(options.sampling["max_tokens"], room)),
+            "kv_transfer_params": options.kv_transfer_params,
         }
         try:
             answer = self._ask(_Completion, "POST", "/v1/completions", body)

@@ -1,6 +1,7 @@
-"""Copies hidden states off the device, and gives them to the outbox: the sending worker's half.
+"""Copies hidden states off the device, for the outbox.
 
-On a GPU the copies run on a stream of their own, into pinned memory, beside the model.
+It runs in the worker that sends. On a GPU the copies run on a separate stream, into pinned memory,
+beside the model.
 """
 
 import logging
@@ -8,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -19,7 +19,7 @@ from speculators_vllm.hidden_states.files import HiddenStates
 from speculators_vllm.hidden_states.outbox import (
     Failure,
     Outbox,
-    Parcel,
+    PendingStates,
     wait_for_room,
     writer_for,
 )
@@ -28,9 +28,9 @@ from speculators_vllm.hidden_states.settings import FileSink, StreamSink
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 2**25
-"""Gathered on the device at a time, beside the KV cache."""
+"""States that are gathered on the device at a time, beside the KV cache."""
 IDLE_WAIT_S = 0.01
-"""How long a step without tokens waits for the outbox; new requests wait as long."""
+"""How long a step without tokens waits for the outbox; a new request waits as long."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Save:
 
 
 class Courier:
-    """Saves wait here, their blocks kept, until the outbox has room."""
+    """Keeps saves, and thereby their blocks, until the outbox has room."""
 
     def __init__(
         self,
@@ -56,17 +56,17 @@ class Courier:
     ) -> None:
         self.cache = cache.transpose(1, 2)  # [blocks, block, layers, hidden]
         self.parts = block_size // cache.shape[2]
-        """Blocks of the cache to one of the scheduler's, which vLLM may split for its kernels."""
+        """Blocks of the cache per block of the scheduler, which vLLM may split for its kernels."""
         self.layer_ids = layer_ids
         self.sink = sink
         self.outbox = Outbox(writer_for(sink), sink.max_in_flight_bytes)
         self.waiting: deque[Save] = deque()
         self.copying: dict[str, Callable[[], bool]] = {}
-        """By request: whether the copy has arrived."""
+        """By request: whether the copy is complete."""
         self._stream = torch.cuda.Stream(cache.device) if cache.is_cuda else None
 
     def step(self, saves: list[Save], is_idle: bool) -> set[str]:
-        """Takes what the outbox has room for; the requests whose blocks are read."""
+        """Copies what the outbox has room for; returns the requests whose blocks were read."""
         self.waiting.extend(saves)
         self._admit()
         copied = self._take_copied()
@@ -104,12 +104,12 @@ class Courier:
             torch.tensor(save.token_ids, dtype=torch.int64),
             states,
         )
-        self.outbox.put(Parcel(record, wait))
+        self.outbox.put(PendingStates(record, wait))
 
     def _copy(
         self, block_ids: list[int], num_tokens: int
-    ) -> tuple[Float[Tensor, "seq layers hidden"], Callable[[], bool], Callable[[], Any]]:
-        """The states in host memory, whether they are there yet, and how to wait for them."""
+    ) -> tuple[Float[Tensor, "seq layers hidden"], Callable[[], bool], Callable[[], None]]:
+        """The states in host memory, whether the copy is complete, and how to wait for it."""
         whole = torch.tensor(block_ids, dtype=torch.int64)
         blocks = (whole[:, None] * self.parts + torch.arange(self.parts)).flatten()
         _, block_size, num_layers, hidden_size = self.cache.shape
@@ -135,7 +135,7 @@ class Courier:
         into: Float[Tensor, "seq layers hidden"],
         block_size: int,
     ) -> None:
-        """Chunk by chunk, so that the device holds little beside its cache.
+        """Copies chunk by chunk, so that the device holds little beside its cache.
 
         A chunk's memory belongs to the current stream, whose next work comes after the copy.
         """
@@ -147,7 +147,7 @@ class Courier:
             rows.copy_(found[: len(rows)], non_blocking=True)
 
     def close(self) -> None:
-        """Sends what is left, as long as the sink's ``linger_s`` allows."""
+        """Sends the rest, as long as the sink's ``linger_s`` allows."""
         deadline = time.monotonic() + self.sink.linger_s
         while self.waiting and wait_for_room(
             self.outbox, self.size_bytes(self.waiting[0]), deadline

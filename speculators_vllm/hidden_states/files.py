@@ -1,7 +1,7 @@
-"""Hidden states of one request, as a record and as a safetensors file.
+"""Hidden states of one request, as record and safetensors file.
 
-A file appears under its name when it is whole. If it cannot be written, a file beside it says why
-in one line: ``name.safetensors`` or ``name.error``, never both.
+A file appears under its name when it is whole. If it cannot be written, a file beside it holds the
+reason in one line: ``name.safetensors`` or ``name.error``, never both.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from jaxtyping import Float, Int64
@@ -43,7 +43,7 @@ class HiddenStates:
         return self.token_ids.nbytes + self.hidden_states.nbytes
 
     def faults(self) -> str | None:
-        """What does not fit together, in one line; None where all is well."""
+        """The first inconsistency in one line; None where there is none."""
         tokens, states = self.token_ids, self.hidden_states
         if tokens.dtype != torch.int64 or tokens.dim() != 1 or not states.is_floating_point():
             return f"token_ids are {tokens.dtype} {list(tokens.shape)}, states {states.dtype}"
@@ -68,7 +68,10 @@ class FileWriter:
         try:
             make_folder(folder)
         except OSError as error:
-            raise SpeculatorError(f"{folder} cannot be made: {first_line(error)}") from error
+            raise SpeculatorError(
+                f"{folder} cannot be made: {first_line(error)}. Choose a folder of the sink that "
+                "the engine can write."
+            ) from error
 
     def write(self, states: HiddenStates) -> None:
         """The file is on disk afterwards.
@@ -111,10 +114,12 @@ class FileWriter:
         """Nothing is held."""
 
 
-def read_hidden_states(answer: Mapping[str, Any] | None, timeout_s: float = 30.0) -> HiddenStates:
-    """The states that a request's ``kv_transfer_params`` point to, as soon as they are there.
+def read_hidden_states(
+    answer: Mapping[str, object] | None, timeout_s: float = 30.0
+) -> HiddenStates:
+    """The states of a request, by the ``kv_transfer_params`` of its output, once they are written.
 
-    An engine inside this process writes only while it is stepped: `hidden_states.drain` first.
+    An engine inside this process writes only while it is stepped: call `drain` first.
 
     Raises:
         SpeculatorError: the request got none, they could not be written, or did not come in time.
@@ -122,11 +127,11 @@ def read_hidden_states(answer: Mapping[str, Any] | None, timeout_s: float = 30.0
     if answer is None:
         raise SpeculatorError(
             "The request got no hidden states: it asked for none, or was aborted, as it is "
-            "by a `stop` string."
+            'by a `stop` string. Send kv_transfer_params {"hidden_states": "all"}.'
         )
     if "error" in answer:
         raise SpeculatorError(f"The request got no hidden states: {answer['error']}")
-    path = Path(answer["hidden_states_path"])
+    path = Path(str(answer["hidden_states_path"]))
     folder = path.parents[str(answer["name"]).count("/")]
     deadline = time.monotonic() + timeout_s
     while not path.exists():
@@ -137,7 +142,10 @@ def read_hidden_states(answer: Mapping[str, Any] | None, timeout_s: float = 30.0
         if not folder.is_dir():
             raise SpeculatorError(f"{path} was not written: {folder} is gone.")
         if time.monotonic() > deadline:
-            raise SpeculatorError(f"{path} was not there after {timeout_s} s.")
+            raise SpeculatorError(
+                f"{path} was not there after {timeout_s} s. Wait longer, or look into the "
+                "engine's log; an engine in this process needs hidden_states.drain(llm) first."
+            )
         time.sleep(POLL_S)
     return read_file(path)
 
@@ -152,7 +160,10 @@ def read_file(path: Path) -> HiddenStates:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise SpeculatorError(f"{path} holds no hidden states in the format {FORMAT}.")
+                raise SpeculatorError(
+                    f"{path} has format {metadata.get('format')!r}, expected {FORMAT}. Choose "
+                    "a file that FileSink wrote."
+                )
             states = HiddenStates(
                 request_id=metadata["request_id"],
                 name=metadata["name"],
@@ -164,7 +175,9 @@ def read_file(path: Path) -> HiddenStates:
     except SpeculatorError:
         raise
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise SpeculatorError(f"{path} cannot be read: {first_line(error)}") from error
+        raise SpeculatorError(
+            f"{path} cannot be read: {first_line(error)}. Generate its states again."
+        ) from error
     if faults := states.faults():
-        raise SpeculatorError(f"{path} does not hold together: {faults}.")
+        raise SpeculatorError(f"{path} is inconsistent: {faults}. Generate its states again.")
     return states

@@ -1,4 +1,4 @@
-"""A thread that takes hidden states to their sink, with room for a bounded number of bytes."""
+"""A thread that sends hidden states, with bounded memory."""
 
 import logging
 import queue
@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from speculators_core.errors import first_line
 from speculators_vllm.hidden_states.files import FileWriter, HiddenStates
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
-    """A way out, used by one thread; only `stop` is called from another."""
+    """Writes to a sink, in one thread; only `stop` is called from another."""
 
     def write(self, states: HiddenStates) -> None: ...
     def report(self, request_id: str, name: str, reason: str) -> None: ...
@@ -30,60 +30,69 @@ def writer_for(sink: FileSink | StreamSink) -> Writer:
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """States that may still be arriving in host memory."""
+class PendingStates:
+    """States whose copy to host memory may still be running."""
 
     states: HiddenStates
     wait: Callable[[], None]
-    """Returns when they have arrived."""
+    """Returns when the copy is complete."""
+
+    @property
+    def request_id(self) -> str:
+        return self.states.request_id
+
+    @property
+    def size_bytes(self) -> int:
+        return self.states.size_bytes
 
 
 @dataclass(frozen=True)
 class Failure:
-    """States that could not be taken from the device."""
+    """States that could not be copied from the device."""
 
     request_id: str
     name: str
     reason: str
+    size_bytes: ClassVar[int] = 0
 
 
 class Outbox:
-    """First in, first out."""
+    """Sends states one after another, in the order in which they came."""
 
     def __init__(self, writer: Writer, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self.in_flight_bytes = 0
         self.progress = threading.Event()
-        """Set when states have left."""
+        """Set when states have been sent."""
         self._writer = writer
-        self._queue: queue.SimpleQueue[Parcel | Failure | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[PendingStates | Failure | None] = queue.SimpleQueue()
         self._ended: dict[str, str | None] = {}
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="hidden-states", daemon=True)
         self._thread.start()
 
     def has_room(self, size_bytes: int) -> bool:
-        """Whether as many bytes fit in; into an empty outbox anything does."""
+        """Whether so many bytes fit; in an empty outbox any number does."""
         with self._lock:
             return (
                 self.in_flight_bytes == 0
                 or self.in_flight_bytes + size_bytes <= self.capacity_bytes
             )
 
-    def put(self, item: Parcel | Failure) -> None:
+    def put(self, item: PendingStates | Failure) -> None:
         """Never waits; ask `has_room` first."""
         with self._lock:
-            self.in_flight_bytes += item.states.size_bytes if isinstance(item, Parcel) else 0
+            self.in_flight_bytes += item.size_bytes
         self._queue.put(item)
 
     def take_ended(self) -> dict[str, str | None]:
-        """Requests whose states have left since the last call; why, where they could not."""
+        """Requests that ended since the last call: None where sent, else why they were lost."""
         with self._lock:
             ended, self._ended = self._ended, {}
         return ended
 
     def close(self, timeout_s: float) -> None:
-        """Waits for what is in it, then gives up and says so for each request."""
+        """Waits until all is sent; after the timeout the rest is lost, and each is reported."""
         self._queue.put(None)
         self._thread.join(timeout_s)
         self._writer.stop()
@@ -91,9 +100,8 @@ class Outbox:
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
-            reason = self._carry(item)
-            request_id = item.states.request_id if isinstance(item, Parcel) else item.request_id
-            size_bytes = item.states.size_bytes if isinstance(item, Parcel) else 0
+            reason = self._send(item)
+            request_id, size_bytes = item.request_id, item.size_bytes
             del item  # its memory, while the next one is waited for
             if reason is not None:
                 logger.error("hidden states of request %s were lost: %s", request_id, reason)
@@ -103,14 +111,14 @@ class Outbox:
             self.progress.set()
         self._writer.close()
 
-    def _carry(self, item: Parcel | Failure) -> str | None:
-        """Why it could not be done."""
+    def _send(self, item: PendingStates | Failure) -> str | None:
+        """The reason where it failed."""
         if isinstance(item, Failure):
             return self._report(item)
         try:
             item.wait()
             self._writer.write(item.states)
-        except Exception as error:  # whatever it is, it is this request's alone
+        except Exception as error:  # whatever it is, it concerns this request alone
             states = item.states
             return self._report(Failure(states.request_id, states.name, first_line(error)))
         return None
@@ -119,7 +127,7 @@ class Outbox:
         try:
             self._writer.report(failure.request_id, failure.name, failure.reason)
         except Exception as error:
-            return f"{failure.reason}; nor could that be reported: {first_line(error)}"
+            return f"{failure.reason}; the report failed too: {first_line(error)}"
         return failure.reason
 
 

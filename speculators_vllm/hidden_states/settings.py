@@ -1,7 +1,8 @@
-"""What hidden states are asked of vLLM: of which layers, to which sink, and by which request.
+"""Layers, sinks and options of requests for hidden states.
 
-An engine is told once (`engine_arguments`); a request chooses in ``kv_transfer_params``
-(`RequestOptions`). Imports no vLLM, so that a mistake is found before anything heavy starts.
+An engine gets layers and sink at its start (`engine_arguments`); a request chooses its tokens in
+``kv_transfer_params`` (`RequestOptions`). This module does not import vLLM, so that an error in the
+settings is found before anything heavy starts.
 """
 
 import hashlib
@@ -10,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
-from pydantic import Field, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError, field_validator
 from transformers import PretrainedConfig
 
 from speculators_core.errors import SpeculatorError, first_fault
@@ -20,9 +21,12 @@ from speculators_core.settings import Settings
 from speculators_core.verifier.reading import read_verifier_config
 from speculators_vllm.hidden_states import CONNECTOR_MODULE
 
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
 METHOD = "extract_hidden_states"
 """vLLM's speculative method that keeps hidden states beside its KV cache."""
-CONNECTOR = {
+CONNECTOR: dict[str, JsonValue] = {
     "kv_connector": "HiddenStatesConnector",
     "kv_connector_module_path": CONNECTOR_MODULE,
     "kv_role": "kv_producer",
@@ -37,23 +41,23 @@ Extent = Literal["none", "prompt", "all"]
 
 
 class Sink(Settings):
-    """Where hidden states go, and how many may be on their way."""
+    """Where hidden states go, and how many may be in flight."""
 
     by_default: Extent = "prompt"
-    """What a request gets that does not say."""
+    """Tokens whose states a request gets when it does not choose."""
     max_in_flight_bytes: int = Field(2**30, ge=1)
-    """Host memory for states on their way; a single request may exceed it, alone. Beyond it
+    """Host memory for states in flight; a single request may exceed it, alone. When it is full
     finished requests keep their KV blocks, and the engine pauses when it has none left."""
     linger_s: float = Field(30.0, ge=0)
-    """How long a shutdown waits for states on their way."""
+    """Seconds that a shutdown waits for states in flight."""
 
 
 class FileSink(Sink):
-    """One safetensors file a request."""
+    """One safetensors file per request."""
 
     kind: Literal["files"] = "files"
     folder: Path
-    """Nothing is written outside of it, nor over a file that is there."""
+    """Folder of the files; nothing is written outside of it, nor over an existing file."""
 
     @field_validator("folder")
     @classmethod
@@ -62,21 +66,21 @@ class FileSink(Sink):
 
 
 class StreamSink(Sink):
-    """One ZeroMQ message a request, to a `HiddenStateReceiver`.
+    """One ZeroMQ message per request, to a `HiddenStateReceiver`.
 
-    Neither side proves who it is: bind to a private address.
+    Neither side authenticates the other: bind to a private address.
     """
 
     kind: Literal["stream"] = "stream"
     endpoint: str = Field(pattern=ENDPOINT)
-    """Where the receiver is bound."""
+    """Address at which the receiver is bound, ``ipc://path`` or ``tcp://host:port``."""
 
 
 AnySink = Annotated[FileSink | StreamSink, Field(discriminator="kind")]
 _SINK: TypeAdapter[FileSink | StreamSink] = TypeAdapter(AnySink)
 
 
-def read_sink(extra_config: Mapping[str, Any]) -> FileSink | StreamSink:
+def read_sink(extra_config: Mapping[str, object]) -> FileSink | StreamSink:
     """The sink that ``kv_connector_extra_config`` describes.
 
     Raises:
@@ -97,20 +101,27 @@ def check_layer_ids(layer_ids: Sequence[int], num_layers: int) -> tuple[int, ...
     ids = tuple(layer_ids)
     rule = f"expected one or more ascending ids of 0..{num_layers}"
     if not ids or not all(type(i) is int and 0 <= i <= num_layers for i in ids):
-        raise SpeculatorError(f"Hidden states of layers {list(ids)} do not exist: {rule}.")
+        raise SpeculatorError(f"Layers {list(ids)} have no hidden states: {rule}.")
     if list(ids) != sorted(set(ids)):
         raise SpeculatorError(f"Layer ids {list(ids)} are out of order or repeated: {rule}.")
     return ids
 
 
+class EngineArguments(TypedDict):
+    """Arguments of `vllm.LLM`, and as JSON of ``vllm serve``."""
+
+    speculative_config: dict[str, JsonValue]
+    kv_transfer_config: dict[str, JsonValue]
+
+
 def engine_arguments(
-    verifier: str | PathLike | PretrainedConfig,
+    verifier: str | PathLike[str] | PretrainedConfig,
     layer_ids: Sequence[int],
     sink: FileSink | StreamSink,
     *,
     with_last: bool = True,
-) -> dict[str, Any]:
-    """``speculative_config`` and ``kv_transfer_config`` for `vllm.LLM`, or as JSON for the server.
+) -> EngineArguments:
+    """The arguments with which an engine sends states of these layers to the sink.
 
     ``with_last`` adds the last state (all layers, before the final norm) to ``layer_ids``.
 
@@ -139,22 +150,22 @@ class RequestOptions(Settings):
     """``kv_transfer_params`` of a request."""
 
     hidden_states: Extent | None = None
-    """Tokens whose states are wanted; the sink's default when absent. The last sampled token
-    was never run through the verifier and has none."""
+    """Tokens whose states the request gets; the sink's default when absent. The last sampled
+    token was never run through the verifier and has none."""
     name: str | None = Field(None, pattern=NAME, max_length=MAX_NAME_LENGTH)
-    """Of the file, without ``.safetensors``, or in the stream; the request's id when absent."""
+    """Name of the file without ``.safetensors``, or in the stream; the request's id when absent."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a request asked for."""
+class RequestedStates:
+    """Options of a request that gets states."""
 
     extent: Literal["prompt", "all"]
     name: str | None
 
 
-def read_request(parameters: Any, sink: Sink) -> Wanted | None:
-    """What these `vllm.SamplingParams` ask for; None for nothing.
+def read_request(parameters: "SamplingParams", sink: Sink) -> RequestedStates | None:
+    """The states that a request asks for; None for none.
 
     Raises:
         SpeculatorError: the options are malformed, or the states could not be handed over.
@@ -168,22 +179,25 @@ def read_request(parameters: Any, sink: Sink) -> Wanted | None:
         return None
     if parameters.n > 1:
         raise SpeculatorError(
-            f"Hidden states are of one sample, n is {parameters.n}: send a request a sample."
+            f"n is {parameters.n}, but hidden states need n=1: send one request per sample."
         )
     if parameters.stop:
-        # vLLM looks for them outside of the engine, which then takes the request for aborted.
+        # vLLM looks for them outside of the engine, which then treats the request as aborted.
         raise SpeculatorError("Hidden states and `stop` exclude each other: use `stop_token_ids`.")
-    return Wanted(extent, options.name)
+    return RequestedStates(extent, options.name)
 
 
-def _checked(given: Any) -> Mapping[str, Any]:
+def _checked(given: object) -> Mapping[str, object]:
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
-        raise SpeculatorError(f"kv_transfer_params: expected an object, found {given!r:.80}")
+        raise SpeculatorError(
+            f"kv_transfer_params: found {given!r:.80}, expected an object such as "
+            '{"hidden_states": "all"}.'
+        )
     return given
 
 
 def name_for(request_id: str) -> str:
-    """A name that is safe in a path; clients have a say in the ids of requests."""
+    """A name that is safe in a path; clients can choose parts of the ids of requests."""
     if len(request_id) <= MAX_NAME_LENGTH and re.fullmatch(SEGMENT, request_id):
         return request_id
     return f"request-{hashlib.sha256(request_id.encode()).hexdigest()[:32]}"
@@ -198,5 +212,7 @@ def path_for(folder: Path, name: str) -> Path:
     root = folder.resolve()
     parent = (root / name).parent.resolve()
     if not parent.is_relative_to(root):
-        raise SpeculatorError(f"name {name!r} leads out of {folder}, to {parent}.")
+        raise SpeculatorError(
+            f"name {name!r} leads out of {folder}, to {parent}. Choose a name without links."
+        )
     return parent / f"{Path(name).name}.safetensors"

@@ -1,20 +1,21 @@
-"""Hidden states over ZeroMQ: one message a request, and no more of them than there is room for.
+"""Hidden states over ZeroMQ, with bounded memory.
 
     engine: PUSH, connects  -->  [header, token ids, states]  -->  PULL, bound: the receiver
 
-The header is JSON (`Header`), the rest raw little-endian bytes. A sender holds one message until
-the network has taken it, a receiver a few; then the sender waits, and its outbox fills.
+There is one message per request. The header is JSON (`Header`), the rest raw little-endian bytes. A
+sender holds one message until the network has taken it, a receiver a few; then the sender waits,
+and its outbox fills.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self, cast
 
 import numpy as np
 import torch
 import zmq
-from jaxtyping import Shaped
+from jaxtyping import Shaped, UInt8
 from pydantic import Field, ValidationError
 from torch import Tensor
 
@@ -23,18 +24,21 @@ from speculators_core.settings import Settings
 from speculators_vllm.hidden_states.files import FORMAT, HiddenStates
 
 WAIT_S = 0.1
-"""How long the sender is deaf to a shutdown."""
+"""How long the sender may take to notice a shutdown."""
 MAX_HEADER_BYTES = 2**16
+
+Frame = bytes | memoryview
+DtypeName = Literal["float32", "bfloat16", "float16"]
 
 
 class Header(Settings):
-    """First frame. ``error`` stands alone: then no frame follows."""
+    """First frame; with an ``error`` it is the only one."""
 
     format: Literal["speculators-hidden-states-1"]
     request_id: str
     name: str
     error: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: DtypeName = "float32"
     layer_ids: tuple[int, ...] = ()
     num_prompt_tokens: int = Field(0, ge=0)
     num_tokens: int = Field(0, ge=0)
@@ -49,13 +53,13 @@ class Undelivered(SpeculatorError):
         self.name = header.name
 
 
-def frames_of(states: HiddenStates) -> list[Any]:
-    """The message; its last two frames are the tensors' own memory."""
+def frames_of(states: HiddenStates) -> list[Frame]:
+    """The message of a record; its last two frames share the tensors' memory."""
     header = Header(
         format=FORMAT,
         request_id=states.request_id,
         name=states.name,
-        dtype=str(states.hidden_states.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        dtype=cast(DtypeName, str(states.hidden_states.dtype).removeprefix("torch.")),
         layer_ids=states.layer_ids,
         num_prompt_tokens=states.num_prompt_tokens,
         num_tokens=len(states.token_ids),
@@ -68,19 +72,21 @@ def frames_of(states: HiddenStates) -> list[Any]:
     ]
 
 
-def states_of(frames: list[Any]) -> HiddenStates:
+def states_of(frames: Sequence[Frame]) -> HiddenStates:
     """The record of a message.
 
     Raises:
-        Undelivered: it tells of a failure.
-        SpeculatorError: it is not one of ours, or does not hold together.
+        Undelivered: it reports a failure.
+        SpeculatorError: it is not in this format, or inconsistent.
     """
     if len(frames[0]) > MAX_HEADER_BYTES:
-        raise SpeculatorError(f"the header has {len(frames[0])} bytes, over {MAX_HEADER_BYTES}")
+        raise SpeculatorError(
+            f"its header has {len(frames[0])} bytes, expected at most {MAX_HEADER_BYTES}"
+        )
     try:
         header = Header.model_validate_json(bytes(frames[0]))
     except ValidationError as error:
-        raise SpeculatorError(f"not a header of hidden states: {first_fault(error)}") from error
+        raise SpeculatorError(f"it has no header of {FORMAT}: {first_fault(error)}") from error
     if header.error is not None:
         raise Undelivered(header)
     dtype: torch.dtype = getattr(torch, header.dtype)
@@ -88,7 +94,7 @@ def states_of(frames: list[Any]) -> HiddenStates:
     expected = [8 * header.num_tokens, shape[0] * shape[1] * shape[2] * dtype.itemsize]
     found = [len(frame) for frame in frames[1:]]
     if found != expected or 0 in expected:
-        raise SpeculatorError(f"frames of {found} bytes, but the header tells of {expected}")
+        raise SpeculatorError(f"its frames have {found} bytes, expected {expected} by its header")
     states = HiddenStates(
         request_id=header.request_id,
         name=header.name,
@@ -102,11 +108,11 @@ def states_of(frames: list[Any]) -> HiddenStates:
     return states
 
 
-def _bytes_of(tensor: Shaped[Tensor, "..."]) -> Any:
+def _bytes_of(tensor: Shaped[Tensor, "..."]) -> memoryview:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _tensor_of(frame: Any) -> Tensor:
+def _tensor_of(frame: Frame) -> UInt8[Tensor, "bytes"]:
     """A copy: the frame's memory may be read-only, and not aligned."""
     tensor = torch.empty(len(frame), dtype=torch.uint8)
     tensor.numpy()[:] = np.frombuffer(frame, np.uint8)
@@ -114,7 +120,7 @@ def _tensor_of(frame: Any) -> Tensor:
 
 
 class StreamWriter:
-    """Sends to one endpoint; whether anybody is bound there shows only when it is."""
+    """Sends to one endpoint, and waits where no receiver is bound there."""
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
@@ -134,7 +140,7 @@ class StreamWriter:
         header = Header(format=FORMAT, request_id=request_id, name=name, error=reason)
         self._send([header.model_dump_json().encode()])
 
-    def _send(self, frames: list[Any]) -> None:
+    def _send(self, frames: list[Frame]) -> None:
         socket = self._connected()
         while not socket.poll(int(WAIT_S * 1000), zmq.POLLOUT):
             self._check_stopped()
@@ -151,7 +157,7 @@ class StreamWriter:
             raise SpeculatorError(f"the engine shut down before {self.endpoint} took the states")
 
     def _connected(self) -> zmq.Socket:
-        """Made in the thread that sends, as ZeroMQ wants it."""
+        """Made in the thread that sends, as ZeroMQ requires."""
         if self._socket is None:
             self._context = zmq.Context()
             self._socket = self._context.socket(zmq.PUSH)
@@ -161,7 +167,7 @@ class StreamWriter:
         return self._socket
 
     def stop(self) -> None:
-        """Lets a message go that nobody takes; from any thread."""
+        """Gives up a message that nobody takes; from any thread."""
         self._stopped.set()
 
     def close(self) -> None:
@@ -170,12 +176,12 @@ class StreamWriter:
 
 
 class HiddenStateReceiver:
-    """What engines send to an endpoint, one record a request, in the order of arrival.
+    """Receives from engines at an endpoint: one record per request, in the order of arrival.
 
         with HiddenStateReceiver("ipc:///tmp/states", timeout_s=60) as receiver:
             for states in receiver: ...
 
-    It holds ``max_waiting`` messages beside those that the network holds; engines wait beyond.
+    It holds ``max_waiting`` messages beside those in the network; then engines wait.
     """
 
     def __init__(
@@ -185,7 +191,7 @@ class HiddenStateReceiver:
         max_waiting: int = 2,
         max_frame_bytes: int | None = None,
     ) -> None:
-        """A sender of more than ``max_frame_bytes`` in one piece is cut off.
+        """A sender of a frame with more than ``max_frame_bytes`` is disconnected.
 
         Raises:
             SpeculatorError: the endpoint cannot be bound.
@@ -199,9 +205,12 @@ class HiddenStateReceiver:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
             self.close()
-            raise SpeculatorError(f"{endpoint} cannot be bound: {first_line(error)}") from error
+            raise SpeculatorError(
+                f"{endpoint} cannot be bound: {first_line(error)}. Choose an address of this "
+                "machine that nothing else uses."
+            ) from error
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        """As it was bound: the port is known where ``tcp://address:*`` was asked for."""
+        """The address with its port, also where ``tcp://address:*`` was asked for."""
 
     def has_message(self, timeout_s: float) -> bool:
         """Whether there is one to `receive`, now or within this time."""
@@ -212,11 +221,14 @@ class HiddenStateReceiver:
 
         Raises:
             Undelivered: a request's states could not be sent.
-            SpeculatorError: none came in time, or what came is not whole, or not ours.
+            SpeculatorError: none came in time, or it is malformed.
         """
         wait_s = self.timeout_s if timeout_s is None else timeout_s
         if not self.has_message(wait_s):
-            raise SpeculatorError(f"No hidden states came to {self.endpoint} within {wait_s} s.")
+            raise SpeculatorError(
+                f"No hidden states came to {self.endpoint} within {wait_s} s. Check that an engine "
+                "sends there, or wait longer."
+            )
         frames = [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
         try:
             return states_of(frames)

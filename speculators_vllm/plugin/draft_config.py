@@ -1,19 +1,19 @@
 """vLLM's config of a draft, made from a speculator's.
 
-vLLM sends it to its processes by the name of its class, before it loads plug-ins: the class must be
-importable as it stands here.
+vLLM sends it to its processes by the name of its class, before it loads plug-ins: the class must
+be importable from this module.
 """
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
 
+from pydantic import JsonValue
 from vllm.transformers_utils.configs.speculators.base import SpeculatorsConfig
 
 from speculators_vllm.plugin.proposers import PROPOSERS, Proposer
 
 
-def proposer_of(config_dict: Mapping[str, Any]) -> Proposer | None:
+def proposer_of(config_dict: Mapping[str, JsonValue]) -> Proposer | None:
     """Ours or another package's for this kind of speculator; None where there is none."""
     kind = config_dict.get("speculators_model_type")
     return PROPOSERS.load(kind) if kind in PROPOSERS.names() else None
@@ -24,7 +24,7 @@ class DraftConfig(SpeculatorsConfig):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: object
     ) -> "DraftConfig":
         config = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if getattr(config, "speculative_method", None) == "mtp":
@@ -32,7 +32,9 @@ class DraftConfig(SpeculatorsConfig):
         return config
 
     @classmethod
-    def extract_transformers_pre_trained_config(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+    def extract_transformers_pre_trained_config(
+        cls, config_dict: dict[str, JsonValue]
+    ) -> dict[str, JsonValue]:
         proposer = proposer_of(config_dict)
         if proposer is None:
             return super().extract_transformers_pre_trained_config(config_dict)
@@ -43,7 +45,9 @@ class DraftConfig(SpeculatorsConfig):
         return {**draft, "speculative_method": proposer.method}
 
     @classmethod
-    def build_vllm_speculative_config(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+    def build_vllm_speculative_config(
+        cls, config_dict: dict[str, JsonValue]
+    ) -> dict[str, JsonValue]:
         settings = super().build_vllm_speculative_config(config_dict)
         proposer = proposer_of(config_dict)
         if proposer is not None:

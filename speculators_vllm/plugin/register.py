@@ -1,4 +1,4 @@
-"""What vLLM calls in each of its processes; the entry point of `vllm.general_plugins`."""
+"""Entry point that vLLM calls in each of its processes."""
 
 import logging
 
@@ -8,13 +8,11 @@ logger = logging.getLogger(__name__)
 def register() -> None:
     """Prepares vLLM for speculators; a second call does nothing.
 
-    Whatever goes wrong here is logged and left: a run without a speculator must not suffer.
+    An error here is logged and not raised: the plug-in must not stop a run without a speculator.
     """
     try:
-        from speculators_vllm import openmp
-        from speculators_vllm.plugin import patches
+        from speculators_vllm.plugin import patches  # here, so that its own errors are caught too
 
-        openmp.preload_in_children()
         patches.apply()
     except Exception:
         logger.warning("speculators-vllm is not active in this process", exc_info=True)

@@ -326,7 +326,7 @@ def _settle(plan: _Plan) -> _Plan:
         except (ValueError, TypeError, NotImplementedError) as error:
             raise SpeculatorError(
                 f"vLLM refuses the flags {flags.name} with dtype {dtype} and "
-                f"{plan.speculative_config}: {offline.told(error)}"
+                f"{plan.speculative_config}: {offline.in_one_line(error)}"
             ) from error
         dtypes[str(config.model_config.dtype).removeprefix("torch.")] = None
     return replace(plan, dtypes=list(dtypes))

@@ -1,7 +1,7 @@
-"""DFlash in vLLM, with the norm of context keys that each layer has of its own."""
+"""DFlash in vLLM, with each layer's norm of context keys."""
 
 import logging
-from typing import Any
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -24,14 +24,14 @@ class DFlashNetwork(DFlashQwen3Model):
         if all_k.device.type != "cpu":
             return super()._normalize_context_k(all_k)
         normed = torch.empty_like(all_k)
-        norm_eps: Any = self._rms_norm_eps
+        norm_eps = cast(float, self._rms_norm_eps)  # a module's attributes have no types
         for layer, weight in enumerate(self._k_norm_weights):
             ops.rms_norm(normed[layer], all_k[layer], weight, norm_eps)
         return normed
 
 
 if not hasattr(DFlashQwen3Model, "_normalize_context_k"):
-    logger.warning("speculators-vllm found no norm of DFlash's context keys in vLLM to mend")
+    logger.warning("speculators-vllm found no norm of DFlash's context keys in vLLM to replace")
 
 
 class DFlashForCausalLM(DFlashQwen3ForCausalLM):

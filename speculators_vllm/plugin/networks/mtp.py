@@ -1,15 +1,16 @@
-"""MTP in vLLM: one block of the verifier's kind, embeddings and head shared with the verifier.
+"""MTP in vLLM: one block, embeddings and head of the verifier.
 
 The same network as `speculators_core.models.mtp`. vLLM runs it once over the new tokens, with the
 verifier's states after the final norm, and then token by token on its own output.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -32,17 +33,22 @@ from vllm.model_executor.models.utils import (
 from speculators_core.errors import SpeculatorError
 from speculators_core.verifier.reading import read_final_norm
 
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization import QuantizationConfig
+    from vllm.model_executor.models.interfaces import MultiModalEmbeddings
+    from vllm.sequence import IntermediateTensors
+
 Hidden = Float[Tensor, "tokens hidden"]
 
 
 class _LlamaBlock(LlamaDecoderLayer):
-    """Llama's block as vLLM's other drafts have it: with the draft's own quantization."""
+    """Llama's block as in vLLM's other drafts: with the draft's quantization."""
 
-    def get_quant_config(self, vllm_config: VllmConfig) -> Any:
+    def get_quant_config(self, vllm_config: VllmConfig) -> "QuantizationConfig | None":
         return get_draft_quant_config(vllm_config)
 
 
-def _block(vllm_config: VllmConfig, config: Any, prefix: str) -> nn.Module:
+def _block(vllm_config: VllmConfig, config: PretrainedConfig, prefix: str) -> nn.Module:
     if config.mtp_block == "llama":
         return _LlamaBlock(vllm_config, prefix=prefix, config=config)
     layer = {"qwen2": Qwen2DecoderLayer, "qwen3": Qwen3DecoderLayer}[config.mtp_block]
@@ -52,9 +58,9 @@ def _block(vllm_config: VllmConfig, config: Any, prefix: str) -> nn.Module:
 
 
 class MTPLayer(nn.Module):
-    """A block behind the projection that joins token and state."""
+    """The projection that joins token and state, then a block."""
 
-    def __init__(self, vllm_config: VllmConfig, config: Any, prefix: str):
+    def __init__(self, vllm_config: VllmConfig, config: PretrainedConfig, prefix: str):
         super().__init__()
         hidden, norm_eps = config.hidden_size, config.rms_norm_eps
         self.token_layernorm = RMSNorm(hidden, eps=norm_eps)
@@ -112,9 +118,9 @@ class MTPNetwork(nn.Module):
 
 
 class MTPForCausalLM(nn.Module):
-    """What vLLM's proposer of method ``mtp`` runs.
+    """Network of vLLM's proposer of method ``mtp``.
 
-    It says nothing about embeddings and head of its own: vLLM then puts the verifier's in.
+    It does not declare embeddings and a head: vLLM then puts the verifier's in.
     """
 
     hf_to_vllm_mapper = WeightsMapper(
@@ -158,7 +164,7 @@ class MTPForCausalLM(nn.Module):
     def embed_input_ids(
         self,
         input_ids: Int[Tensor, "tokens"],
-        multimodal_embeddings: Any = None,
+        multimodal_embeddings: "MultiModalEmbeddings | None" = None,
         is_multimodal: Tensor | None = None,
     ) -> Hidden:
         return self.model.embed_tokens(input_ids)
@@ -168,15 +174,16 @@ class MTPForCausalLM(nn.Module):
         input_ids: Int[Tensor, "tokens"] | None,
         positions: Int[Tensor, "tokens"],
         hidden_states: Hidden,
-        intermediate_tensors: Any = None,
+        intermediate_tensors: "IntermediateTensors | None" = None,
         inputs_embeds: Hidden | None = None,
         spec_step_idx: int = 0,
     ) -> Hidden:
-        """The state that the head reads and the next step is given.
+        """The state that the head and the next step read.
 
-        A draft that was trained on states before the verifier's final norm is given them after it:
-        without the norm's weights they are the same up to their length, which `hidden_layernorm`
-        takes away. What the draft feeds itself must then carry these weights too.
+        vLLM passes states after the verifier's final norm, also to a draft that was trained on
+        states before it: divided by the norm's weights, the two differ by their length alone, which
+        `hidden_layernorm` removes. The states that the draft passes on must then have these weights
+        too.
         """
         if self.verifier_norm is None:
             return self.model(input_ids, positions, hidden_states, inputs_embeds)
@@ -196,8 +203,9 @@ class MTPForCausalLM(nn.Module):
             norm = read_final_norm(self.verifier, self.verifier_config, **self.verifier_source)
             if (norm == 0).any():
                 raise SpeculatorError(
-                    f"{self.verifier}: its final norm has weights of zero, so that the state "
-                    "before it, which this MTP speculator was trained on, is lost."
+                    f"{self.verifier}: its final norm has weights of zero; expected none, since "
+                    "this MTP speculator was trained on the state before the norm, which cannot be "
+                    "restored then. Train it with verifier_state post_norm."
                 )
             self.verifier_norm.copy_(norm)
         # vLLM asks which parameters were loaded; these two are the verifier's.

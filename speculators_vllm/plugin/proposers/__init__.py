@@ -1,32 +1,33 @@
-"""How vLLM serves the speculators of each algorithm: one file for each of ours.
+"""How vLLM serves speculators: one file per algorithm.
 
 Other packages name theirs in the entry-point group ``speculators_vllm.proposers``, under their
 ``speculators_model_type``. These are read in every process of vLLM: keep torch and vLLM out of the
 module that holds a `Proposer`, and the network in another, which it names.
 """
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+
+from pydantic import JsonValue
 
 from speculators_core.registry import Registry
 
-Configure = Callable[[Mapping[str, Any], MutableMapping[str, Any]], None]
+Configure = Callable[[Mapping[str, JsonValue], dict[str, JsonValue]], None]
 
 
 @dataclass(frozen=True)
 class Proposer:
-    """What vLLM is told about the speculators of one algorithm."""
+    """How vLLM runs the speculators of one algorithm."""
 
     method: str
-    """vLLM's own word for how such a draft is run: ``eagle3``, ``dflash``, ``mtp``."""
+    """vLLM's name of the way in which such a draft is run: ``eagle3``, ``dflash``, ``mtp``."""
     configure: Configure
     """Completes vLLM's config of the draft from the speculator's config.
 
     Called with ``config.json`` as a dict and a copy of its ``transformer_layer_config``, which it
     changes. Raises SpeculatorError where vLLM cannot serve such a draft.
     """
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, JsonValue] = field(default_factory=dict)
     """Further speculative settings that the algorithm needs."""
     networks: Mapping[str, str] = field(default_factory=dict)
     """Classes for vLLM's model registry: architecture to ``module:Class``."""

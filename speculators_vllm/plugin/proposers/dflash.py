@@ -1,7 +1,8 @@
-"""DFlash: vLLM's own network, mended where a CPU runs it."""
+"""DFlash: vLLM's network, with a fix for CPUs."""
 
-from collections.abc import Mapping, MutableMapping
-from typing import Any
+from collections.abc import Mapping
+
+from pydantic import JsonValue
 
 from speculators_core.errors import SpeculatorError
 from speculators_vllm.plugin.proposers import Proposer
@@ -9,20 +10,21 @@ from speculators_vllm.plugin.proposers import Proposer
 ARCHITECTURE = "SpeculatorsDFlash"
 
 
-def configure(speculator: Mapping[str, Any], draft: MutableMapping[str, Any]) -> None:
-    from vllm.transformers_utils.configs.speculators.algos import update_dflash
+def configure(speculator: Mapping[str, JsonValue], draft: dict[str, JsonValue]) -> None:
+    from vllm.transformers_utils.configs.speculators.algos import update_dflash  # not at start-up
 
     if speculator.get("sample_from_anchor"):
         raise SpeculatorError(
-            "sample_from_anchor is true, which vLLM 0.32 does not serve for dflash. "
-            "The reference decoder runs it."
+            "sample_from_anchor is true, which vLLM 0.32 does not serve for dflash; expected "
+            "false. Serve it with the reference decoder, or train without it."
         )
-    update_dflash(dict(speculator), draft)  # type: ignore[arg-type]  # it says dict and sets keys
+    update_dflash(dict(speculator), draft)
     draft["architectures"] = [ARCHITECTURE]
-    kinds = draft.get("layer_types") or ["full_attention"]
-    if "sliding_attention" not in kinds:
+    kinds, settings = draft.get("layer_types"), draft["dflash_config"]
+    assert isinstance(settings, dict)  # as vLLM makes it
+    if not (isinstance(kinds, list) and "sliding_attention" in kinds):
         # Full attention alone is bidirectional in its block; vLLM would take a flag for it.
-        draft["dflash_config"]["causal"] = bool(draft.get("is_causal") or False)
+        settings["causal"] = bool(draft.get("is_causal"))
 
 
 PROPOSER = Proposer(

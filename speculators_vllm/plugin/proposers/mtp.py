@@ -1,7 +1,8 @@
-"""MTP from its own directory, which vLLM alone does not serve."""
+"""MTP from its own folder, which vLLM alone does not serve."""
 
-from collections.abc import Mapping, MutableMapping
-from typing import Any
+from collections.abc import Mapping
+
+from pydantic import JsonValue
 
 from speculators_core.errors import SpeculatorError
 from speculators_vllm.plugin.proposers import Proposer
@@ -10,12 +11,13 @@ ARCHITECTURE = "SpeculatorsMTP"
 BLOCKS = ("qwen3", "qwen2", "llama")
 
 
-def configure(speculator: Mapping[str, Any], draft: MutableMapping[str, Any]) -> None:
+def configure(speculator: Mapping[str, JsonValue], draft: dict[str, JsonValue]) -> None:
     block = draft.get("model_type")
     if block not in BLOCKS:
         raise SpeculatorError(
-            f"transformer_layer_config.model_type {block!r}: MTP is served with the blocks of "
-            f"{', '.join(BLOCKS)}."
+            f"transformer_layer_config.model_type is {block!r}; expected one of "
+            f"{', '.join(BLOCKS)}, whose blocks MTP is served with. Train the draft with one of "
+            "these, or serve it with the reference decoder."
         )
     draft.update(
         architectures=[ARCHITECTURE],

@@ -1,16 +1,17 @@
 """P-EAGLE: EAGLE-3's networks in vLLM, all tokens in one pass."""
 
-from collections.abc import Mapping, MutableMapping
-from typing import Any
+from collections.abc import Mapping
+
+from pydantic import JsonValue
 
 from speculators_vllm.plugin.proposers import Proposer
 from speculators_vllm.plugin.proposers.eagle3 import count_aux_states
 
 
-def configure(speculator: Mapping[str, Any], draft: MutableMapping[str, Any]) -> None:
-    from vllm.transformers_utils.configs.speculators.algos import update_peagle
+def configure(speculator: Mapping[str, JsonValue], draft: dict[str, JsonValue]) -> None:
+    from vllm.transformers_utils.configs.speculators.algos import update_peagle  # not at start-up
 
-    update_peagle(dict(speculator), draft)  # type: ignore[arg-type]  # it says dict and sets keys
+    update_peagle(dict(speculator), draft)
     draft["fc_norm"] = speculator.get("fc_norm", False)  # vLLM 0.32 drops it
     count_aux_states(draft)
 

@@ -49,7 +49,7 @@ def test_what_does_not_come_is_lost_and_each_word_gives_more_time():
     threading.Timer(0.2, arrivals.failed, (names[0], "a")).start()
     threading.Timer(0.4, arrivals.failed, (names[1], "b")).start()
     reasons = [one.reason for one in arrivals.wait(0.3).values()]
-    assert reasons == ["a", "b", "its hidden states did not come within 0.3 s"]
+    assert reasons == ["a", "b", "its hidden states did not arrive within 0.3 s"]
 
 
 def test_a_fault_ends_the_batch_and_anything_else_one_example():
@@ -85,7 +85,7 @@ def test_an_inbox_passes_on_what_is_whole_and_outlives_what_is_not():
         writer.write(states_of(second))
         writer.close()
         found = list(arrivals.wait(0.5).values())
-        assert found[0].reason == "its hidden states did not come within 0.5 s"
+        assert found[0].reason == "its hidden states did not arrive within 0.5 s"
         assert found[1].reason == f"request id ({lost}): out of memory"
         assert len(found[2].token_ids) == 3
     finally:

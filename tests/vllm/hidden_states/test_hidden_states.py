@@ -21,7 +21,7 @@ from speculators_vllm.hidden_states.files import (
     read_file,
     read_hidden_states,
 )
-from speculators_vllm.hidden_states.outbox import Failure, Outbox, Parcel
+from speculators_vllm.hidden_states.outbox import Failure, Outbox, PendingStates
 from speculators_vllm.hidden_states.settings import (
     FileSink,
     RequestOptions,
@@ -156,7 +156,7 @@ def is_clean(llm):
 
     scheduler, courier = scheduler_of(llm), get_kv_transfer_group().courier
     pool, ledger = scheduler.kv_cache_manager.block_pool, scheduler.connector.ledger
-    left = (ledger.wishes, ledger.answers, ledger.saves, ledger.keeping, scheduler.requests)
+    left = (ledger.requested, ledger.answers, ledger.saves, ledger.keeping, scheduler.requests)
     under_way = (courier.waiting, courier.copying, courier.outbox.in_flight_bytes)
     return (
         pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # one is vLLM's null block
@@ -455,7 +455,7 @@ def test_what_is_received_is_what_was_sent(dtype):
     with HiddenStateReceiver("tcp://127.0.0.1:*", timeout_s=10) as receiver:
         outbox = Outbox(StreamWriter(receiver.endpoint), capacity_bytes=10**6)
         for states in sent:
-            outbox.put(Parcel(states, lambda: None))
+            outbox.put(PendingStates(states, lambda: None))
         outbox.put(Failure("id-x", "x", "out of memory"))
         for states in sent:
             assert_same(receiver.receive(), states)
@@ -512,7 +512,7 @@ def test_an_outbox_that_nobody_empties_closes_in_time_and_says_what_was_lost():
     outbox = Outbox(StreamWriter("ipc:///nobody/is/here"), capacity_bytes=1000)
     states = record(num_tokens=10)
     assert outbox.has_room(10**9)  # alone, whatever its size
-    outbox.put(Parcel(states, lambda: None))
+    outbox.put(PendingStates(states, lambda: None))
     assert outbox.in_flight_bytes == states.size_bytes
     assert outbox.has_room(1000 - states.size_bytes)
     assert not outbox.has_room(1001 - states.size_bytes)

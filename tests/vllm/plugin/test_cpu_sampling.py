@@ -1,7 +1,6 @@
 """Sampled and seeded requests under speculation on a CPU, which vLLM 0.32 gets wrong alone."""
 
-import logging
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,12 +73,45 @@ def test_settings_are_spread_over_drafted_tokens(dtype):
     assert output[:3].tolist() == [3, 1, 1]
 
 
-def test_samplers_that_have_moved_are_left_alone(monkeypatch, caplog):
-    called = []
-    monkeypatch.setitem(sys.modules, "vllm.utils.cpu_triton_utils", None)
-    monkeypatch.delattr("vllm.utils.cpu_triton_utils", raising=False)
-    monkeypatch.setattr(logging.getLogger("speculators_vllm"), "propagate", True)
-    with caplog.at_level("WARNING", logger="speculators_vllm"):
-        patches._mending_sampling(lambda: called.append("vLLM's own"))()
-    assert called == ["vLLM's own"]
-    assert "left vLLM's sampling on CPUs alone" in caplog.text
+def patches_that(*succeed):
+    """Stand-ins that record when they are applied."""
+    applied = []
+    made = [
+        SimpleNamespace(apply=lambda number=number, fits=fits: applied.append(number) or fits)
+        for number, fits in enumerate(succeed)
+    ]
+    return applied, made
+
+
+def test_samplers_are_patched_before_a_worker_uses_them(monkeypatch):
+    """Generators are hidden from vLLM only where they are restored."""
+    sampling, two = patches_that(False, True)
+    generators, three = patches_that(True, False, True)
+    monkeypatch.setattr(patches, "FOR_CPU_SAMPLING", two)
+    monkeypatch.setattr(patches, "FOR_CPU_GENERATORS", three)
+    seen = []
+    cpu_sampling.patching_samplers(lambda: seen.append([*sampling, *generators]))()
+    assert seen == [[0, 1, 0, 1]]
+
+
+def test_no_logits_are_not_constrained():
+    constrain = cpu_sampling.constraining(lambda logits, *_: logits - 1)
+    assert constrain(torch.zeros(0, 5), torch.tensor([0]), None).shape == (0, 5)
+    assert constrain(torch.zeros(2, 5), torch.tensor([2]), None).tolist() == [[-1.0] * 5] * 2
+
+
+def test_generators_are_restored_where_vllm_fails():
+    generator = torch.Generator()
+    runner = SimpleNamespace(
+        input_batch=SimpleNamespace(num_reqs=2, generators={0: generator, 1: torch.Generator()}),
+        discard_request_mask=SimpleNamespace(np=[True, False, True]),
+    )
+    hidden = []
+
+    def bookkeep(runner, *args):
+        hidden.extend(runner.input_batch.generators)
+        raise RuntimeError("of vLLM")
+
+    with pytest.raises(RuntimeError, match="of vLLM"):
+        cpu_sampling.hiding_generators(bookkeep)(runner, "output")
+    assert hidden == [1] and runner.input_batch.generators[0] is generator

@@ -84,10 +84,10 @@ def test_interop_dflash_was_recorded_with_the_norm_of_the_first_layer(monkeypatc
     """vLLM's own network on a CPU norms every layer's context keys by the first layer's weights."""
     from speculators_vllm.plugin.networks.dflash import DFlashNetwork
 
-    mended = interop_counts("dflash")
+    fixed = interop_counts("dflash")
     monkeypatch.delattr(DFlashNetwork, "_normalize_context_k")
-    assert interop_counts("dflash") == recorded_counts("dflash") != mended
-    assert sum(request["drafts"] for request in mended) == 918  # the reference decoder's
+    assert interop_counts("dflash") == recorded_counts("dflash") != fixed
+    assert sum(request["drafts"] for request in fixed) == 918  # the reference decoder's
 
 
 VERIFIERS = {
@@ -220,7 +220,7 @@ def other_package(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", folder)  # vLLM looks at networks in processes of its own
     reload_and_populate_models()
     PROPOSERS.reload()
-    patches._register_networks.cache_clear()
+    patches.register_networks.cache_clear()
     plugin.register()
     yield MODELS.load("bigram")
     monkeypatch.undo()
@@ -253,9 +253,9 @@ def test_a_broken_proposer_of_another_package_stops_nothing(monkeypatch, caplog,
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
     PROPOSERS.reload()
-    patches._register_networks.cache_clear()
+    patches.register_networks.cache_clear()
     with caplog.at_level("WARNING", logger="speculators_vllm"):
-        patches._register_networks()
+        patches.register_networks()
     monkeypatch.undo()
     PROPOSERS.reload()
     assert "left out the proposer broken" in caplog.text

@@ -1,0 +1,91 @@
+"""Wrappers of how vLLM reads an engine's arguments."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from speculators_vllm import openmp
+from speculators_vllm.hidden_states import CONNECTOR_MODULE
+from speculators_vllm.plugin import patches
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    CreateConfig = Callable[[EngineArgs, ModelConfig, ParallelConfig], SpeculativeConfig | None]
+    Overridden = tuple[str, str | None, dict[str, JsonValue] | None]
+    """Model, tokenizer and speculative settings."""
+
+
+def completing_speculative_config(original: "CreateConfig") -> "CreateConfig":
+    """Fills the speculative settings in from the speculator's checkpoint.
+
+    vLLM calls this for each engine, with or without speculation, before it starts processes.
+    """
+
+    def create_speculative_config(
+        self: "EngineArgs",
+        target_model_config: "ModelConfig",
+        target_parallel_config: "ParallelConfig",
+    ) -> "SpeculativeConfig | None":
+        openmp.preload_in_children()
+        if getattr(self.kv_transfer_config, "kv_connector_module_path", None) == CONNECTOR_MODULE:
+            for patch in patches.FOR_SERVER_REQUESTS:
+                patch.apply()
+        if self.speculative_config is not None or self.spec_model is not None:
+            # Models and Transformers, which an engine without a speculator does not need.
+            from speculators_vllm.plugin.speculative_config import Source, complete
+
+            by_flag = {
+                "method": self.spec_method,
+                "model": self.spec_model,
+                "num_speculative_tokens": self.spec_tokens,
+            }
+            self.speculative_config = complete(
+                self.speculative_config or {},
+                {key: value for key, value in by_flag.items() if value is not None},
+                target_model_config.hf_config,
+                target_model_config.model,
+                Source(
+                    token=self.hf_token,
+                    cache_dir=self.download_dir,
+                    tokenizer=target_model_config.tokenizer,
+                    has_weights=self.load_format != "dummy",
+                ),
+            )
+        return original(self, target_model_config, target_parallel_config)
+
+    return create_speculative_config
+
+
+def locating_verifier(original: Callable[..., "Overridden"]) -> Callable[..., "Overridden"]:
+    """Finds the verifier of a speculator that is served by its own name."""
+
+    def maybe_override_with_speculators(
+        model: str,
+        tokenizer: str | None,
+        trust_remote_code: bool,
+        revision: str | None = None,
+        vllm_speculative_config: "dict[str, JsonValue] | None" = None,
+        hf_token: bool | str | None = None,
+        **kwargs: object,
+    ) -> "Overridden":
+        verifier, their_tokenizer, speculative_config = original(
+            model,
+            tokenizer,
+            trust_remote_code,
+            revision,
+            vllm_speculative_config,
+            hf_token,
+            **kwargs,
+        )
+        if verifier == model:
+            return verifier, their_tokenizer, speculative_config
+        from speculators_vllm.plugin.speculative_config import locate  # heavy, as above
+
+        located, settings = locate(model, verifier, revision, hf_token)
+        method = {"method": settings["method"]}  # not the user's to choose
+        user = vllm_speculative_config or {}
+        return located, tokenizer or located, {**settings, **user, **method}
+
+    return maybe_override_with_speculators
