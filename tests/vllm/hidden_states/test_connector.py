@@ -1,38 +1,23 @@
 """Hidden states out of real vLLM engines in this process: two starts, shared by the tests."""
 
-import json
-import os
 import resource
-import time
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
-import zmq
 from safetensors.torch import save_file
 
 from speculators_core.errors import SpeculatorError
 from speculators_vllm import offline
-from speculators_vllm.hidden_states.courier import Courier, Save
-from speculators_vllm.hidden_states.files import (
-    FORMAT,
-    FileWriter,
-    HiddenStates,
-    read_file,
+from speculators_vllm.hidden_states import (
+    FileSink,
+    HiddenStateReceiver,
+    StreamSink,
+    drain,
+    engine_arguments,
     read_hidden_states,
 )
-from speculators_vllm.hidden_states.outbox import Failure, Outbox, PendingStates
-from speculators_vllm.hidden_states.settings import (
-    FileSink,
-    RequestOptions,
-    StreamSink,
-    engine_arguments,
-    name_for,
-    path_for,
-    read_request,
-    read_sink,
-)
-from speculators_vllm.hidden_states.stream import HiddenStateReceiver, StreamWriter, frames_of
 from tests.conftest import make_verifier
 
 pytestmark = pytest.mark.vllm
@@ -138,8 +123,6 @@ def parameters(max_tokens=1, n=1, **options):
 
 
 def generate(llm, prompts, parameters):
-    from speculators_vllm.hidden_states.connector import drain
-
     with_ids = [{"prompt_token_ids": token_ids} for token_ids in prompts]
     outputs = llm.generate(with_ids, parameters, use_tqdm=False)
     drain(llm, timeout_s=10)
@@ -175,24 +158,6 @@ def assert_are_the_verifiers(states, verifier):
     assert states.layer_ids == LAYER_IDS
     assert states.hidden_states.shape == expected.shape
     assert (states.hidden_states - expected).abs().max() < TOLERANCE
-
-
-def record(num_tokens=3, name="a", dtype=torch.float32):
-    return HiddenStates(
-        request_id=f"id-{name}",
-        name=name,
-        layer_ids=(1, 4),
-        num_prompt_tokens=2,
-        token_ids=torch.arange(num_tokens),
-        hidden_states=torch.randn(num_tokens, 2, 8).to(dtype),
-    )
-
-
-def assert_same(ours, theirs):
-    assert torch.equal(ours.hidden_states, theirs.hidden_states)
-    assert torch.equal(ours.token_ids, theirs.token_ids)
-    for field in ("request_id", "name", "layer_ids", "num_prompt_tokens"):
-        assert getattr(ours, field) == getattr(theirs, field)
 
 
 # Files.
@@ -323,46 +288,81 @@ def test_states_that_cannot_be_written_fail_alone_and_say_why(files, folder):
     assert not [path for path in folder.rglob(".*")]
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    seen = []
+def request_of(request_id="r", num_tokens=8, **changes):
+    """The part of vLLM's request that the ledger reads."""
+    from vllm.v1.request import RequestStatus
 
-    def watched(source, target):
-        seen.append((sorted(p.suffix for p in tmp_path.iterdir()), source.parent == target.parent))
-        os.rename(source, target)
-
-    monkeypatch.setattr("speculators_core.files.os.replace", watched)
-    states = record()
-    FileWriter(tmp_path).write(states)
-    assert seen == [([".part"], True)]
-    assert_same(read_file(tmp_path / "a.safetensors"), states)
-    (tmp_path / "b.safetensors").mkdir()
-    with pytest.raises(OSError):
-        FileWriter(tmp_path).write(record(name="b"))
-    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "b.safetensors"}
-    with pytest.raises(SpeculatorError, match="cannot be made"):
-        FileWriter(tmp_path / "a.safetensors" / "under")
+    fields = {
+        "request_id": request_id,
+        "sampling_params": parameters(hidden_states="all"),
+        "prompt_token_ids": list(range(num_tokens)),
+        "prompt_is_token_ids": None,
+        "resumable": False,
+        "num_prompt_tokens": num_tokens,
+        "num_tokens": num_tokens + 1,
+        "all_token_ids": list(range(num_tokens + 1)),
+        "status": RequestStatus.FINISHED_STOPPED,
+        "kv_transfer_params": {},
+    }
+    return SimpleNamespace(**fields | changes)
 
 
-def test_a_file_of_others_is_refused(tmp_path):
-    path = tmp_path / "x.safetensors"
-    with pytest.raises(SpeculatorError, match="was not there after 0.02 s"):
-        read_hidden_states({"name": "x", "hidden_states_path": str(path)}, timeout_s=0.02)
-    nested = {"name": "n/x", "hidden_states_path": str(tmp_path / "n" / "x.safetensors")}
-    with pytest.raises(SpeculatorError, match="was not there after 0.02 s"):
-        read_hidden_states(nested, timeout_s=0.02)
-    path.write_bytes(b"{}")
-    with pytest.raises(SpeculatorError, match="cannot be read"):
-        read_file(path)
-    save_file({"token_ids": torch.zeros(3)}, path)
-    with pytest.raises(SpeculatorError, match="holds no hidden states in the format"):
-        read_file(path)
-    metadata = {"format": FORMAT, "request_id": "r", "name": "n", "num_prompt_tokens": "2"}
-    tensors = {"token_ids": torch.arange(3), "hidden_states": torch.zeros(3, 2, 8)}
-    save_file(tensors, path, metadata=metadata | {"layer_ids": "[1, 2, 3]"})
-    with pytest.raises(SpeculatorError, match="3 tokens and 3 layers"):
-        read_file(path)
-    save_file(tensors, path, metadata=metadata | {"layer_ids": "[1, 2]"})
-    assert read_file(path).layer_ids == (1, 2)
+@pytest.fixture
+def ledger(tmp_path):
+    from speculators_vllm.hidden_states.connector import Ledger
+
+    return Ledger(FileSink(folder=tmp_path), group=0, block_size=4)
+
+
+def test_the_ledger_keeps_blocks_until_they_are_copied_and_names_until_they_are_sent(ledger):
+    request = request_of(sampling_params=parameters(hidden_states="all", name="a"))
+    ledger.add(request)
+    keeps, answer = ledger.finish(request, [7, 8, 9])
+    assert keeps and answer["num_tokens"] == 8
+    (save,) = ledger.take_saves()
+    assert save.block_ids == [7, 8]  # the third is for tokens that were never run
+    assert ledger.take_saves() == [] and ledger.keeping == {"r"} and ledger.has_pending()
+    ledger.add(request_of("s", sampling_params=request.sampling_params))
+    assert "name 'a' is taken" in ledger.finish(request_of("s"), [1, 2])[1]["error"]
+    ledger.release({"r"}, {})
+    assert not ledger.keeping and ledger.has_pending()
+    ledger.release(set(), {"r": "disk is full"})
+    assert not ledger.has_pending() and not ledger.answers
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"prompt_token_ids": None}, "The prompt has embeddings"),
+        ({"resumable": True}, "The prompt is streamed"),
+        ({"request_id": "0_r"}, "n is over 1"),
+    ],
+)
+def test_requests_without_whole_states_get_the_reason(ledger, changes, reason):
+    request = request_of(**changes)
+    ledger.add(request)
+    keeps, answer = ledger.finish(request, [1, 2])
+    assert not keeps and reason in answer["error"]
+    assert request.kv_transfer_params is None  # vLLM does not act on the options either
+    assert not ledger.answers and not ledger.has_pending()
+
+
+def test_requests_that_ended_early_get_the_reason_and_leave_nothing(ledger):
+    from vllm.v1.request import RequestStatus
+
+    for changes, block_ids in (({}, [1]), ({"status": RequestStatus.FINISHED_ABORTED}, [1, 2])):
+        request = request_of(**changes)
+        ledger.add(request)
+        keeps, answer = ledger.finish(request, block_ids)
+        assert not keeps
+        assert f"Blocks of {4 * len(block_ids)} tokens are left, expected 8" in answer["error"]
+        assert not (ledger.answers or ledger.requested or ledger.saves or ledger.keeping)
+
+
+def test_pooling_requests_are_none_of_the_ledgers(ledger):
+    request = request_of(sampling_params=None)
+    ledger.add(request)
+    assert ledger.finish(request, [1, 2]) == (False, None)
 
 
 def test_a_second_engine_in_the_process_is_refused(files):
@@ -402,8 +402,6 @@ def test_preempted_requests_send_whole_states(stream, endpoint, verifier, monkey
 def test_a_slow_reader_pauses_the_engine_and_loses_nothing(stream, endpoint, verifier):
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    from speculators_vllm.hidden_states.connector import drain
-
     engine, outbox = stream.llm_engine, get_kv_transfer_group().courier.outbox
     prompts = prompts_of([150] * 12, seed=10)
     for i, prompt in enumerate(prompts):
@@ -437,203 +435,11 @@ def test_a_slow_reader_pauses_the_engine_and_loses_nothing(stream, endpoint, ver
 
 
 def test_drain_gives_up_where_nobody_receives(stream, endpoint):
-    from speculators_vllm.hidden_states.connector import drain
-
     prompt = {"prompt_token_ids": prompts_of([9])[0]}
     stream.generate([prompt], parameters(), use_tqdm=False)
-    with pytest.raises(SpeculatorError, match="not handed over within 0.2 s"):
+    with pytest.raises(SpeculatorError, match="not sent within 0.2 s"):
         drain(stream, timeout_s=0.2)
     with HiddenStateReceiver(endpoint, timeout_s=20) as receiver:
         assert receiver.receive().num_prompt_tokens == 9
         drain(stream)
     assert is_clean(stream)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_is_received_is_what_was_sent(dtype):
-    sent = [record(n, name=f"r{n}", dtype=dtype) for n in (2, 7, 3)]
-    with HiddenStateReceiver("tcp://127.0.0.1:*", timeout_s=10) as receiver:
-        outbox = Outbox(StreamWriter(receiver.endpoint), capacity_bytes=10**6)
-        for states in sent:
-            outbox.put(PendingStates(states, lambda: None))
-        outbox.put(Failure("id-x", "x", "out of memory"))
-        for states in sent:
-            assert_same(receiver.receive(), states)
-        with pytest.raises(SpeculatorError, match=r"id-x \(x\): out of memory"):
-            receiver.receive()
-        outbox.close(5)
-    ended = outbox.take_ended()
-    assert ended == {"id-r2": None, "id-r7": None, "id-r3": None, "id-x": "out of memory"}
-
-
-def test_garbage_is_refused_and_the_next_message_is_received():
-    good = [bytes(frame) for frame in frames_of(record())]
-    header = json.loads(good[0])
-
-    def changed(**values):
-        return [json.dumps(header | values).encode(), *good[1:]]
-
-    garbage = [
-        [b""],
-        [b"\xff\xfe", b"x"],
-        [b"[]", *good[1:]],
-        [b"{" * 70_000, *good[1:]],
-        changed(format="other"),
-        changed(pickle="x"),
-        changed(dtype="object"),
-        changed(num_tokens=4),
-        changed(num_tokens=-1),
-        changed(num_tokens=0, num_prompt_tokens=0),
-        changed(layer_ids=[1, 2, 3]),
-        changed(num_prompt_tokens=4),
-        [good[0], good[1]],
-        [*good, b""],
-        [good[0], good[2], good[1]],
-    ]
-    with HiddenStateReceiver("tcp://127.0.0.1:*", timeout_s=10) as receiver:
-        context = zmq.Context()
-        sender = context.socket(zmq.PUSH)
-        sender.connect(receiver.endpoint)
-        for frames in garbage:
-            sender.send_multipart(frames)
-            with pytest.raises(SpeculatorError, match="was refused") as refusal:
-                receiver.receive()
-            assert "\n" not in str(refusal.value)
-        sender.send_multipart(good)
-        assert receiver.receive().name == "a"
-        context.destroy(linger=0)
-        with pytest.raises(SpeculatorError, match="within 0.01 s"):
-            receiver.receive(timeout_s=0.01)
-        with pytest.raises(SpeculatorError, match="cannot be bound"):
-            HiddenStateReceiver(receiver.endpoint)
-
-
-def test_an_outbox_that_nobody_empties_closes_in_time_and_says_what_was_lost():
-    outbox = Outbox(StreamWriter("ipc:///nobody/is/here"), capacity_bytes=1000)
-    states = record(num_tokens=10)
-    assert outbox.has_room(10**9)  # alone, whatever its size
-    outbox.put(PendingStates(states, lambda: None))
-    assert outbox.in_flight_bytes == states.size_bytes
-    assert outbox.has_room(1000 - states.size_bytes)
-    assert not outbox.has_room(1001 - states.size_bytes)
-    started = time.monotonic()
-    outbox.close(0.1)
-    assert time.monotonic() - started < 2
-    assert outbox.in_flight_bytes == 0
-    assert "shut down before" in outbox.take_ended()["id-a"]
-
-
-# The copy, and the settings.
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-        ],
-    ),
-]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("parts", [1, 2])
-def test_states_are_gathered_from_scattered_blocks(device, parts, tmp_path, monkeypatch):
-    """``parts`` blocks of the cache are one of the scheduler's; two blocks are a chunk."""
-    cache = torch.randn(14, 2, 4, 8, device=device)  # [blocks, layers, block, hidden]
-    monkeypatch.setattr("speculators_vllm.hidden_states.courier.CHUNK_BYTES", 2 * cache[0].nbytes)
-    courier = Courier(cache, 4 * parts, (1, 4), FileSink(folder=tmp_path))
-    num_tokens = 4 * parts * 3 - 1
-    save = Save("id", "a", list(range(num_tokens)), 2, [5, 1, 3])
-    copied = courier.step([save], is_idle=False)
-    while not copied:
-        copied = courier.step([], is_idle=True)
-    courier.close()
-    assert copied == {"id"} and not courier.copying
-    in_cache = [b * parts + part for b in (5, 1, 3) for part in range(parts)]
-    expected = torch.cat([cache[b].transpose(0, 1) for b in in_cache])[:num_tokens].cpu()
-    assert torch.equal(read_file(tmp_path / "a.safetensors").hidden_states, expected)
-
-
-def test_a_copy_that_fails_is_reported_and_frees_its_blocks(tmp_path):
-    courier = Courier(torch.zeros(4, 2, 4, 8), 4, (1, 4), FileSink(folder=tmp_path))
-    bad, good = (Save(name, name, [1] * n, 1, [1]) for name, n in (("b", 9), ("g", 4)))
-    assert courier.step([bad, good], is_idle=False) == {"b", "g"}
-    courier.close()
-    assert list(courier.outbox.take_ended()) == ["b", "g"]
-    assert (tmp_path / "g.safetensors").exists()
-    with pytest.raises(SpeculatorError, match="must match"):
-        read_hidden_states({"name": "b", "hidden_states_path": str(tmp_path / "b.safetensors")})
-
-
-def test_what_waits_at_shutdown_is_still_sent(tmp_path):
-    sink = FileSink(folder=tmp_path, max_in_flight_bytes=1)
-    courier = Courier(torch.zeros(4, 2, 4, 8), 4, (1, 4), sink)
-    courier.outbox.has_room = lambda size_bytes: False
-    assert not courier.step([Save(f"{i}", f"{i}", [1], 1, [i]) for i in range(4)], is_idle=False)
-    del courier.outbox.has_room
-    courier.close()
-    assert len(list(tmp_path.glob("*.safetensors"))) == 4
-
-
-def test_engine_arguments_name_the_layers(verifier_folder):
-    sink = StreamSink(endpoint="tcp://127.0.0.1:5555")
-
-    def layer_ids(*given, **options):
-        arguments = engine_arguments(verifier_folder, given, sink, **options)
-        config = arguments["speculative_config"]["draft_model_config"]["hf_config"]
-        extra = json.loads(json.dumps(arguments["kv_transfer_config"]))
-        assert read_sink(extra["kv_connector_extra_config"]) == sink
-        return config["eagle_aux_hidden_state_layer_ids"]
-
-    assert layer_ids(0, 2) == [0, 2, 4]
-    assert layer_ids(2, 4) == [2, 4]
-    assert layer_ids() == [4]
-    assert layer_ids(0, 2, with_last=False) == [0, 2]
-    for wrong in ((5,), (-1,), (True,), (2, 1), (1, 1)):
-        with pytest.raises(SpeculatorError, match=r"ascending ids of 0\.\.4\.$"):
-            layer_ids(*wrong)
-    with pytest.raises(SpeculatorError, match=r"ascending ids of 0\.\.4\.$"):
-        layer_ids(with_last=False)
-
-
-def test_a_sink_is_checked():
-    for wrong in (
-        {},
-        {"kind": "stream", "endpoint": "udp://x"},
-        {"kind": "files", "folder": "/x", "endpoint": "tcp://x"},
-        {"kind": "files", "folder": "/x", "max_in_flight_bytes": 0},
-    ):
-        with pytest.raises(SpeculatorError, match="kv_connector_extra_config"):
-            read_sink(wrong)
-    assert FileSink(folder="here").folder.is_absolute()
-
-
-@pytest.mark.parametrize("name", ["a/../b", "..", "/a", "a/", "a//b", ".a", "a\n", "a b", ""])
-def test_a_name_stays_in_the_folder(name):
-    with pytest.raises(SpeculatorError, match="name: "):
-        RequestOptions.read({"name": name}, "here")
-
-
-def test_a_hostile_request_id_makes_a_safe_name(tmp_path):
-    for request_id in ("../../x", "a/b", "..", "x" * 300, "a\0b", "é"):
-        assert path_for(tmp_path, name_for(request_id)).parent == tmp_path
-    assert name_for("cmpl-1-ab") == "cmpl-1-ab"
-    assert name_for("a/b") != name_for("a_b")
-
-
-def test_requests_that_end_outside_of_the_engine_are_refused():
-    from vllm import SamplingParams
-
-    sink = FileSink(folder="x")
-    with pytest.raises(SpeculatorError, match="use `stop_token_ids`"):
-        read_request(SamplingParams(stop=["x"]), sink)
-    with pytest.raises(SpeculatorError, match="n is 2"):
-        read_request(SamplingParams(n=2), sink)
-    with pytest.raises(SpeculatorError, match="expected an object, found 'all'"):
-        read_request(SamplingParams(extra_args={"kv_transfer_params": "all"}), sink)
-    assert (
-        read_request(SamplingParams(stop=["x"], n=2), FileSink(folder="x", by_default="none"))
-        is None
-    )
