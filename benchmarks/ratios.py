@@ -1,15 +1,18 @@
-"""Rates beside rates: taken in turns, in processes of their own, printed with their targets."""
+"""Rates and their reference rates: measured in turns, printed with targets."""
 
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 from pydantic import BaseModel
 from rich.table import Table
 
 from speculators_core.console import console
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class Line(BaseModel):
@@ -19,12 +22,12 @@ class Line(BaseModel):
     unit: str
     ours: float
     beside: str
-    """What the other rate is of."""
+    """What the reference rate belongs to."""
     reference: float
     target: float | None
-    """The least that the ratio should be."""
+    """Smallest ratio that is good enough; None where any is."""
     digits: str = ".0f"
-    """How the two are written."""
+    """Format of both rates."""
 
     @property
     def ratio(self) -> float:
@@ -32,7 +35,7 @@ class Line(BaseModel):
 
 
 def print_lines(title: str, lines: Iterable[Line]) -> None:
-    """Each ratio when it has been taken, and a table of all."""
+    """Prints each ratio as soon as it is measured, and a table of all of them."""
     table = Table(title=title, title_justify="left")
     for column in ("what", "ours", "beside", "reference", "ratio", "target"):
         table.add_column(column, no_wrap=True)
@@ -49,10 +52,12 @@ def print_lines(title: str, lines: Iterable[Line]) -> None:
     console.print(table)
 
 
-def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function gives, called in a fresh process."""
+def in_process(
+    function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result:
+    """The function's result, computed in a fresh process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+        return pool.submit(function, *args, **kwargs).result()
 
 
 def alternate(runs: int, *measures: Callable[[], float]) -> list[float]:

@@ -1,52 +1,49 @@
-"""What whole training runs reach: beside another trainer's speculators, bare steps, and a store.
+"""Whole training runs compared with peers, bare steps and a store.
 
-Data are rows of this interpreter's standard library. Every training is a `speculators train` of its
-own, in its own process.
+Data are rows of this interpreter's standard library. Every training is a `speculators train` in a
+fresh process.
 """
 
 import json
+import os
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import Field
+import torch
+import yaml
+from pydantic import JsonValue
+from transformers import TrainerCallback
 
+from benchmarks.playground.corpus import read_library
 from benchmarks.ratios import Line, in_process, print_lines
-from benchmarks.training import PEERS
-from speculators_core.flags import Several
-from speculators_core.settings import Settings
+from benchmarks.training.settings import RunsBenchmarkConfig, Trainer
+from speculators_core.batch import Batch
+from speculators_core.data_generation.runs.generate import generate_data
+from speculators_core.data_generation.settings import read_plan
+from speculators_core.models.speculator import SpeculatorModel
+from speculators_core.settings import load_yaml
+from speculators_core.training.job import Job
+from speculators_core.training.rows.sources import Rows, Split, StoredExamples
+from speculators_core.training.settings import TrainingPlan
+from speculators_core.training.train import TrainReport, train
+from speculators_core.verifier.reading import read_tokenizer
 
+Sections = Mapping[str, Mapping[str, JsonValue]]
+"""Sections of a training plan."""
 LAYER_IDS = (1, 3, 4)
-OBJECTIVES: dict[str, dict[str, Any]] = {
+OBJECTIVES: dict[str, dict[str, JsonValue]] = {
     "eagle3": {"ttt_steps": 3},
     "peagle": {"num_depths": 4},
     "dflash": {},
     "mtp": {"num_steps": 3},
 }
-"""What the peers' drafts were trained for."""
-
-
-class RunsBenchmarkConfig(Settings):
-    """Of parts `peers`, `overhead` and `online`."""
-
-    trainers: Annotated[
-        tuple[Literal["equal", "ours"], ...],
-        Several,
-        Field(min_length=1),
-    ] = ("equal", "ours")
-    """Beside the peers: AdamW and their loss, and our defaults."""
-    peers: Path = PEERS
-    """Folder with a verifier, speculators for it, and acceptance.json."""
-    rows: int = Field(700, ge=10)
-    """Rows to train on."""
-    length: int = Field(1024, ge=32)
-    """Tokens of each."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several, Field(min_length=1)] = (0,)
-    """Of drafts; the first is that of the rows as well. `peers` tells the median of all."""
+"""Objectives of the peers' drafts."""
 
 
 def measure_runs(
@@ -66,11 +63,6 @@ def measure_runs(
 
 def write_data(settings: RunsBenchmarkConfig, work: Path) -> None:
     """Rows of tokens (rows.jsonl), the plan that makes states of them, and the states (states)."""
-    import yaml
-
-    from speculators_core.data_generation.runs.generate import generate_data
-    from speculators_core.data_generation.settings import read_plan
-
     rows = list(_library_rows(settings))
     random.Random(settings.seeds[0]).shuffle(rows)
     text = "".join(f"{json.dumps({'input_ids': row})}\n" for row in rows[: settings.rows])
@@ -91,9 +83,6 @@ def write_data(settings: RunsBenchmarkConfig, work: Path) -> None:
 
 def _library_rows(settings: RunsBenchmarkConfig) -> Iterator[list[int]]:
     """The library's own source but for its held-out files, in rows without gaps."""
-    from benchmarks.playground.corpus import read_library
-    from speculators_core.verifier.reading import read_tokenizer
-
     words = read_tokenizer(str(settings.peers / "verifier"))
     waiting: list[int] = []
     for file in read_library():
@@ -111,14 +100,11 @@ def _library_rows(settings: RunsBenchmarkConfig) -> Iterator[list[int]]:
 def train_draft(
     settings: RunsBenchmarkConfig,
     algorithm: str,
-    sections: Mapping[str, Mapping[str, Any]],
+    sections: Sections,
     output: Path,
-) -> dict[str, Any]:
-    """The report of a run, with its seconds; ``sections`` win over the peers' own plan."""
-    from speculators_core.training.settings import TrainingPlan
-    from speculators_core.training.train import train
-
-    base: dict[str, dict[str, Any]] = {
+) -> TrainReport:
+    """The report of a run; ``sections`` win over the peers' plan."""
+    base: dict[str, dict[str, JsonValue]] = {
         "model": {
             "algorithm": algorithm,
             "verifier": str(settings.peers / "verifier"),
@@ -130,17 +116,14 @@ def train_draft(
         "run": {"output": str(output), "seed": settings.seeds[0], "check": False},
     }
     plan = {name: {**base[name], **sections.get(name, {})} for name in base}
-    start = time.perf_counter()
-    report = train(TrainingPlan.read(plan, "benchmark"))
-    return {**report.model_dump(mode="json"), "seconds": time.perf_counter() - start}
+    return train(TrainingPlan.read(plan, "benchmark"))
 
 
 def acceptance_length(settings: RunsBenchmarkConfig, speculator: str) -> float:
-    """Of the recorded prompts, by the reference decoder; the texts must be the verifier's own."""
-    import torch
+    """Acceptance length on the recorded prompts in the reference decoder.
 
-    from speculators_core.models.speculator import SpeculatorModel
-
+    The texts must be those that the verifier was recorded to write alone.
+    """
     recorded = json.loads((settings.peers / "acceptance.json").read_text())
     draft = SpeculatorModel.from_pretrained(
         speculator, verifier=str(settings.peers / "verifier"), dtype=torch.float32
@@ -166,25 +149,27 @@ def acceptance_length(settings: RunsBenchmarkConfig, speculator: str) -> float:
 def measure_peers(
     settings: RunsBenchmarkConfig, algorithms: Sequence[str], work: Path
 ) -> Iterator[Line]:
-    """Equal draft, tokens, learning rate, loss and AdamW; then our own optimizer and loss."""
-    plans: dict[str, dict[str, dict[str, Any]]] = {
-        "equal": {"optimizer": {"name": "adamw"}},
-        "ours": {},
+    """Equal draft, tokens, learning rate, loss and AdamW; then our defaults of the last two."""
+    plans: dict[Trainer, Sections] = {"equal": {"optimizer": {"name": "adamw"}}, "ours": {}}
+    losses: dict[str, dict[str, JsonValue]] = {
+        "mtp": {"targets": "text", "attention": "independent"}
     }
-    losses: dict[str, dict[str, Any]] = {"mtp": {"targets": "text", "attention": "independent"}}
     for algorithm in algorithms:
         peer = in_process(acceptance_length, settings, str(settings.peers / algorithm))
         shape = settings.peers / algorithm / "config.json"
         for name in settings.trainers:
             loss = losses.get(algorithm, {}) if name == "equal" else {}
-            model = {"draft_config": str(shape), "objective": OBJECTIVES[algorithm] | loss}
-            sections = {**plans[name], "model": model, "data": {"store": str(work / "states")}}
+            sections: Sections = {
+                **plans[name],
+                "model": {"draft_config": str(shape), "objective": OBJECTIVES[algorithm] | loss},
+                "data": {"store": str(work / "states")},
+            }
             lengths = []
             for seed in settings.seeds:
                 output = work / f"{algorithm} {name} {seed}"
-                sections["run"] = {"seed": seed}
-                report = in_process(train_draft, settings, algorithm, sections, output)
-                lengths.append(in_process(acceptance_length, settings, report["speculator"]))
+                of_seed = {**sections, "run": {"seed": seed}}
+                report = in_process(train_draft, settings, algorithm, of_seed, output)
+                lengths.append(in_process(acceptance_length, settings, str(report.speculator)))
             yield Line(
                 what=f"{algorithm}, {name}",
                 unit="tau",
@@ -213,26 +198,21 @@ def measure_overhead(
 
 
 STEPS = 24
-"""Steps that are timed in each turn, after some that are not."""
+"""Steps of each turn; the first few are not timed."""
+
+
+class _Clock(TrainerCallback):
+    """Notes when each step ends."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self.ends.append(time.perf_counter())
 
 
 def _step_rates(settings: RunsBenchmarkConfig, work: Path, algorithm: str) -> tuple[float, float]:
     """Tokens a second of the trainer's steps and of bare ones on the same rows, in turns."""
-    import torch
-    from transformers import TrainerCallback
-
-    from speculators_core.batch import Batch
-    from speculators_core.training.job import Job
-    from speculators_core.training.rows.sources import Rows
-    from speculators_core.training.settings import TrainingPlan
-
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.ends: list[float] = []
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.ends.append(time.perf_counter())
-
     plan = TrainingPlan.read(
         {
             "model": {
@@ -248,7 +228,7 @@ def _step_rates(settings: RunsBenchmarkConfig, work: Path, algorithm: str) -> tu
         "benchmark",
     )
     plan.run.output.mkdir()
-    clock = Clock()
+    clock = _Clock()
     ours, bare = [], []
     with Job.open(plan) as job, job.watching(trainer := job.make_trainer()):
         rows = job.rows
@@ -279,26 +259,27 @@ def _step_rates(settings: RunsBenchmarkConfig, work: Path, algorithm: str) -> tu
 def measure_online(
     settings: RunsBenchmarkConfig, algorithms: Sequence[str], work: Path
 ) -> Iterator[Line]:
-    """Training while data are generated, beside the slower side alone; a thread for each side.
+    """Training while data are generated, compared with the slower side alone.
 
-    Both hold out the same rows; their losses over them are compared on the way.
+    Each side has one thread. Both trainings hold out the same rows; their losses on them are
+    compared too.
     """
     in_process(_write_online, settings, work)
+    sides: tuple[Side, ...] = ("generation", "training", "online")
     generation, training, online = (
-        in_process(_alone, what, settings, algorithms[0], work)
-        for what in ("generate", "train", "online")
+        in_process(_alone, side, settings, algorithms[0], work) for side in sides
     )
-    slower = max((generation, training), key=lambda side: side["seconds"])
+    slower = max((generation, training), key=lambda figures: figures.seconds)
     tokens = settings.rows * settings.length
     yield Line(
         what="training online",
         unit="tok/s",
-        ours=tokens / online["seconds"],
-        beside=f"{slower['what']} alone",
-        reference=tokens / slower["seconds"],
+        ours=tokens / online.seconds,
+        beside=f"{slower.side} alone",
+        reference=tokens / slower.seconds,
         target=0.9,
     )
-    for (step, ours), (_, reference) in zip(online["losses"], training["losses"], strict=True):
+    for (step, ours), (_, reference) in zip(online.losses, training.losses, strict=True):
         yield Line(
             what=f"held-out loss at step {step}, online",
             unit="",
@@ -311,6 +292,18 @@ def measure_online(
 
 
 EVALUATIONS = 4
+Side = Literal["generation", "training", "online"]
+
+
+@dataclass(frozen=True)
+class SideFigures:
+    """Time of generation, of training from a store, or of both at once."""
+
+    side: Side
+    seconds: float
+    """For all rows."""
+    losses: tuple[tuple[int, float], ...] = ()
+    """Steps and held-out losses."""
 
 
 def _num_held_out(settings: RunsBenchmarkConfig) -> int:
@@ -318,58 +311,44 @@ def _num_held_out(settings: RunsBenchmarkConfig) -> int:
 
 
 def _write_online(settings: RunsBenchmarkConfig, work: Path) -> None:
-    """A plan (online.yaml) of the same rows, those first that training from the store holds out."""
-    import yaml
-
-    from speculators_core.training.rows.sources import Split, StoredExamples
-
+    """Writes a plan (online.yaml) of the same rows; held-out ones of the store come first."""
     stored = StoredExamples(work / "states")
     split = Split.draw(stored, _num_held_out(settings), None, settings.seeds[0])
     held_out = [example.input_ids.tolist() for example in stored.read(split.held_out)]
     lines = (work / "rows.jsonl").read_text().splitlines(keepends=True)
     lines.sort(key=lambda line: json.loads(line)["input_ids"] not in held_out)
     (work / "online.jsonl").write_text("".join(lines))
-    plan = yaml.safe_load((work / "data.yaml").read_text())
+    plan = load_yaml((work / "data.yaml").read_text())
     plan["data"]["datasets"] = [{"path": str(work / "online.jsonl")}]
     (work / "online.yaml").write_text(yaml.safe_dump(plan))
 
 
-def _alone(what: str, settings: RunsBenchmarkConfig, algorithm: str, work: Path) -> dict[str, Any]:
-    """Seconds of one side, or of both together, with a thread for each process."""
-    import os
-
+def _alone(side: Side, settings: RunsBenchmarkConfig, algorithm: str, work: Path) -> SideFigures:
+    """Figures of a side while nothing else runs, with a thread for each process."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    return in_process(_run_side, what, settings, algorithm, work)
+    return in_process(_run_side, side, settings, algorithm, work)
 
 
-def _run_side(
-    what: str, settings: RunsBenchmarkConfig, algorithm: str, work: Path
-) -> dict[str, Any]:
-    from speculators_core.data_generation.runs.generate import generate_data
-    from speculators_core.data_generation.settings import read_plan
-
-    if what == "generate":
+def _run_side(side: Side, settings: RunsBenchmarkConfig, algorithm: str, work: Path) -> SideFigures:
+    if side == "generation":
         plan = read_plan(work / "data.yaml")
         sync = plan.sync.model_copy(update={"path": work / "again"})
         report = generate_data(plan.model_copy(update={"sync": sync}))
-        return {"what": "generation", "seconds": report.seconds}
-    source = (
+        return SideFigures(side, report.seconds)
+    source: dict[str, JsonValue] = (
         {"store": str(work / "states")}
-        if what == "train"
+        if side == "training"
         else {"online": str(work / "online.yaml")}
     )
     steps = int(0.9 * settings.rows) // EVALUATIONS * EVALUATIONS
-    sections: dict[str, dict[str, Any]] = {
+    sections: Sections = {
         "data": {**source, "eval_examples": _num_held_out(settings)},
         "evaluation": {"decode": False, "roll_outs": 0, "every": steps // EVALUATIONS},
         "run": {"max_steps": steps},
     }
-    train_draft(settings, algorithm, sections, work / what)
-    log = (work / what / "speculator" / "training_log.jsonl").read_text().splitlines()
+    train_draft(settings, algorithm, sections, work / side)
+    log = (work / side / "speculator" / "training_log.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in log]
     seconds = next(line["train_runtime"] for line in lines if "train_runtime" in line)
-    return {
-        "what": "training",
-        "seconds": seconds * settings.rows / steps,
-        "losses": [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line],
-    }
+    losses = tuple((line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line)
+    return SideFigures(side, seconds * settings.rows / steps, losses)

@@ -1,50 +1,47 @@
-"""How fast drafts train, and in how much memory, against the length of a packed row.
+"""Speed and memory of training steps by row length.
 
-A step is forward, loss and backward on one packed row of random
-tokens and states; the verifier is not run. Every figure comes from a process of its own.
+A step is forward, loss and backward on one packed row of random tokens and states; the verifier is
+not run. Every figure comes from a fresh process.
 """
 
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+import torch
+from pydantic import BaseModel, JsonValue
 from rich.table import Table
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.ratios import in_process
+from benchmarks.training.settings import StepsBenchmarkConfig
+from speculators_core.batch import Batch
 from speculators_core.console import console
-from speculators_core.flags import Several
-from speculators_core.settings import Settings
+from speculators_core.models.speculator import SpeculatorModel
+from speculators_core.registry import MODELS
 
-AUX_LAYER_IDS = (1, 3, 4)
+AUX_LAYER_IDS: list[JsonValue] = [1, 3, 4]
 MASK_TOKEN_ID = 3
 NUM_VERIFIER_LAYERS = 6
 ANCHOR_SHARE = 8
-"""A DFlash row has one anchor for so many tokens."""
-
-
-class StepsBenchmarkConfig(Settings):
-    """Of part `steps`: a row of random tokens."""
-
-    lengths: Annotated[
-        tuple[Annotated[int, Field(ge=16)], ...],
-        Several,
-        Field(min_length=1),
-    ] = (1024, 2048, 4096, 8192)
-    """Tokens of the packed row."""
-    hidden_size: int = Field(128, ge=64, multiple_of=64)
-    """Width of verifier and draft; heads are 32 wide, and two share their keys."""
-    vocab_size: int = Field(2048, ge=16)
-    """Of verifier and draft."""
-    documents: int = Field(1, ge=1)
-    """Documents of equal length in a row."""
-    timed: int = Field(5, ge=1)
-    """Steps that are timed, after one that is not; the median counts."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the draft and its states."""
+"""Tokens of a DFlash row for each of its anchors."""
+RECIPES: dict[str, dict[str, JsonValue]] = {
+    "eagle3": {"aux_layer_ids": AUX_LAYER_IDS},
+    "peagle": {
+        "aux_layer_ids": AUX_LAYER_IDS,
+        "mask_token_id": MASK_TOKEN_ID,
+        "speculative_tokens": 4,
+    },
+    "dflash": {
+        "aux_layer_ids": AUX_LAYER_IDS,
+        "mask_token_id": MASK_TOKEN_ID,
+        "num_layers": 2,
+        "block_size": 8,
+    },
+    "mtp": {},
+}
 
 
 class StepFigures(BaseModel):
@@ -55,7 +52,7 @@ class StepFigures(BaseModel):
     seconds: float
     """Median of the timed steps."""
     peak_bytes: int
-    """Memory beyond that of model and batch, at most."""
+    """Largest memory beyond that of model and batch."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -63,7 +60,7 @@ class StepFigures(BaseModel):
 
 
 def measure_steps(settings: StepsBenchmarkConfig, algorithms: Sequence[str]) -> None:
-    """Prints training steps of each draft at each row length."""
+    """Prints a table of each draft's steps at each row length."""
     table = Table(title="training step", title_justify="left")
     for column in ("draft", "tokens", "tok/s", "peak MiB", "time grows", "memory grows"):
         table.add_column(column, no_wrap=True)
@@ -94,13 +91,11 @@ def _growth(name: str, before: StepFigures | None, after: StepFigures) -> str:
 
 
 def measure(settings: StepsBenchmarkConfig, algorithm: str, length: int) -> StepFigures:
-    """Figures from a fresh process, so that no peak hides behind an earlier one."""
+    """Figures from a fresh process, since an earlier peak would hide a lower one."""
     return in_process(_measure_here, settings, algorithm, length)
 
 
 def _measure_here(settings: StepsBenchmarkConfig, algorithm: str, length: int) -> StepFigures:
-    import torch
-
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, settings.dtype)
@@ -123,9 +118,7 @@ def _measure_here(settings: StepsBenchmarkConfig, algorithm: str, length: int) -
     return StepFigures(algorithm=algorithm, length=length, seconds=seconds, peak_bytes=peak_bytes)
 
 
-def _memory_bytes(device: Any, peak: bool) -> int:
-    import torch
-
+def _memory_bytes(device: torch.device, peak: bool) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
     # Not `ru_maxrss`: a process begins with that of the one which started it.
@@ -136,15 +129,13 @@ def _memory_bytes(device: Any, peak: bool) -> int:
 
 
 def _prepare(
-    settings: StepsBenchmarkConfig, algorithm: str, length: int, device: Any, dtype: Any
-) -> tuple[Any, Any, dict[str, Any]]:
-    """A fresh draft, a packed row, and what its forward takes beside the row."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    from speculators_core.batch import Batch
-    from speculators_core.registry import MODELS
-
+    settings: StepsBenchmarkConfig,
+    algorithm: str,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[SpeculatorModel, Batch, Mapping[str, object]]:
+    """A new draft, a packed row, and the other arguments of its forward."""
     hidden, vocab = settings.hidden_size, settings.vocab_size
     config = Qwen3Config(
         vocab_size=vocab,
@@ -156,29 +147,14 @@ def _prepare(
         head_dim=32,
         max_position_embeddings=2 * length,
     )
-    recipes: dict[str, dict[str, Any]] = {
-        "eagle3": {"aux_layer_ids": AUX_LAYER_IDS},
-        "peagle": {
-            "aux_layer_ids": AUX_LAYER_IDS,
-            "mask_token_id": MASK_TOKEN_ID,
-            "speculative_tokens": 4,
-        },
-        "dflash": {
-            "aux_layer_ids": AUX_LAYER_IDS,
-            "mask_token_id": MASK_TOKEN_ID,
-            "num_layers": 2,
-            "block_size": 8,
-        },
-        "mtp": {},
-    }
-    objectives: dict[str, dict[str, Any]] = {
+    objectives: dict[str, dict[str, JsonValue]] = {
         "eagle3": {"ttt_steps": 3},
         "peagle": {"num_depths": 4, "max_anchors": None},
         "dflash": {"max_anchors": max(1, length // ANCHOR_SHARE)},
         "mtp": {"num_steps": 3},
     }
     model = MODELS.load(algorithm).from_training_args(
-        config, verifier=Qwen3ForCausalLM(config).to(device, dtype), **recipes[algorithm]
+        config, verifier=Qwen3ForCausalLM(config).to(device, dtype), **RECIPES[algorithm]
     )
     kwargs, _ = model.get_trainer_kwargs(**objectives[algorithm])
     rows = torch.arange(length, device=device)

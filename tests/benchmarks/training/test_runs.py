@@ -3,8 +3,10 @@ import json
 import pytest
 
 from benchmarks.training import runs as training_runs
-from benchmarks.training.runs import RunsBenchmarkConfig, train_draft, write_data
+from benchmarks.training.runs import train_draft, write_data
+from benchmarks.training.settings import RunsBenchmarkConfig
 from speculators_core.training.rows.sources import Split, StoredExamples
+from speculators_core.training.train import TrainReport
 from tests.data import INTEROP
 
 
@@ -36,7 +38,7 @@ def test_a_run_ends_with_a_speculator_that_can_be_measured(settings, work, tmp_p
         },
         tmp_path / "run",
     )
-    assert report["steps"] == 12 and report["seconds"] > 0
+    assert report.steps == 12 and report.speculator == tmp_path / "run" / "speculator"
 
 
 def test_trainer_and_bare_steps_are_timed_in_turns(settings, work, monkeypatch):
@@ -61,7 +63,7 @@ def test_beside_a_peer_stands_the_median_of_the_seeds(settings, monkeypatch, tmp
     def answer(function, *arguments):
         if function is train_draft:
             _, _, sections, _ = arguments
-            return {"speculator": f"seed {sections['run']['seed']}"}
+            return TrainReport(speculator=f"seed {sections['run']['seed']}", steps=1)
         return {"seed 4": 1.0, "seed 5": 3.0, "seed 6": 2.0}.get(arguments[-1], 1.6)
 
     monkeypatch.setattr(training_runs, "in_process", answer)

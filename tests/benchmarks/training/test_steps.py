@@ -4,8 +4,9 @@ import sys
 import pytest
 
 from benchmarks.training import steps as training_steps
-from benchmarks.training.parts import TrainingBenchmarkConfig, run
-from benchmarks.training.steps import StepFigures, StepsBenchmarkConfig, measure
+from benchmarks.training.parts import run
+from benchmarks.training.settings import StepsBenchmarkConfig, TrainingBenchmarkConfig
+from benchmarks.training.steps import StepFigures, measure
 from speculators_core.console import console
 
 
