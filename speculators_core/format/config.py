@@ -370,9 +370,8 @@ class SpeculatorModelConfig(PretrainedConfig):
 
 def own_fields(config_class: type[SpeculatorModelConfig]) -> list[str]:
     """The keys of a speculator's config, without those that every Transformers config has."""
-    classes = [c for c in config_class.__mro__ if issubclass(c, SpeculatorModelConfig)]
-    names = [name for c in reversed(classes) for name in c.__dict__.get("__annotations__", {})]
-    return list(dict.fromkeys(n for n in names if n not in PretrainedConfig.__annotations__))
+    names = (field.name for field in fields(config_class))
+    return [name for name in names if name not in PretrainedConfig.__annotations__]
 
 
 _SCHEMAS: dict[type, type[BaseModel]] = {}

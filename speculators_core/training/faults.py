@@ -1,22 +1,23 @@
-"""Names what stands behind a loss or a gradient that is not finite."""
+"""Finds the cause of a loss or gradient that is not finite."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-LOWER_RATE = "The data are finite: try a lower optimizer.learning_rate."
+from speculators_core.training.rows.sources import PackedRow
+
+LOWER_RATE = "The data are finite. Lower optimizer.learning_rate."
 
 
 def find_fault(
-    batches: Sequence[Mapping[str, Any]],
+    batches: Sequence[PackedRow],
     losses: Sequence[Tensor],
     keys_of: Callable[[int], list[str]],
 ) -> str | None:
-    """The batch of this process's step whose loss is not finite, and what in its data is not.
+    """The first batch of this process's step that has a fault: in its data, or in its loss alone.
 
-    ``keys_of`` gives the keys of a row.
+    ``keys_of`` returns the keys of a row.
     """
     for batch, loss in zip(batches, losses, strict=False):
         name = _name(batch, keys_of)
@@ -30,14 +31,17 @@ def find_fault(
 def describe_no_fault(
     gradient_norm: float,
     ranks: Sequence[int],
-    batches: Sequence[Mapping[str, Any]],
+    batches: Sequence[PackedRow],
     keys_of: Callable[[int], list[str]],
 ) -> str:
-    """Why a step failed whose batches here are without fault; ``ranks`` found one in theirs."""
+    """Why a step failed although the batches of this rank have no fault.
+
+    ``ranks`` are those that found a fault in theirs.
+    """
     if ranks:
         return (
-            f"the loss is not finite on rank {', '.join(map(str, ranks))}, whose error says of "
-            "which row."
+            f"the loss is not finite on rank {', '.join(map(str, ranks))}, whose error names the "
+            "row."
         )
     named = "; ".join(_name(batch, keys_of) for batch in batches)
     return (
@@ -46,7 +50,7 @@ def describe_no_fault(
     )
 
 
-def _find_in_data(batch: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+def _find_in_data(batch: PackedRow, keys: Sequence[str]) -> str | None:
     """The first token whose states are not finite."""
     for what in ("aux_hidden_states", "last_hidden_states"):
         states = batch.get(what)
@@ -60,16 +64,16 @@ def _find_in_data(batch: Mapping[str, Any], keys: Sequence[str]) -> str | None:
         example = repr(keys[document]) if 0 <= document < len(keys) else f"number {document}"
         return (
             f"{what} of token {int(position)} of example {example} are not finite. Generate that "
-            "example anew, or leave it out"
+            "example again, or leave it out"
         )
     return None
 
 
-def _row(batch: Mapping[str, Any]) -> int:
+def _row(batch: PackedRow) -> int:
     return int(batch["row"][0]) if "row" in batch else -1
 
 
-def _name(batch: Mapping[str, Any], keys_of: Callable[[int], list[str]]) -> str:
+def _name(batch: PackedRow, keys_of: Callable[[int], list[str]]) -> str:
     """``row 7 (examples '0/3' to '0/9')``."""
     row = _row(batch)
     keys = keys_of(row)

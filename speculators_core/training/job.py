@@ -244,7 +244,7 @@ class Job:
             keep=plan.run.keep,
             train_dataset=self.rows,
             eval_dataset=self.eval_rows,
-            optimizers=(make(draft, rate, decay), None),
+            optimizer=make(draft, rate, decay),
         )
 
     @cached_property

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl
@@ -24,20 +24,22 @@ from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.training.evaluation import name_teacher_forced
 from speculators_core.training.faults import describe_no_fault, find_fault
 from speculators_core.training.metrics import WeightedMeans
+from speculators_core.training.rows.sources import PackedRow, Rows, Stream
 from speculators_core.training.sharding import gather_draft, is_sharded
 from speculators_core.training.states import state as saved
 from speculators_core.training.states.state_folder import rotate_states
+from speculators_core.training.trainer_points import check_trainer
 from speculators_core.training.watch import Interrupted
 
-REPEATS = "repeats"
-"""Key of a batch that another rank has too."""
+REPEATED = "repeated"
+"""Key that marks a batch which another rank trains on too."""
 
 
 class SpeculatorTrainer(Trainer):
-    """Trains a speculator; the loss is the algorithm's own.
+    """Trains a speculator with the loss of its algorithm.
 
-    Batches count by the tokens that they train, over accumulation steps and ranks. A gradient that
-    is not finite ends the run before it reaches a weight.
+    Batches are weighted by the tokens that they train, over accumulation steps and ranks. A
+    gradient that is not finite ends the run before any weight changes.
     """
 
     control: TrainerControl
@@ -47,29 +49,45 @@ class SpeculatorTrainer(Trainer):
         model: SpeculatorModel,
         args: TrainingArguments,
         *,
-        train_kwargs: Mapping[str, Any],
-        eval_kwargs: Mapping[str, Any],
+        train_kwargs: Mapping[str, object],
+        eval_kwargs: Mapping[str, object],
+        train_dataset: Rows | Stream,
+        eval_dataset: Sequence[Batch],
+        optimizer: Optimizer,
         measure: Callable[[SpeculatorModel], dict[str, float]] | None = None,
         keep: int = 1,
-        **kwargs: Any,  # Trainer's own, passed on as they are
     ):
-        """``train_kwargs`` and ``eval_kwargs`` are what `SpeculatorModel.get_trainer_kwargs` gives:
-        they go to the model's ``forward``.
+        """``train_kwargs`` and ``eval_kwargs`` are what `SpeculatorModel.get_trainer_kwargs`
+        returns; they are passed to the model's ``forward``.
 
-        ``measure`` gives more figures at each evaluation, of a draft that is whole on each rank;
-        ``acceptance_length`` among them tells the best state. ``keep``: saved states, beside it.
+        ``measure`` returns further figures at each evaluation, of a draft that is whole on each
+        rank; its ``acceptance_length`` decides which state is the best. ``keep``: saved states to
+        keep, beside the best.
+
+        Raises:
+            SpeculatorError: the draft cannot be trained as it is, or the installed Transformers
+                lacks what training needs.
         """
         SpeculatorModel.verify_training_compatible(model)
         if args.train_batch_size != 1 or args.eval_batch_size != 1:
             raise SpeculatorError(
                 f"batch sizes {args.train_batch_size} and {args.eval_batch_size}, expected 1: a "
-                "batch is one packed row. Several GPUs take one process each (torchrun)."
+                "batch is one packed row. Start one process for each GPU with torchrun."
             )
-        super().__init__(model, args, data_collator=_only, **kwargs)
+        check_trainer(is_sharded(model))
+        super().__init__(
+            model,
+            args,
+            data_collator=_only,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            optimizers=(optimizer, None),
+        )
         self.remove_callback(PrinterCallback)
-        # Transformers then leaves placement and the sum of gradients to the model's own shards.
-        self.is_distributed_loading_by_transformers |= is_sharded(model)
-        self.model_accepts_loss_kwargs = True  # compute_loss weighs batches; Trainer must not
+        if is_sharded(model):
+            # Transformers then leaves placement and the sum of gradients to the model's shards.
+            self.is_distributed_loading_by_transformers = True
+        self.model_accepts_loss_kwargs = True  # compute_loss weights batches; Trainer must not
         self.speculator = model
         self.train_kwargs = train_kwargs
         self.eval_kwargs = eval_kwargs
@@ -78,22 +96,22 @@ class SpeculatorTrainer(Trainer):
         self.was_interrupted = False
         """While it waited for a row."""
         self._saved_step = 0
-        """Of the newest state; before the first step there is nothing to save."""
+        """Step of the newest state; before the first step there is nothing to save."""
         self._means = WeightedMeans()
-        self._step_batches: list[dict[str, Any]] = []
+        self._step_batches: list[PackedRow] = []
         self._step_losses: list[Tensor] = []
         model.move_verifier(self.args.device)
 
     def get_train_dataloader(self) -> DataLoader:
-        """A stream is each process's own; rows with numbers are split over the processes."""
+        """Each process has a stream for itself; numbered rows are split over the processes."""
         if isinstance(self.train_dataset, IterableDataset):
             return DataLoader(self.train_dataset, batch_size=1, collate_fn=_only)
         return super().get_train_dataloader()
 
-    def _run_epoch(self, **kwargs: Any) -> None:  # Trainer's own
-        """Nothing where the run is over: Trainer takes a step before it looks.
+    def _run_epoch(self, **kwargs: object) -> None:
+        """Does nothing where the run is over, since Trainer takes a step before it looks.
 
-        Where a row does not come any more the run is stopped, and saved if it was interrupted.
+        Stops the run when no more rows come, and saves it if it was interrupted.
         """
         if self.control.should_training_stop:
             return
@@ -111,30 +129,28 @@ class SpeculatorTrainer(Trainer):
     # ---- the loss ----
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], Tensor]:
+        self, epoch_iterator: Iterator[PackedRow], num_batches: int, device: torch.device
+    ) -> tuple[list[PackedRow], Tensor]:
         """The batches of one optimizer step, and how many tokens they train over all ranks.
 
-        All their tokens but padding are added to the state's. An epoch ends at the same step on all
-        ranks: who lacks a row for that repeats one, which counts for nothing.
+        Their tokens without padding are added to the state's. An epoch ends at the same step on all
+        ranks: a rank that lacks a row for it repeats one, which has no weight.
 
         Raises:
-            Interrupted: a rank was, while it waited for a row; all raise it.
-            _OutOfRows: a rank has no row; all raise it.
+            Interrupted: a rank was interrupted while it waited for a row; all ranks raise it.
+            _OutOfRows: a rank has no row; all ranks raise it.
         """
-        batches: list[dict[str, Any]] = []
+        batches: list[PackedRow] = []
         is_interrupted = False
         try:
             batches = list(islice(epoch_iterator, num_batches))
         except Interrupted:
             is_interrupted = True
         if batches and self._ends_with_repeat():
-            batches[-1] = {**batches[-1], REPEATS: True}
+            batches[-1] = {**batches[-1], REPEATED: torch.tensor(True)}
         ends = torch.tensor([not batches, is_interrupted], device=device)
-        told = torch.cat([_count_tokens(batches, device), ends])[None]
-        if self.args.world_size > 1:
-            told = self.accelerator.gather(told)
-        num_trained, num_real, num_without, num_interrupted = told.sum(0)
+        counts = self._gathered(torch.cat([_count_tokens(batches, device), ends]))
+        num_trained, num_real, num_without, num_interrupted = counts.sum(0)
         if num_interrupted:
             raise Interrupted
         if num_without:
@@ -143,8 +159,13 @@ class SpeculatorTrainer(Trainer):
         self.state.num_input_tokens_seen += int(num_real)
         return batches, num_trained
 
+    def _gathered(self, counts: Tensor) -> Tensor:
+        """One row a rank."""
+        rows = counts[None]
+        return self.accelerator.gather(rows) if self.args.world_size > 1 else rows
+
     def _ends_with_repeat(self) -> bool:
-        """Whether accelerate repeats the last row that was given to this rank."""
+        """Whether accelerate repeats the last row that this rank got."""
         if not self.accelerator.gradient_state.end_of_dataloader:
             return False
         remainder = len(self.train_dataset) % self.args.world_size
@@ -153,14 +174,14 @@ class SpeculatorTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: PackedRow,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The batch's loss; in an optimizer step, its share by trained tokens.
 
-        Batches of few tokens count little, on whatever rank they are; the ranks' gradients are
-        averaged afterwards, hence their number as a factor.
+        Batches of few tokens count little, on whatever rank they are. The gradients of the ranks
+        are averaged afterwards, hence the number of ranks as a factor.
         """
         batch = self._batch(inputs)
         kwargs = self.train_kwargs if model.training else self.eval_kwargs
@@ -173,13 +194,17 @@ class SpeculatorTrainer(Trainer):
             loss = loss * share * self.args.world_size
         return (loss, metrics) if return_outputs else loss
 
-    def _batch(self, inputs: Mapping[str, Any]) -> Batch:
-        tensors = {name: t for name, t in inputs.items() if name not in ("row", REPEATS)}
-        dtype = torch.bfloat16 if self.args.bf16 else self.speculator.dtype
-        return Batch(**tensors).to(dtype=dtype)
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the states that the draft reads."""
+        return torch.bfloat16 if self.args.bf16 else self.speculator.dtype
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Raises SpeculatorError where a gradient is not finite, and says of which batch."""
+    def _batch(self, inputs: PackedRow) -> Batch:
+        tensors = {name: t for name, t in inputs.items() if name not in ("row", REPEATED)}
+        return Batch(**tensors).to(dtype=self._dtype)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: float | Tensor | None = None) -> float:
+        """Raises SpeculatorError, which names the batch, where a gradient is not finite."""
         found = super()._get_grad_norm(model, grad_norm)
         norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
         if not math.isfinite(norm):
@@ -187,26 +212,28 @@ class SpeculatorTrainer(Trainer):
         return norm
 
     def _raise_fault(self, norm: float) -> None:
-        """All ranks come here, and those without a fault of their own name the others."""
-        keys_of = getattr(self.train_dataset, "keys_of", _no_keys)
+        """All ranks call it; those that have no fault themselves name the ranks that have one."""
+        keys_of = self.train_dataset.keys_of
         fault = find_fault(self._step_batches, self._step_losses, keys_of)
-        has_fault = torch.tensor([int(fault is not None)], device=self.args.device)
-        if self.args.world_size > 1:
-            has_fault = self.accelerator.gather(has_fault)
-        ranks = has_fault.nonzero().flatten().tolist()
+        has_fault = torch.tensor(int(fault is not None), device=self.args.device)
+        ranks = self._gathered(has_fault).nonzero().flatten().tolist()
         others = describe_no_fault(norm, ranks, self._step_batches, keys_of)
         raise SpeculatorError(f"step {self.state.global_step + 1}: {fault or others}")
 
     # ---- evaluation ----
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Sequence[Batch] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Losses and teacher-forced figures over held-out rows, and what ``measure`` finds.
+        """Losses and teacher-forced figures over held-out rows, and the figures of ``measure``.
 
-        Rows are split over the ranks, those of a stream are each rank's own. Each has as many
-        passes, those too many without weight. Random generators go on as if there had been none.
-        Where it is interrupted the run is saved and stopped, and goes on with it.
+        Rows are split over the ranks; of a stream each rank has rows of its own. All ranks make the
+        same number of passes, surplus ones without weight. Random generators are left unchanged.
+        An evaluation that is interrupted is made up for when the run, saved and stopped here, is
+        resumed.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         start, model = time.monotonic(), self.model_wrapped
@@ -233,29 +260,27 @@ class SpeculatorTrainer(Trainer):
         )
         return metrics
 
-    def _evaluate_rows(self, model: nn.Module, rows: Any) -> dict[str, float]:
+    def _evaluate_rows(self, model: nn.Module, rows: Sequence[Batch]) -> dict[str, float]:
         means, world, rank = WeightedMeans(), self.args.world_size, self.args.process_index
         is_own = isinstance(self.train_dataset, IterableDataset)
         numbers = range(len(rows)) if is_own else range(rank, len(rows), world)
         for turn in range(self._most_turns(len(numbers), has_rows=len(rows) > 0)):
             number = numbers[turn] if turn < len(numbers) else len(rows) - 1
-            batch = self._batch(self._prepare_inputs(_only([rows[number]])))
-            with self.compute_loss_context_manager():
+            batch = rows[number].to(self._dtype, self.args.device)
+            with self.accelerator.autocast():
                 _, loss, metrics = model(batch, **self.eval_kwargs)
             weight = batch.loss_mask.sum() * (turn < len(numbers))
             means.add({"loss": loss, **name_teacher_forced(metrics)}, weight)
         return means.take()
 
     def _most_turns(self, turns: int, has_rows: bool) -> int:
-        """Of all ranks; none where a rank has no row to take part with."""
-        told = torch.tensor([[turns, not has_rows]], device=self.args.device)
-        if self.args.world_size > 1:
-            told = self.accelerator.gather(told)
-        most, num_without = told[:, 0].max(), told[:, 1].sum()
+        """The most that a rank has; none where a rank has no row to take part with."""
+        counts = self._gathered(torch.tensor([turns, not has_rows], device=self.args.device))
+        most, num_without = counts[:, 0].max(), counts[:, 1].sum()
         return 0 if num_without else int(most)
 
     def _note_best(self, found: Mapping[str, float]) -> None:
-        """A longer acceptance length is better; of equal ones that of the lower loss."""
+        """A longer acceptance length is better; between equal ones the lower loss is."""
         if "acceptance_length" not in found:
             return
         score = [found["acceptance_length"], -found.get("loss", 0.0)]
@@ -265,13 +290,16 @@ class SpeculatorTrainer(Trainer):
             self.control.should_save = self.is_in_train
 
     def whole_draft(self) -> SpeculatorModel:
-        """The draft as it is now, whole on each rank, with its verifier; every rank calls it."""
+        """The draft with its present weights, whole on each rank, with its verifier.
+
+        Every rank calls it.
+        """
         return gather_draft(self.speculator) if is_sharded(self.speculator) else self.speculator
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the tokens so far, and to a loss the teacher-forced figures since the last one.
 
-        Of the summary at the end only the times stay: its loss is of this process's steps alone.
+        Only the times of the summary at the end are kept: its loss covers this process alone.
         """
         if "loss" in logs:
             logs |= self._means.take()
@@ -282,7 +310,7 @@ class SpeculatorTrainer(Trainer):
 
     # ---- saved states ----
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         run, step = Path(self.args.output_dir), self.state.global_step
         self._saved_step = step
         saved.write_state(
@@ -296,8 +324,10 @@ class SpeculatorTrainer(Trainer):
         if self.args.should_save:
             rotate_states(run, self.keep, self.state.best_global_step)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Weights come with the optimizer, when it has been made."""
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Weights are read together with the optimizer, when it exists."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -313,11 +343,13 @@ class SpeculatorTrainer(Trainer):
         if checkpoint is not None:
             saved.restore_rng(Path(checkpoint), self.args.process_index, self.args.world_size)
 
-    def _save(self, output_dir: str | Path | None = None, state_dict: Any = None) -> None:
-        """The checkpoint alone: Trainer would add its arguments as a pickle."""
+    def _save(
+        self, output_dir: str | Path | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        """Saves the checkpoint alone: Trainer would add its arguments as a pickle."""
         self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+    def floating_point_ops(self, inputs: PackedRow) -> int:
         return 0
 
 
@@ -326,27 +358,23 @@ class _OutOfRows(Exception):
 
 
 def _count_tokens(
-    batches: Sequence[Mapping[str, Any]], device: torch.device
+    batches: Sequence[PackedRow], device: torch.device
 ) -> Int64[Tensor, "trained_and_all"]:
-    """Those that are trained and all but padding, without rows that repeat."""
+    """Tokens that are trained, and all without padding; repeated rows are left out."""
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     for batch in batches:
-        if REPEATS not in batch:
+        if REPEATED not in batch:
             is_real = batch["document_ids"] != PADDING
             counts += torch.stack([batch["loss_mask"].sum(), is_real.sum()]).to(device)
     return counts
 
 
-def _num_trained(inputs: Mapping[str, Any]) -> Tensor:
+def _num_trained(inputs: PackedRow) -> Tensor:
     """Tokens of a batch that count in its step."""
-    return inputs["loss_mask"].sum() * (REPEATS not in inputs)
+    return inputs["loss_mask"].sum() * (REPEATED not in inputs)
 
 
-def _no_keys(row: int) -> list[str]:
-    return []
-
-
-def _only(rows: Sequence[Any]) -> dict[str, Tensor]:
-    """A row as it is: a batch has one."""
+def _only(rows: Sequence[PackedRow]) -> PackedRow:
+    """The batch of one row."""
     (row,) = rows
-    return row if isinstance(row, dict) else dict(vars(row))
+    return row

@@ -1,4 +1,5 @@
 import json
+from typing import ClassVar
 
 import pytest
 from transformers import LlamaConfig
@@ -8,6 +9,7 @@ from speculators_core.format.config import (
     SpeculatorModelConfig,
     SpeculatorsConfig,
     VerifierConfig,
+    own_fields,
     reload_and_populate_models,
 )
 from speculators_core.format.proposals import (
@@ -39,6 +41,13 @@ def test_written_config_means_what_was_read(tmp_path):
         read.pop(informational), written.pop(informational)
     assert written == read
     assert "model_type" not in written and "auto_map" not in written
+
+
+def test_variable_of_the_class_is_no_key():
+    class Config(Eagle3SpeculatorConfig):
+        is_known: ClassVar[bool] = True
+
+    assert own_fields(Config) == own_fields(Eagle3SpeculatorConfig)
 
 
 def test_configs_are_equal_by_value():

@@ -11,6 +11,7 @@ from speculators_core.batch import Batch
 from speculators_core.errors import SpeculatorError
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.training.optimizers import MuonAdamW
+from speculators_core.training.rows.sources import Rows
 from speculators_core.training.trainer import SpeculatorTrainer, _OutOfRows
 from speculators_core.training.watch import Interrupted
 from tests.conftest import SMALL_RECIPES, make_batch, make_draft, make_eagle3, pack_texts
@@ -21,6 +22,20 @@ def make_rows(verifier, num=12):
     generator = torch.Generator().manual_seed(4)
     texts = torch.randint(3, 96, (num, 2, 20), generator=generator)
     return [pack_texts(verifier, [{"input_ids": text} for text in row]) for row in texts]
+
+
+class InMemory(Rows):
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, row):
+        return {**vars(self.batches[row]), "row": torch.tensor([row])}
+
+    def keys_of(self, row):
+        return []
 
 
 def make_trainer(model, folder, **arguments):
@@ -40,9 +55,9 @@ def make_trainer(model, folder, **arguments):
         ),
         train_kwargs=kwargs,
         eval_kwargs=eval_kwargs,
-        train_dataset=make_rows(model.verifier),
+        train_dataset=InMemory(make_rows(model.verifier)),
         eval_dataset=make_rows(model.verifier, 2),
-        optimizers=(MuonAdamW(model, 5e-3), None),
+        optimizer=MuonAdamW(model, 5e-3),
     )
 
 

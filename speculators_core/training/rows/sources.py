@@ -28,6 +28,9 @@ MAX_EVAL_SHARE = 0.1
 REMEMBERED_ROWS = 256
 """Rows of a stream whose examples can still be named."""
 
+PackedRow = dict[str, Tensor]
+"""The fields of a `Batch`, and ``row``, its number."""
+
 
 class Examples(Protocol):
     """Examples by number."""
@@ -150,7 +153,7 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
+    def __getitem__(self, row: int) -> PackedRow:
         examples = self.examples.read(self.rows[row])
         return {**vars(self.layout.pack(examples)), "row": torch.tensor([row])}
 
@@ -235,10 +238,10 @@ class Stream(IterableDataset):
         self._held_out_keys = {example.key for example in self.held_out}
         self._rows = self._endless_rows()
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[PackedRow]:
         return self._rows
 
-    def _endless_rows(self) -> Iterator[dict[str, Tensor]]:
+    def _endless_rows(self) -> Iterator[PackedRow]:
         for number in count(1):
             num_before = self._num_rows
             for examples in self._rows_of_pass():
