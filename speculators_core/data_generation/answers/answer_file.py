@@ -7,6 +7,7 @@ answers.jsonl.log                how it came along
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -81,7 +82,9 @@ class AnswerFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._opened.close()
+        with self._opened, _told(self.path):
+            for file in (self._kept, self._aside):
+                os.fsync(file.fileno())
 
 
 @contextmanager
@@ -97,7 +100,7 @@ def beside(path: Path, what: str) -> Path:
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[str]:
-    """Keys of the lines; a last line that was not finished is removed.
+    """Keys of the lines; a last line that was not finished is removed, and what follows zeros.
 
     Raises:
         SpeculatorError: a line is none of ours.
@@ -105,7 +108,7 @@ def _whole_lines(file: BinaryIO) -> Iterator[str]:
     end = 0
     with open(file.name, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") or b"\0" in line:  # zeros: after a power cut
                 break
             try:
                 yield _Line.model_validate_json(line).key

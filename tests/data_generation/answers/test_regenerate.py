@@ -536,7 +536,7 @@ def test_a_killed_run_goes_on_to_the_same_file(run, server):
         os.kill(process.pid, signal.SIGKILL)
     whole = output.read_bytes()
     assert undisturbed.startswith(whole) and whole != undisturbed
-    output.write_bytes(undisturbed[: len(whole) + 30])
+    output.write_bytes(undisturbed[: len(whole) + 30] + bytes(50) + b"\nzeros of a power cut")
     server.bodies.clear()
     run.output = output
     report = run(None, server.url, resume=True)
