@@ -106,10 +106,11 @@ def _records(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _table(settings: type[BaseModel], prefix: str = "") -> str:
-    rows = ["| option | type | default | meaning |", "|---|---|---|---|"]
+    rows = ["| option | meaning |", "|---|---|"]
     for name, field in settings.model_fields.items():
-        default = "**required**" if field.is_required() else _default(field)
-        cells = (f"`{prefix}{name}`", _type(field), default, _prose(field.description))
+        default = "required" if field.is_required() else f"default {_default(field)}"
+        option = f"`{prefix}{name}`<br><small>{_type(field)}; {default}</small>"
+        cells = (option, _prose(field.description))
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(rows) if len(rows) > 2 else "No options."
 

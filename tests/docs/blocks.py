@@ -145,11 +145,14 @@ def commands_of(block: Block, folder: Path) -> list[list[str]]:
     return commands
 
 
-def environment() -> dict[str, str]:
-    """Of a block that is run: the commands of this environment, no network."""
+def environment(language: str) -> dict[str, str]:
+    """Of a block that is run: the commands of this environment, no network, few processes."""
     scripts = Path(sys.executable).parent
-    return os.environ | {
+    found = os.environ | {
         "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
     }
+    if language == "bash":  # commands choose for themselves, and servers need several
+        del found["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    return found
