@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from docs.generated import ROOT, file_table, first_line, pages, source_files
+from speculators_core.errors import Cause
 from speculators_core.registry import COMMANDS, MODELS
 
 LONG_FIRST_LINES = (Path(__file__).parent / "long_first_lines.txt").read_text().split()
@@ -54,3 +56,11 @@ def test_every_file_is_described_in_under_ten_words():
         assert purpose, f"{place} has no docstring"
         if place.as_posix() not in LONG_FIRST_LINES:
             assert len(purpose.split()) < 10, f"{place}: {purpose}"
+
+
+def test_every_cause_of_check_has_its_diagnosis():
+    page = (ROOT / "docs/reference/diagnoses.md").read_text()
+    for cause in get_args(Cause):
+        section = page.partition(f"\n## {cause}\n")[2].partition("\n## ")[0]
+        for part in ("**Symptom.**", "**Example.**", "**Remedy.**"):
+            assert part in section, f"{cause}: {part}"
