@@ -140,6 +140,10 @@ def run(block: Block, folder: Path) -> None:
     script.write_text(block.small_text)
     last = block.small_text if block.language == "bash" else str(script)
     done = subprocess.run(
-        [*program, last], cwd=folder, env=environment(block.language), capture_output=True, text=True
+        [*program, last],
+        cwd=folder,
+        env=environment(block.language),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, f"{block.place}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
