@@ -1,8 +1,14 @@
-"""The command line: one function a command, each found through the group `speculators.commands`."""
+"""The command line: every command of the group `speculators.commands`."""
 
+import ast
+import importlib.util
+import json
+import re
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import cyclopts
@@ -13,37 +19,44 @@ from speculators_core import console
 from speculators_core.errors import SpeculatorError, first_fault
 from speculators_core.registry import COMMANDS
 
+DISTRIBUTION = "speculators-vllm"
 ERROR_EXIT = 2
 FAULT_EXIT = 3
 """A fault of ours, with its traceback."""
 
+NEGATIVE = re.compile(r"--no[-_](?P<section>\w[\w.-]*)\.(?P<switch>[\w-]+)")
+
 
 def app() -> cyclopts.App:
     """Every installed command; a command's module is imported when it is called."""
-    commands = cyclopts.App(
+    commands = _app(
         name="speculators",
         help="Train, check and serve speculators for speculative decoding.",
-        version_flags=["--version"],
-        error_console=_stderr(),
-        error_formatter=_one_line,
+        version=lambda: version(DISTRIBUTION),
     )
     for name in COMMANDS.names():
-        commands.command(COMMANDS.path(name), name=name)
+        path = COMMANDS.path(name)
+        commands.command(path, name=name, help=_docstring(path))
     return commands
 
 
-def _stderr() -> Console:
-    return Console(stderr=True, soft_wrap=True)
+def _app(**options: Any) -> cyclopts.App:
+    errors = Console(stderr=True, soft_wrap=True)
+    return cyclopts.App(
+        error_console=errors, error_formatter=_one_line, config=_read_keys, **options
+    )
 
 
-def _one_line(error: Exception) -> str:
-    """A wrong flag or value; pydantic's complaint where it judged."""
-    cause = error.__cause__
-    text = first_fault(cause) if isinstance(cause, ValidationError) else str(error)
-    if isinstance(error, cyclopts.UnusedCliTokensError):
-        tokens = " ".join(map(repr, error.unused_tokens or ()))
-        text = f"unexpected {tokens}; a switch takes no value: --name is on, --no-name is off"
-    return f"error: {' '.join(text.split())}"
+def _docstring(path: str) -> str:
+    """Of the function at ``module:function``, read without importing its module."""
+    module, _, name = path.partition(":")
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return ""
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return ast.get_docstring(node) or ""
+    return ""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,15 +66,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run_function(function: Callable[..., Any]) -> None:
     """Runs a function that is no installed command, with the same manners."""
-    single = cyclopts.App(help=function.__doc__, error_console=_stderr(), error_formatter=_one_line)
+    single = _app(help=function.__doc__)
     single.default(function)
     _run(single, None)
 
 
 def _run(commands: cyclopts.App, arguments: list[str] | None) -> None:
     console.set_up()
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        commands(sys.argv[1:] if arguments is None else arguments)
+        commands([_as_parsed(argument) for argument in given])
     except SpeculatorError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(ERROR_EXIT)
@@ -70,3 +84,66 @@ def _run(commands: cyclopts.App, arguments: list[str] | None) -> None:
     except Exception:  # Python's own code for it is 1, which is a verdict of some commands
         traceback.print_exc()
         sys.exit(FAULT_EXIT)
+
+
+# ---- flags ----
+
+
+def _as_parsed(argument: str) -> str:
+    """The spelling of a flag that the parser knows: `--no-run.check` is `--run.no-check`."""
+    found = NEGATIVE.fullmatch(argument)
+    return argument if found is None else f"--{found['section']}.no-{found['switch']}"
+
+
+def _read_keys(
+    app: cyclopts.App, commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection
+) -> None:
+    """Keys and values of flags into a mapping, such as `--model.recipe.num-layers 2`.
+
+    Dashes are underscores in a key too. A value is JSON where it can be: 2, true or [1, 2].
+    """
+    for argument in arguments:
+        argument.tokens = [_read_key(token) if token.keys else token for token in argument.tokens]
+
+
+def _read_key(token: cyclopts.Token) -> cyclopts.Token:
+    keys = tuple(key.replace("-", "_") for key in token.keys)
+    try:
+        return token.evolve(keys=keys, implicit_value=json.loads(token.value))
+    except ValueError:  # a word
+        return token.evolve(keys=keys)
+
+
+# ---- errors ----
+
+
+def _one_line(error: cyclopts.CycloptsError) -> str:
+    """A wrong flag or value; pydantic's complaint where it judged."""
+    text = str(error)
+    if isinstance(error.__cause__, ValidationError):
+        text = _complaint(error.__cause__, error.argument)
+    elif isinstance(error, cyclopts.UnusedCliTokensError):
+        text = _unused(error)
+    return f"error: {' '.join(text.split())}"
+
+
+def _complaint(error: ValidationError, argument: cyclopts.Argument | None) -> str:
+    """The first complaint, of the flag whose value it is about, where it is about one."""
+    place = tuple(str(part) for part in error.errors(include_url=False)[0]["loc"])
+    text = first_fault(error)
+    for flag in argument.children_recursive if argument else ():
+        if not flag.children and flag.keys == place[: len(flag.keys)]:
+            return f"{flag.name}{text.removeprefix('.'.join(place))}"
+    return text
+
+
+def _unused(error: cyclopts.UnusedCliTokensError) -> str:
+    """What to do with words that no flag takes."""
+    unused, given = error.unused_tokens or [], error.root_input_tokens or []
+    text = f"unexpected {' '.join(map(repr, unused))}"
+    before = given[given.index(unused[0]) - 1] if unused[0] in given[1:] else ""
+    if not before.startswith("--") or error.app is None:
+        return f"{text}; see --help."
+    switch, _, _ = error.app.assemble_argument_collection().match(before)
+    off = f", {' or '.join(switch.negatives)} turns it off" if switch.negatives else ""
+    return f"{text} after {before}, which takes no value: {switch.name} turns it on{off}."

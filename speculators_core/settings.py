@@ -26,6 +26,14 @@ class Settings(BaseModel):
             if value != type(self).model_fields[name].default:
                 raise ValueError(f"{name} {value} has no effect: {because}; leave it out")
 
+    def stated(self) -> dict[str, Any]:
+        """The options that were set, those of sections in it as well, secrets included."""
+        return {
+            name: value.stated() if isinstance(value, Settings) else value
+            for name, value in self
+            if name in self.model_fields_set
+        }
+
     @classmethod
     def read(cls, options: Mapping[str, Any], where: str) -> Self:
         """The options of a call.
@@ -93,18 +101,14 @@ def read_sections(
     """The sections of a YAML file, with the options that flags set in their place.
 
     ``plan`` has a field a section; ``flags`` are sections by name, and what was not set in them
-    counts as absent. Of an option that is a mapping, flags win key by key.
+    counts as absent. Of a section in a section and of a mapping, flags win key by key.
 
     Raises:
         SpeculatorError: the file cannot be read, or has a section that the plan has not.
     """
     sections = {} if file is None else _read_yaml(file, list(plan.model_fields))
-    for name, given in flags.items():
-        stated = {key: getattr(given, key) for key in given.model_fields_set} if given else {}
-        if stated:
-            below = sections.get(name) or {}
-            sections[name] = _merged(below, stated) if isinstance(below, Mapping) else stated
-    return sections
+    stated = {name: found for name, given in flags.items() if given and (found := given.stated())}
+    return _merged(sections, stated)
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +116,7 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     for key, value in above.items():
         old = below.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
-            merged[key] = {**old, **value}
+            merged[key] = _merged(old, value)
         else:
             merged[key] = value
     return merged

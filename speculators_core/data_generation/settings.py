@@ -1,6 +1,6 @@
-"""What data is generated, by which engine, where it goes and how it is run.
+"""Settings of data generation: data, engine, sync and run.
 
-A YAML file holds the four sections, flags of the command line win over it:
+They are the sections of a YAML file; flags of the command line take precedence:
 
     data:    {verifier: Qwen/Qwen3-8B, datasets: [{path: chats.jsonl}]}
     engine:  {name: vllm}
@@ -12,179 +12,187 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from speculators_core.flags import JsonOptions, Several
 from speculators_core.settings import Settings, read_sections
 
 StoredDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]
 
 
 class ColumnMapping(Settings):
-    """Which column of a data set plays which part; the usual names where none are given.
+    """Columns of a data set.
 
-    A row is what its columns make of it, in this order: token ids, a conversation, a prompt with
-    its completion, or plain text.
+    The first of these that a row has decides what it is: token ids, a conversation, a prompt with
+    its completion, plain text.
     """
 
     input_ids: str = "input_ids"
-    """Token ids; they pass through as they are."""
+    """Column of token ids, which are used as is."""
     loss_mask: str = "loss_mask"
-    """1 for each token that a draft learns to propose; all of them where the column is missing."""
+    """Column with 1 for each token to train on; all tokens if there is no such column."""
     messages: str | None = None
-    """Conversation, a list of messages; `messages`, `conversations` or `conversation` if None."""
+    """Column of conversations (lists of messages); `messages`, `conversations` or `conversation` if
+    not set."""
     tools: str = "tools"
-    """Tools of a conversation, for its chat template."""
+    """Column of a conversation's tools, for the chat template."""
     prompt: str = "prompt"
-    """Text before a completion."""
+    """Column of prompts."""
     completion: str | None = None
-    """Text after a prompt; `completion` or `response` where None."""
+    """Column of completions; `completion` or `response` if not set."""
     text: str = "text"
-    """Plain text."""
+    """Column of plain text."""
 
 
 class DatasetConfig(Settings):
-    """One source of texts."""
+    """A data set and its columns."""
 
     path: str = Field(min_length=1)
-    """Hub id, a folder that `datasets` wrote or reads, or a file: JSONL, JSON, Parquet, Arrow, CSV
-    or text (a line a row, or with `sample_by` as `datasets` has it)."""
+    """Hub id, folder written or read by `datasets`, or file (JSONL, JSON, Parquet, Arrow, CSV or
+    text)."""
     name: str | None = None
-    """Of the configuration, where a hub data set has several."""
+    """Configuration of a hub data set that has several."""
     split: str = "train"
-    """Split, or a part of one: `train[:10%]`."""
+    """Split, or part of one: `train[:10%]`."""
     columns: ColumnMapping = Field(default_factory=ColumnMapping)
-    """Which column plays which part."""
+    """Columns of the data set."""
     limit: int | None = Field(None, ge=1)
-    """Rows to read, at most."""
+    """Maximum number of rows to read."""
     streaming: bool | None = None
-    """Reads rows as they come, without a copy on this machine; hub data sets where None."""
+    """Stream the rows instead of downloading the data set first; hub data sets are streamed if not
+    set."""
     sample_by: Literal["line", "paragraph", "document"] = "line"
-    """What a row of a text file is."""
+    """Unit of a text file that makes a row."""
 
 
 class StatesConfig(Settings):
-    """What is kept of the verifier's work."""
+    """What is stored of the verifier's forward passes."""
 
     tokens: Literal["prompt", "all"] = "prompt"
-    """Of the tokens that are given, or also of those that the verifier goes on to write."""
+    """Tokens to store: those of the text (`prompt`), or also the verifier's continuation (`all`)."""
     layer_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Layers whose states are kept, ascending: k is the residual stream after k layers. EAGLE-3's
-    three where None; `()` for none."""
+    """Aux hidden states to store, in ascending order: k is the residual stream after k layers. The
+    three layers of EAGLE-3 if not set; an empty list for none."""
     last: bool = True
-    """Keeps the state after all layers, before the final norm, as well."""
+    """Also store the hidden state after the last layer, before the final norm."""
     reduce: Literal["none", "mean"] = "none"
-    """`mean` keeps one state a token, the mean over `layer_ids`, beside the last one."""
+    """`mean` stores the mean over `layer_ids` instead of each of them."""
     logits: Literal["none", "top-k", "full"] = "none"
-    """The verifier's logits, the highest or all."""
+    """Logits of the verifier to store: none, the `top_k` highest or all."""
     top_k: int = Field(64, ge=1)
-    """Logits a token with `top-k`."""
+    """Logits to store per token with `logits: top-k`."""
 
 
 class DataGenConfig(Settings):
-    """Which texts are run through which verifier, and what is kept of it."""
+    """Texts, the verifier that reads them, and what is stored."""
 
     verifier: str = Field(min_length=1)
-    """Folder or hub id."""
-    datasets: tuple[DatasetConfig, ...] = Field(min_length=1)
-    """Sources, read one after another."""
+    """Folder or hub id of the verifier."""
+    datasets: Annotated[tuple[DatasetConfig, ...], Several] = Field(min_length=1)
+    """Data sets, read one after another; as flags each is JSON: `{"path": "chats.jsonl"}`."""
     chat_template: str | None = None
-    """Jinja template, a file that holds one, or the hub id of a tokenizer that has one; the
-    verifier's own where None."""
-    template_options: dict[str, JsonValue] = Field(default_factory=dict)
-    """More variables of the chat template, such as `enable_thinking`."""
-    tokenizer_options: dict[str, JsonValue] = Field(default_factory=dict)
-    """Overrides of the tokenizer's (processor's) own settings, as `from_pretrained` takes them."""
+    """Jinja template, file that holds one, or hub id of a tokenizer that has one; the verifier's
+    template if not set."""
+    template_options: JsonOptions = Field(default_factory=dict)
+    """Further variables of the chat template, such as `enable_thinking`."""
+    tokenizer_options: JsonOptions = Field(default_factory=dict)
+    """Arguments of `from_pretrained` for the tokenizer or processor."""
     min_trained_tokens: int = Field(1, ge=0)
-    """Rows with fewer tokens to learn are skipped, and counted."""
+    """Minimum number of tokens to train on; rows with fewer are skipped and counted."""
     deduplicate: bool = True
-    """Skips rows whose token ids came before, and counts them."""
+    """Skip and count rows whose token ids have occurred before."""
     states: StatesConfig = Field(default_factory=StatesConfig)
-    """What is kept of the verifier's work."""
+    """What is stored of the verifier's forward passes."""
     trust_remote_code: bool = False
-    """Runs code that the verifier's folder brings."""
+    """Run Python code from the verifier's folder."""
 
 
 class EngineConfig(Settings):
-    """What runs the verifier."""
+    """Engine that runs the verifier."""
 
     name: str = "transformers"
-    """`transformers`, `vllm`, or what another package registers in `speculators.engines`."""
+    """`transformers`, `vllm`, or an engine of another package (group `speculators.engines`)."""
     batch_size: int | None = Field(None, ge=1)
-    """Texts that run through the verifier at one time; the engine's own number where None."""
+    """Texts per forward pass; the engine's default if not set."""
     max_length: int = Field(2048, ge=2)
-    """Tokens of an example, at most; what is longer is cut on the right."""
+    """Maximum number of tokens of an example; longer ones are cut on the right."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the verifier; its own with `auto`."""
+    """Dtype of the verifier; `auto` is that of its checkpoint."""
     device: str | None = None
-    """`cuda`, `cuda:1` or `cpu`; a GPU where there is one if None. Workers share GPUs in turn."""
+    """Device of the verifier: `cuda`, `cuda:1` or `cpu`. If not set, a GPU where there is one;
+    several workers are spread over all GPUs."""
     max_new_tokens: int = Field(256, ge=1)
-    """Tokens that the verifier writes, with `states.tokens: all`, at most."""
+    """Maximum number of tokens that the verifier writes, with `states.tokens: all`."""
     temperature: float = Field(0.0, ge=0)
-    """Of what the verifier writes; 0 is greedy."""
+    """Sampling temperature of the verifier's continuations; 0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Of what the verifier writes."""
-    vllm: dict[str, JsonValue] = Field(default_factory=dict)
-    """More arguments of vLLM's `LLM`."""
+    """Nucleus sampling of the verifier's continuations: probability mass to sample from."""
+    vllm: JsonOptions = Field(default_factory=dict)
+    """Further arguments of vLLM's `LLM`, as JSON or as flags of their own
+    (`--engine.vllm.max-num-seqs 64`)."""
     base_url: str | None = Field(None, pattern="^https?://")
-    """A vLLM server that hands out hidden states, instead of an engine in the process."""
+    """URL of a vLLM server that hands out hidden states, instead of an engine in this process."""
     api_key: str | None = Field(None, exclude=True)
-    """Of that server; `OPENAI_API_KEY` where None. Never written."""
+    """API key of that server; the variable `OPENAI_API_KEY` if not set. Never written to disk."""
 
 
 class SyncConfig(Settings):
-    """Where examples go."""
+    """Destination of the examples."""
 
     kind: Literal["disk", "mp_queue", "zmq"] = "disk"
-    """Shards in a folder, other processes of this machine, or other machines."""
+    """`disk` (shards in a folder), `mp_queue` (processes of this machine) or `zmq` (any machine)."""
     path: Path | None = None
-    """Folder of the store; of a queue, where its progress is kept for `run.resume`."""
+    """Folder of the store. For a queue, folder of its journal, which `run.resume` needs."""
     shard_tokens: int = Field(65_536, ge=1)
-    """Tokens of a shard, or of a unit of work; an example longer than that has one for itself."""
+    """Tokens of a shard, or of a unit of work; a longer example gets a shard of its own."""
     dtype: StoredDtype = "bfloat16"
-    """Of stored states and logits; of float8 states have a scale for each token, logits are
+    """Dtype of stored states and logits. With float8, states have a scale per token and logits are
     bfloat16."""
     compression: Literal["none", "zstd"] = "none"
-    """Of shards and messages; a compressed shard is not mapped into memory."""
+    """Compression of shards and messages. Compressed shards cannot be mapped into memory."""
     queue_size: int = Field(64, ge=1)
-    """Examples that a consumer has not dealt with, at most, those in its row and shuffle buffer
-    included; then the engine waits."""
-    urls: tuple[Annotated[str, Field(pattern="^(tcp|ipc)://.+")], ...] = ()
-    """Consumers of a queue, one each: `tcp://host:port` of zmq, and what a source of mp_queue says
-    of itself."""
+    """Maximum number of examples that a consumer has not acknowledged, those in its row and shuffle
+    buffer included; beyond it the engine pauses."""
+    urls: Annotated[
+        tuple[Annotated[str, Field(pattern="^(tcp|ipc)://.+")], ...],
+        Several,
+    ] = ()
+    """Addresses of the queue's consumers: `tcp://host:port` with `zmq`, the address that the source
+    reports with `mp_queue`."""
     max_message_bytes: int = Field(2**31, ge=1)
-    """Larger messages are refused unread."""
+    """Maximum size of a message; larger ones are refused unread."""
     heartbeat_s: float = Field(5.0, gt=0)
-    """A peer that is silent for three of them is taken for gone."""
+    """Interval of heartbeats; a peer that misses three is considered gone."""
     server_key: str | None = Field(None, min_length=40, max_length=40)
-    """CURVE public key of the consumers, Z85; messages are then encrypted."""
+    """CURVE public key of the consumers (Z85), which encrypts the messages."""
     key_file: Path | None = None
-    """Our own CURVE keys, a file of ZeroMQ's `curve_keygen`."""
+    """File with the CURVE keys of this side, as written by ZeroMQ's `curve_keygen`."""
 
 
 class RunConfig(Settings):
-    """How it is run."""
+    """Workers, limits and resumption."""
 
     workers: int = Field(1, ge=1)
-    """Engines at one time, each in a process of its own if there are several."""
+    """Number of engines; several run in a process each."""
     backend: Literal["local", "ray"] = "local"
-    """This machine, or a Ray cluster (`RAY_ADDRESS`, or one that Ray starts here)."""
+    """`local` (this machine) or `ray` (the cluster at `RAY_ADDRESS`, or one started here)."""
     resume: bool = False
-    """Goes on where an earlier run stopped; without it a store that is there is refused."""
+    """Resume an earlier run. Without it, an existing store is refused."""
     repair: bool = False
-    """Makes damaged shards of a store on disk again, and those with examples set aside: the engine
-    tries these once more."""
+    """Generate damaged shards of a store again, and those with examples set aside, which the engine
+    retries."""
     limit: int | None = Field(None, ge=1)
-    """Examples in all, at most."""
+    """Maximum number of examples."""
     max_failures: int = Field(100, ge=0)
-    """Examples that may be set aside because the engine failed on them, in all runs of a store; one
-    more ends the run. They are tried again with `repair` alone."""
+    """Maximum number of examples that the engine may fail on, over all runs of a store; one more
+    ends the run. Failed examples are set aside and retried with `repair` only."""
     seed: int = Field(0, ge=0)
-    """Of sampling."""
-    allowed_roots: tuple[Path, ...] = ()
-    """Folders below which local data are read and written, links resolved; where there are none,
-    the current directory, the configuration's and the store."""
+    """Seed for sampling."""
+    allowed_roots: Annotated[tuple[Path, ...], Several] = ()
+    """Folders below which local files may be read and written, after resolving links; the current
+    directory, the configuration's folder and the store if not set."""
     log_file: Path | None = None
-    """A line every 30 s; `generate.log` in the store where None."""
+    """Log file, with a line every 30 s; `generate.log` in the store if not set."""
 
     @field_validator("allowed_roots")
     @classmethod
@@ -193,7 +201,7 @@ class RunConfig(Settings):
 
 
 class GenerationPlan(Settings):
-    """All four sections."""
+    """Everything that decides a run of data generation."""
 
     data: DataGenConfig
     engine: EngineConfig = Field(default_factory=EngineConfig)
@@ -217,9 +225,7 @@ class GenerationPlan(Settings):
 def read_plan(
     file: Path | None, flags: Mapping[str, Settings | None] | None = None
 ) -> GenerationPlan:
-    """The plan of a YAML file, with the options that flags set in their place.
-
-    ``flags`` are sections by name; what was not set in them counts as absent.
+    """The plan of a YAML file; options that are set as flags take precedence.
 
     Raises:
         SpeculatorError: the file cannot be read, or an option is unknown or out of bounds.

@@ -1,6 +1,6 @@
-"""What is trained, on what, how, and where it goes.
+"""Settings of a training run: model, data, optimizer, evaluation and run.
 
-A YAML file holds the five sections, flags of the command line win over it:
+They are the sections of a YAML file; flags of the command line take precedence:
 
     model:      {algorithm: eagle3, verifier: Qwen/Qwen3-8B}
     data:       {store: states}
@@ -11,11 +11,11 @@ A YAML file holds the five sections, flags of the command line win over it:
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from speculators_core.flags import Several
+from speculators_core.flags import JsonOptions, Several
 from speculators_core.settings import Settings, read_sections
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -23,28 +23,29 @@ Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 class TrainModelConfig(Settings):
-    """The draft: a fresh one, or one that goes on learning."""
+    """The draft: a fresh one (`algorithm`), or one that is trained further (`start_from`)."""
 
     verifier: str = Field(min_length=1)
     """Folder or hub id of the verifier."""
     algorithm: str | None = None
-    """`eagle3`, `peagle`, `dflash`, `mtp`, or what another package registers in
-    `speculators.models`; of a fresh draft."""
+    """Algorithm of a fresh draft: `eagle3`, `peagle`, `dflash`, `mtp`, or one of another package
+    (group `speculators.models`)."""
     start_from: str | None = None
-    """Folder or hub id of a speculator that goes on learning, instead of a fresh one."""
+    """Folder or hub id of a speculator to train further, instead of a fresh draft."""
     draft_config: Path | None = None
-    """Config of a speculator (config.json) that a fresh draft is shaped by, instead of `recipe`."""
-    recipe: dict[str, JsonValue] = Field(default_factory=dict)
-    """Shape of a fresh draft: options of the algorithm's `Recipe`."""
-    objective: dict[str, JsonValue] = Field(default_factory=dict)
-    """What is minimised: options of the algorithm's `Objective`."""
+    """Config of a speculator (config.json) whose shape a fresh draft takes, instead of `recipe`."""
+    recipe: JsonOptions = Field(default_factory=dict)
+    """Shape of a fresh draft: options of the algorithm's recipe, as JSON or as flags of their own
+    (`--model.recipe.num-layers 2`)."""
+    objective: JsonOptions = Field(default_factory=dict)
+    """Loss: options of the algorithm's objective, as JSON or as flags of their own."""
     draft_vocab_size: int | None = Field(None, ge=1)
-    """Tokens that a fresh draft can say: the most frequent ones of the data, and the special ones;
-    all where None."""
+    """Vocabulary size of a fresh draft: special tokens and the most frequent ones of the data; the
+    verifier's whole vocabulary if not set."""
     verifier_name: str | None = None
-    """What the checkpoint calls the verifier; `verifier` in full where None."""
+    """Name of the verifier in the checkpoint; `verifier` as a full path if not set."""
     trust_remote_code: bool = False
-    """Runs code that the verifier's folder brings."""
+    """Run Python code from the verifier's folder."""
 
     @model_validator(mode="after")
     def _is_one_draft(self) -> Self:
@@ -63,30 +64,32 @@ class TrainModelConfig(Settings):
 
 
 class TrainDataConfig(Settings):
-    """What the draft learns from; one of `store`, `queue`, `online` and `texts`."""
+    """Source of the training examples: exactly one of `store`, `queue`, `online` and `texts`."""
 
     KINDS: ClassVar[tuple[str, ...]] = ("store", "queue", "online", "texts")
 
     store: Path | None = None
-    """Folder that `speculators generate-data` wrote."""
+    """Folder written by `speculators generate-data`."""
     queue: Path | None = None
-    """Configuration of `speculators generate-data` that runs elsewhere, with `sync.kind: zmq` and
-    a URL of `sync.urls` for each process of the training, where it receives."""
+    """Configuration of a `speculators generate-data` that runs elsewhere and sends its examples
+    here. It has `sync.kind: zmq` and, in `sync.urls`, an address for each training process."""
     online: Path | None = None
-    """Configuration of `speculators generate-data`, which runs beside the training and is stopped
-    with it; nothing is written to disk."""
+    """Configuration of a `speculators generate-data` to run beside the training, without writing to
+    disk. It is stopped when the training ends."""
     texts: Path | None = None
-    """The same, with the verifier (on Transformers) in the training process: for small runs."""
+    """Configuration of `speculators generate-data` whose verifier runs in the training process, on
+    Transformers; for small runs."""
     row_length: int = Field(2048, ge=16, le=2**20)
-    """Tokens of a row, filled with whole examples; one longer than a row is cut."""
+    """Tokens of a row. Rows are filled with whole examples; a longer example is cut."""
     eval_examples: int = Field(64, ge=0)
-    """Examples that are held out, at most a tenth, chosen by the seed; of a queue the first."""
+    """Examples to hold out for evaluation, at most a tenth of all: chosen by the seed, or the first
+    ones of a queue."""
     limit: int | None = Field(None, ge=1)
-    """Examples to train on, at most."""
+    """Maximum number of training examples."""
     num_workers: int = Field(0, ge=0)
-    """Processes that read rows ahead, of a store."""
+    """Processes that read rows of a store ahead."""
     queue_size: int = Field(64, ge=1)
-    """Examples that wait, at most, in a queue; then the engine waits."""
+    """Maximum number of examples waiting in a queue; beyond it the engine pauses."""
 
     @model_validator(mode="after")
     def _is_one_source(self) -> Self:
@@ -107,24 +110,24 @@ class TrainDataConfig(Settings):
 
 
 class OptimizerConfig(Settings):
-    """How weights follow gradients. They and all states are float32."""
+    """Optimizer. Weights and optimizer states are float32."""
 
     name: Literal["muon", "adamw"] = "muon"
-    """Muon for the matrices inside and AdamW for all else, or AdamW for all."""
+    """`muon` (Muon for the matrices of the layers, AdamW for everything else) or `adamw`."""
     learning_rate: float = Field(1e-3, gt=0)
-    """At its highest."""
+    """Peak learning rate."""
     weight_decay: float = Field(0.1, ge=0)
-    """Of matrices; vectors have none."""
+    """Weight decay of matrices; vectors are not decayed."""
     schedule: Schedule = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """Decay of the learning rate after the warm-up."""
     warmup_share: float = Field(0.03, ge=0, lt=1)
-    """Of the steps, over which the learning rate rises."""
+    """Fraction of all steps used for warm-up."""
     final_share: float = Field(0.0, ge=0, lt=1)
-    """Of the learning rate, at which a cosine ends."""
+    """Learning rate at the end of a cosine schedule, as a fraction of the peak."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Gradients are scaled down to this norm; 0 leaves them."""
+    """Norm to which gradients are clipped; 0 turns clipping off."""
     rows_per_step: int = Field(1, ge=1)
-    """Rows of one step on each device, one after another (gradient accumulation)."""
+    """Rows per step on each device, one after another (gradient accumulation)."""
 
     @model_validator(mode="after")
     def _no_option_is_idle(self) -> Self:
@@ -134,24 +137,25 @@ class OptimizerConfig(Settings):
 
 
 class EvaluationConfig(Settings):
-    """How the draft is measured on the way."""
+    """Evaluation of the draft during the training."""
 
     every: int | None = Field(None, ge=1)
-    """Steps between evaluations; a tenth of the run, and at least 20, where None."""
+    """Steps between evaluations; a tenth of the run, at least 20, if not set."""
     decode: bool = True
-    """Decodes the prompts with the reference decoder, for the true acceptance length. It needs the
-    whole verifier in memory."""
+    """Decode prompts with the reference decoder to measure the acceptance length. Needs memory for
+    the whole verifier."""
     prompts: str | None = None
-    """JSONL file or hub id of prompts; what stands before the first trained token of the held-out
-    examples where None."""
+    """JSONL file or hub id of the prompts to decode; the untrained beginnings of the held-out
+    examples if not set."""
     num_prompts: int = Field(16, ge=1)
-    """Prompts to decode, at most."""
+    """Maximum number of prompts to decode."""
     max_tokens: int = Field(64, ge=2)
-    """Tokens to decode of each."""
+    """New tokens to decode for each prompt."""
     roll_outs: int = Field(512, ge=0)
-    """Drafts rolled out over held-out examples, at most, for the predicted acceptance length."""
+    """Maximum number of drafts rolled out over the held-out examples to predict the acceptance
+    length."""
     patience: int | None = Field(None, ge=1)
-    """Evaluations without a longer acceptance length, after which training stops."""
+    """Evaluations without a new best acceptance length after which the training stops."""
 
     @model_validator(mode="after")
     def _no_option_is_idle(self) -> Self:
@@ -162,10 +166,10 @@ class EvaluationConfig(Settings):
 
 
 class TrainRunConfig(Settings):
-    """How long, in which precision, and where it goes."""
+    """Duration, precision and output of the run."""
 
     output: Path
-    """Folder of the run; the speculator is in `speculator` below it."""
+    """Folder of the run; the speculator is written to its subfolder `speculator`."""
 
     @field_validator("output")
     @classmethod
@@ -173,43 +177,44 @@ class TrainRunConfig(Settings):
         return output.expanduser()
 
     epochs: float = Field(1.0, gt=0)
-    """Passes over the data, where `max_steps` is None."""
+    """Passes over the data, if `max_steps` is not set."""
     max_steps: int | None = Field(None, ge=1)
-    """Steps in all; the data decide where None. A queue needs it."""
+    """Number of steps, instead of `epochs`. Required for a queue and online."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation: bfloat16 on a GPU, float32 on a CPU with `auto`."""
+    """Dtype of the computation; `auto` is bfloat16 on a GPU and float32 on a CPU."""
     saved_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the speculator in the end."""
+    """Dtype of the speculator's checkpoint."""
     save_every: int | None = Field(None, ge=1)
-    """Steps between saved states; at each evaluation where None."""
+    """Steps between saved states; every evaluation if not set."""
     keep: int = Field(2, ge=1)
-    """Saved states to keep; the best one is kept beside them."""
+    """Saved states to keep, in addition to the best one."""
     log_every: int = Field(10, ge=1)
-    """Steps between lines of the log."""
+    """Steps between log lines."""
     gradient_checkpointing: bool = False
-    """Computes each layer's MLP and its norm again in the backward pass, for less memory."""
+    """Recompute each layer's MLP and its norm in the backward pass, to save memory."""
     compile: bool = False
-    """Compiles the MLPs of the draft (`torch.compile`)."""
+    """Compile the draft's MLPs with `torch.compile`."""
     fsdp: bool = False
-    """Shards weights and optimizer over the processes of torchrun (FSDP2); copies (DDP) without."""
+    """Shard weights and optimizer states over the processes of torchrun (FSDP2), instead of keeping
+    a copy in each (DDP)."""
     seed: int = Field(0, ge=0)
-    """Of weights, order and draws."""
+    """Seed for initial weights, data order and sampling."""
     check: bool = True
-    """Runs `speculators check` on the result, where vLLM is installed."""
+    """Run `speculators check` on the result, if vLLM is installed."""
     trackers: Annotated[tuple[Tracker, ...], Several] = ()
-    """Where figures go beside the log."""
+    """Trackers that receive the metrics, in addition to the log."""
     license: str | None = None
-    """Of the speculator, for its model card: `apache-2.0`."""
+    """License of the speculator, for its model card; for example `apache-2.0`."""
 
     @model_validator(mode="after")
     def _no_option_is_idle(self) -> Self:
         if self.max_steps is not None:
-            self.refuse_idle("epochs", because="run.max_steps says how long")
+            self.refuse_idle("epochs", because="run.max_steps is set")
         return self
 
 
 class TrainingPlan(Settings):
-    """All five sections."""
+    """Everything that decides a training run."""
 
     model: TrainModelConfig
     data: TrainDataConfig
@@ -232,10 +237,10 @@ class TrainingPlan(Settings):
 def read_training_plan(
     file: Path | None, flags: Mapping[str, Settings | None] | None = None
 ) -> TrainingPlan:
-    """The plan of a YAML file, with the options that flags set in their place.
+    """The plan of a YAML file; options that are set as flags take precedence.
 
     Raises:
         SpeculatorError: the file cannot be read, or an option is unknown or out of bounds.
     """
-    sections: dict[str, Any] = read_sections(file, TrainingPlan, flags or {})
+    sections = read_sections(file, TrainingPlan, flags or {})
     return TrainingPlan.read(sections, "flags" if file is None else str(file))

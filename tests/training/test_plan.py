@@ -70,7 +70,7 @@ def refused(given, tmp_path, **changes):
         ({"data": {"eval_examples": 0}}, "roll_outs 12 has no effect: data.eval_examples is 0"),
         ({"data": {"queue_size": 7}}, "queue_size 7 has no effect: data.store has no queue"),
         ({"data": {"store": None, "texts": "t", "num_workers": 1}}, "num_workers 1 has no effect"),
-        ({"run": {"epochs": 2.0}}, "epochs 2.0 has no effect: run.max_steps says how long"),
+        ({"run": {"epochs": 2.0}}, "epochs 2.0 has no effect: run.max_steps is set"),
         ({"model": {"start_from": "other"}}, "one of algorithm .* and start_from"),
         ({"model": {"draft_vocab_size": 5000}}, "draft_vocab_size 5000"),
         ({"model": {"verifier": "nowhere"}}, "nowhere"),
