@@ -1,4 +1,4 @@
-"""``python -m speculators_core``: the command line, for torchrun and for where no script is."""
+"""``python -m speculators_core``: the command line, for torchrun."""
 
 from speculators_core.cli import main
 

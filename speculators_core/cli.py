@@ -50,7 +50,10 @@ def _app(**options: Any) -> cyclopts.App:
 def _docstring(path: str) -> str:
     """Of the function at ``module:function``, read without importing its module."""
     module, _, name = path.partition(":")
-    spec = importlib.util.find_spec(module)
+    try:
+        spec = importlib.util.find_spec(module)
+    except ImportError:  # of its package: the command says so when it is called
+        return ""
     if spec is None or spec.origin is None:
         return ""
     for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
@@ -133,7 +136,9 @@ def _complaint(error: ValidationError, argument: cyclopts.Argument | None) -> st
     text = first_fault(error)
     for flag in argument.children_recursive if argument else ():
         if not flag.children and flag.keys == place[: len(flag.keys)]:
-            return f"{flag.name}{text.removeprefix('.'.join(place))}"
+            _, *inside = place[len(flag.keys) :] or ("",)  # the first is the number of a value
+            where = ".".join([flag.name, *inside])
+            return f"{where}{text.removeprefix('.'.join(place))}"
     return text
 
 

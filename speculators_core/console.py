@@ -1,4 +1,4 @@
-"""Log lines and progress: a bar on a terminal, a line every half minute where there is none."""
+"""Log lines and progress on the terminal."""
 
 import logging
 import os

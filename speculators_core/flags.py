@@ -11,7 +11,7 @@ from speculators_core.settings import Settings
 Several = Parameter(
     consume_multiple=True,
     negative=(),
-    show_default=lambda values: " ".join(map(str, values)),
+    show_default=lambda values: " ".join(map(str, values or ())) or None,
 )
 """A flag with several values: `--parts steps peers`."""
 

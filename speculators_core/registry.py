@@ -1,4 +1,4 @@
-"""Names to classes: a table of ours, and what other packages register as entry points."""
+"""Names to classes, those of other packages too."""
 
 import difflib
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Options that a caller hands in as keywords or in a YAML file, checked by pydantic."""
+"""Options as keywords or in a YAML file, validated."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,24 +44,42 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(options)
         except ValidationError as error:
-            fault = _unknown_option(cls, error) or first_fault(error)
-            raise SpeculatorError(f"{where}: {fault}") from error
+            raise SpeculatorError(f"{where}: {_explain(cls, error)}") from error
 
 
-def _unknown_option(options: type[BaseModel], error: ValidationError) -> str | None:
-    """The first complaint, where it is an unknown option, with the one that may be meant."""
+def _explain(options: type[BaseModel], error: ValidationError) -> str:
+    """The first complaint; of an unknown or missing option with what is known of it."""
     fault = error.errors(include_url=False)[0]
-    if fault["type"] != "extra_forbidden":
-        return None
+    if fault["type"] not in ("extra_forbidden", "missing"):
+        return first_fault(error)
     *sections, name = (str(part) for part in fault["loc"])
     for section in sections:
         if section in options.model_fields:  # else an index of a list
             options = next(_options_in(options.model_fields[section].annotation))
+    where = ".".join([*sections, name])
+    if fault["type"] == "missing":
+        return _missing(options, name, where)
     known = list(options.model_fields)
     # An option that chooses a kind is called `name`: one easily writes `engine: {engine: vllm}`.
     meant = "name" if "name" in known and [name] == sections[-1:] else name
     hint = did_you_mean(meant, known) or f" Expected one of {', '.join(known)}."
-    return f"unknown option {'.'.join([*sections, name])}.{hint}"
+    return f"unknown option {where}.{hint}"
+
+
+def _missing(options: type[BaseModel], name: str, where: str) -> str:
+    """An option that is missing; of a section, the first one that must be set."""
+    field = options.model_fields[name]
+    about, section = field.description, field.annotation
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        about = section.__doc__
+        for inner, found in section.model_fields.items():
+            if found.is_required():
+                return _missing(section, inner, f"{where}.{inner}")
+    return f"{where} is missing: {_one_line(about)}"
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
 
 
 def _options_in(annotation: Any) -> Iterator[type[BaseModel]]:

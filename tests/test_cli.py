@@ -1,3 +1,7 @@
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
 import pytest
 
 from benchmarks import playground
@@ -58,11 +62,12 @@ def test_unknown_flag_is_refused(capsys):
 
 def test_a_value_behind_a_switch_is_explained(capsys):
     error = refused(capsys, "acceptance", "--ignore-eos", "false")
-    assert "unexpected 'false'; a switch takes no value: --name is on, --no-name is off" in error
+    assert "unexpected 'false' after --ignore-eos, which takes no value" in error
+    assert "--no-ignore-eos turns it off" in error
 
 
 def test_k_below_one_is_refused(capsys):
-    assert "k.0: Input should be greater than or equal to 1" in refused(
+    assert "--k: Input should be greater than or equal to 1" in refused(
         capsys, "acceptance", "--k", "0"
     )
 
@@ -83,10 +88,18 @@ def test_folder_that_cannot_be_written_is_refused_first(capsys, tmp_path):
     assert "cannot write" in refused(capsys, *BY_REFERENCE, "--output", str(tmp_path / "file"))
 
 
-def test_help_names_every_command(capsys):
+def test_version_is_that_of_the_distribution(capsys):
     with pytest.raises(SystemExit):
-        main(["--help"])
-    assert "acceptance" in capsys.readouterr().out
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == version("speculators-vllm")
+
+
+def test_both_programs_are_this_command_line():
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    scripts = tomllib.loads(project.read_text())["project"]["scripts"]
+    assert scripts == dict.fromkeys(
+        ("speculators", "speculators-vllm"), "speculators_core.cli:main"
+    )
 
 
 def test_a_fault_of_ours_is_no_verdict(capsys):

@@ -13,12 +13,13 @@ from pathlib import Path
 from datasets import Dataset
 
 from benchmarks.playground.corpus import write_lines
+from speculators_core.commands.train import STOPPED_EXIT
 from speculators_core.data_generation.runs.generate import generate_data
 from speculators_core.data_generation.settings import read_plan
 from speculators_core.files import replaced_folder
 from speculators_core.training.settings import read_training_plan
 from speculators_core.training.states.run_folder import CONFIG, PROVENANCE
-from speculators_core.training.train import STOPPED_EXIT, train
+from speculators_core.training.train import train
 
 PLANS = Path(__file__).parent
 SEED = 0

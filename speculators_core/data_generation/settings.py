@@ -1,4 +1,4 @@
-"""Settings of data generation: data, engine, sync and run.
+"""Settings of data generation, in four sections.
 
 They are the sections of a YAML file; flags of the command line take precedence:
 
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
+from cyclopts import Parameter
 from pydantic import Field, field_validator, model_validator
 
 from speculators_core.flags import JsonOptions, Several
@@ -69,8 +70,8 @@ class StatesConfig(Settings):
     """What is stored of the verifier's forward passes."""
 
     tokens: Literal["prompt", "all"] = "prompt"
-    """Tokens to store: those of the text (`prompt`), or also the verifier's continuation (`all`)."""
-    layer_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Tokens to store: the text (`prompt`), or the text and the verifier's continuation (`all`)."""
+    layer_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...] | None, Several] = None
     """Aux hidden states to store, in ascending order: k is the residual stream after k layers. The
     three layers of EAGLE-3 if not set; an empty list for none."""
     last: bool = True
@@ -88,7 +89,12 @@ class DataGenConfig(Settings):
 
     verifier: str = Field(min_length=1)
     """Folder or hub id of the verifier."""
-    datasets: Annotated[tuple[DatasetConfig, ...], Several] = Field(min_length=1)
+    datasets: Annotated[
+        tuple[DatasetConfig, ...],
+        Several,
+        Parameter(metavar="JSON..."),
+        Field(min_length=1),
+    ]
     """Data sets, read one after another; as flags each is JSON: `{"path": "chats.jsonl"}`."""
     chat_template: str | None = None
     """Jinja template, file that holds one, or hub id of a tokenizer that has one; the verifier's
@@ -140,7 +146,7 @@ class SyncConfig(Settings):
     """Destination of the examples."""
 
     kind: Literal["disk", "mp_queue", "zmq"] = "disk"
-    """`disk` (shards in a folder), `mp_queue` (processes of this machine) or `zmq` (any machine)."""
+    """`disk` (shards in a folder), `mp_queue` (processes on this machine) or `zmq` (anywhere)."""
     path: Path | None = None
     """Folder of the store. For a queue, folder of its journal, which `run.resume` needs."""
     shard_tokens: int = Field(65_536, ge=1)

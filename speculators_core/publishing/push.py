@@ -1,24 +1,22 @@
-"""``speculators push``: a speculator's folder to the hub, in one commit."""
+"""A push of a speculator's folder to the hub."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
-from pydantic import Field
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.hf_api import ModelInfo
 from rich.table import Table
 from rich.text import Text
 
-from speculators_core.console import console, result_alone_on_stdout
+from speculators_core.console import console
 from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.publishing.settings import PushConfig
+from speculators_core.publishing.upload import Upload, look_at
 from speculators_core.settings import Settings
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import ModelInfo
-
-    from speculators_core.publishing.upload import Upload
+from speculators_core.verifier.fit import check_verifier
+from speculators_core.verifier.reading import read_verifier_config
 
 HINTS = {
     401: "the hub did not take the token. Set HF_TOKEN to one that may write, or run "
@@ -29,35 +27,12 @@ HINTS = {
     412: "the repository changed meanwhile. Push again",
     429: "the hub asks to wait. Push again later",
 }
-"""What the hub's refusals mean here, and what to do."""
+"""Meaning and remedy of the hub's refusals."""
 FAILED = "the hub failed. Push again later; what is there already is not sent twice"
-Switch = Parameter(negative=())
-
-
-class PushConfig(Settings):
-    """Where a speculator is pushed, and under whose names."""
-
-    private: Annotated[bool, Switch] = False
-    """Of a new repository; an old one must be private already."""
-    revision: str | None = Field(None, min_length=1)
-    """Branch, made where there is none; the main one where None."""
-    message: str | None = Field(None, min_length=1)
-    """Of the commit."""
-    create_pr: Annotated[bool, Switch] = False
-    """Opens a pull request in a repository that is there, instead of a commit."""
-    verifier: str | None = None
-    """Hub id of the verifier, for the uploaded config and card; the local ones stay as they are."""
-    license: str | None = Field(None, min_length=1)
-    """Licence that the uploaded card names where the local one names none; without a local card one
-    is made of what the checkpoint says."""
-    dry_run: Annotated[bool, Switch] = False
-    """Looks at the folder and prints what would be sent; needs no token and no network."""
-    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False
-    """Print the report as JSON."""
 
 
 class PushReport(Settings):
-    """What was sent, and what was not."""
+    """Files that were sent, left out and removed."""
 
     repository: str
     verifier: str
@@ -66,11 +41,11 @@ class PushReport(Settings):
     left_out: tuple[str, ...]
     """Everything else in the folder."""
     removed: tuple[str, ...] = ()
-    """Files of an earlier push that the folder has no longer."""
+    """Files of an earlier push that are no longer in the folder."""
     remarks: tuple[str, ...] = ()
-    """What to know of the verifier."""
+    """Remarks on the verifier."""
     is_sent: bool = False
-    """False for a dry run, and where the hub had all of it already."""
+    """False for a dry run, and if the hub had all of it already."""
     commit_url: str | None = None
     pull_request_url: str | None = None
 
@@ -79,45 +54,16 @@ class PushReport(Settings):
         return sum(self.files.values())
 
 
-def run(
-    folder: Path,
-    repo: str,
-    /,
-    *,
-    settings: Annotated[PushConfig | None, Parameter(name="*")] = None,
-) -> None:
-    """Pushes a speculator to the hub, after its checkpoint and its card were looked at.
-
-    Parameters
-    ----------
-    folder
-        Folder of the speculator.
-    repo
-        Hub id that it gets: owner/name.
-    """
-    settings = settings or PushConfig()
-    if settings.as_json:
-        with result_alone_on_stdout():
-            report = push(folder, repo, settings)
-        print(report.model_dump_json(indent=2))
-    else:
-        print_report(push(folder, repo, settings), settings.dry_run)
-
-
 def push(folder: Path, repo: str, settings: PushConfig | None = None) -> PushReport:
-    """Looks at a speculator, then sends the checkpoint's own files in one commit.
+    """Checks a speculator, then sends the files of its checkpoint in one commit.
 
-    On the hub, files of an earlier push that the folder has no longer go with the same commit; what
-    else is there stays.
+    Files of an earlier push that are no longer in the folder are removed from the hub in the same
+    commit; other files there stay.
 
     Raises:
-        SpeculatorError: the folder is not fit to be pushed, there is no token, or the hub refuses;
-            nothing has changed on the hub then, but that repository or branch may be new.
+        SpeculatorError: the folder is not fit to be pushed, there is no token, or the hub refuses.
+            Then nothing has changed on the hub, except that repository or branch may be new.
     """
-    from huggingface_hub import HfApi, get_token
-
-    from speculators_core.publishing.upload import look_at
-
     settings = settings or PushConfig()
     upload = look_at(folder, repo, settings.verifier, settings.license)
     report = PushReport(
@@ -135,18 +81,15 @@ def push(folder: Path, repo: str, settings: PushConfig | None = None) -> PushRep
     with _one_line(repo):
         api = HfApi(token=token, library_name="speculators-vllm")
         before = _open_repository(api, repo, settings)
-        return report.model_copy(update=_commit(api, upload, before, settings))
+        return _commit(api, upload, before, settings, report)
 
 
-def _compare_verifier(upload: "Upload") -> tuple[str, ...]:
-    """What to know where the verifier on the hub could not be read.
+def _compare_verifier(upload: Upload) -> tuple[str, ...]:
+    """A remark if the verifier on the hub could not be read.
 
     Raises:
-        SpeculatorError: it is another one than the speculator was made for.
+        SpeculatorError: it is not the verifier that the speculator was made for.
     """
-    from speculators_core.verifier.fit import check_verifier
-    from speculators_core.verifier.reading import read_verifier_config
-
     try:
         verifier = read_verifier_config(upload.verifier)
     except SpeculatorError as error:
@@ -155,33 +98,31 @@ def _compare_verifier(upload: "Upload") -> tuple[str, ...]:
     return ()
 
 
-def _open_repository(api: "HfApi", repo: str, settings: PushConfig) -> "ModelInfo":
-    """The repository and its branch as they are before the push; made where they are missing.
+def _open_repository(api: HfApi, repo: str, settings: PushConfig) -> ModelInfo:
+    """The repository and its branch before the push; created if missing.
 
     Raises:
-        SpeculatorError: it is public, and shall be private.
+        SpeculatorError: it is public and should be private.
     """
     branch = settings.revision
     if not settings.create_pr:
-        # None leaves it to the owner's own rule, which may be stricter than public.
+        # None leaves it to the owner's rule, which may be stricter than public.
         api.create_repo(repo, private=settings.private or None, exist_ok=True)
         if branch is not None:
             api.create_branch(repo, branch=branch, exist_ok=True)
     found = api.model_info(repo, revision=branch)
     if settings.private and not found.private:
         raise SpeculatorError(
-            f"{repo} is there already, and public; --private is for a new one. Make it private on "
-            "the hub, or name another."
+            f"{repo} already exists and is public; --private is for a new repository. Make it "
+            "private on the hub, or choose another name."
         )
     return found
 
 
 def _commit(
-    api: "HfApi", upload: "Upload", before: "ModelInfo", settings: PushConfig
-) -> dict[str, Any]:
-    """Sends the files; what a report says of it."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
+    api: HfApi, upload: Upload, before: ModelInfo, settings: PushConfig, report: PushReport
+) -> PushReport:
+    """Sends the files, and returns the report with what came of it."""
     there = [file.rfilename for file in before.siblings or ()]
     removed = tuple(name for name in there if upload.replaces(name))
     kind = upload.config.speculators_model_type
@@ -194,19 +135,19 @@ def _commit(
         create_pr=settings.create_pr,
         parent_commit=before.sha,
     )
-    return {
-        "removed": removed,
-        "is_sent": commit.oid != before.sha,
-        "commit_url": str(commit.commit_url),
-        "pull_request_url": commit.pr_url,
-    }
+    return report.model_copy(
+        update={
+            "removed": removed,
+            "is_sent": commit.oid != before.sha,
+            "commit_url": str(commit.commit_url),
+            "pull_request_url": commit.pr_url,
+        }
+    )
 
 
 @contextmanager
 def _one_line(repo: str) -> Iterator[None]:
-    """The hub's and the network's errors as one line that says what to do."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-
+    """Turns errors of the hub and the network into one line with a remedy."""
     try:
         yield
     except SpeculatorError:
@@ -223,7 +164,7 @@ def _one_line(repo: str) -> Iterator[None]:
         raise SpeculatorError(f"{repo}: {told}.") from error
 
 
-def _explain(error: Any) -> str:
+def _explain(error: HfHubHTTPError) -> str:
     status = error.response.status_code
     said = " ".join((error.server_message or "").split()).rstrip(".")
     hint = FAILED if status >= 500 else HINTS.get(status, "the hub refused it")

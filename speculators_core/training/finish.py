@@ -1,6 +1,7 @@
 """The end of a run: the speculator, its papers, and whether it serves."""
 
 import logging
+import os
 import shlex
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Settings of a training run: model, data, optimizer, evaluation and run.
+"""Settings of a training run, in five sections.
 
 They are the sections of a YAML file; flags of the command line take precedence:
 

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from speculators_core.data_generation.answers.answerer import AnswersConfig
 from speculators_core.data_generation.answers.dialogues import Answer, Call, Dialogue
+from speculators_core.data_generation.answers.settings import AnswersConfig
 from speculators_core.data_generation.texts.messages import Message
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_vllm import offline

@@ -78,7 +78,7 @@ REFUSED = {
     ),
     "bound": (WHOLE + "run: {workers: 0}", "run.workers: .*greater than or equal to 1"),
     "choice": (WHOLE.replace("bfloat16", "int4"), "engine.dtype: .*'float32'"),
-    "no verifier": ("data: {datasets: [{path: x}]}", "data.verifier: Field required"),
+    "no verifier": ("data: {datasets: [{path: x}]}", "data.verifier is missing: Folder or hub id"),
     "no data set": (WHOLE.replace("- {path: chats.jsonl", "- {name: x"), "datasets.0.path"),
     "no data sets": ("data: {verifier: v, datasets: []}\nsync: {path: x}", "data.datasets"),
     "no folder": (WHOLE.replace("sync: {path: states}", ""), "sync.path is missing"),

@@ -762,7 +762,7 @@ def test_bad_training_argument_is_named(kwargs, message):
 
 
 def test_mask_token_must_be_given():
-    with pytest.raises(SpeculatorError, match="mask_token_id: Field required"):
+    with pytest.raises(SpeculatorError, match="mask_token_id is missing"):
         PEagleDraftModel.from_training_args(lively_verifier().config, aux_layer_ids=(1, 2, 3))
 
 

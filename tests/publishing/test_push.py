@@ -10,13 +10,15 @@ import torch
 
 from benchmarks import playground
 from speculators_core.cli import run_function
+from speculators_core.commands.push import run
 from speculators_core.errors import SpeculatorError
 from speculators_core.format import checkpoint
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.provenance import hash_weights
 from speculators_core.publishing.card import CARD, UNKNOWN_LICENSE, parse, write_card
 from speculators_core.publishing.card_facts import CardFacts
-from speculators_core.publishing.push import PushConfig, push, run
+from speculators_core.publishing.push import push
+from speculators_core.publishing.settings import PushConfig
 from tests.conftest import DRAFTS, make_draft, make_verifier
 from tests.hub import TOKEN, Hub, connected, environment
 
@@ -370,7 +372,7 @@ def test_private_repository_is_made_private(hub, folder):
 
 def test_public_repository_is_not_taken_for_a_private_one(hub, folder):
     hub.create(REPO)
-    with pytest.raises(SpeculatorError, match="there already, and public"):
+    with pytest.raises(SpeculatorError, match="already exists and is public"):
         push(folder, REPO, PushConfig(private=True))
     assert hub.files(REPO) == {}
 
@@ -522,7 +524,7 @@ def test_refused_command_is_one_line_and_exit_code_2(hub, folder, capsys, patch)
 def test_command_in_a_process_of_its_own(hub, folder, tmp_path):
     """With the client as it starts: endpoint, token and cache from the environment."""
     code = (
-        "from speculators_core import cli; from speculators_core.publishing import push; "
+        "from speculators_core import cli; from speculators_core.commands import push; "
         "cli.run_function(push.run)"
     )
     done = subprocess.run(

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.acceptance.report import report_k
 from speculators_core.cli import main
+from speculators_core.commands.train import run as run_command
 from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.diagnosis.acceptance_report import (
     AcceptanceReport,
@@ -29,7 +30,6 @@ from speculators_core.training.job import Job, training_arguments
 from speculators_core.training.rows.opening import generation_of, open_source
 from speculators_core.training.settings import TrainingPlan, read_training_plan
 from speculators_core.training.states.run_folder import claim
-from speculators_core.training.train import run as run_command
 from speculators_core.training.train import train
 from tests.conftest import make_draft, make_verifier
 from tests.training.making import log_of, plan_of, sections_of, weights_of
@@ -128,9 +128,7 @@ def test_one_flag_wins_over_the_file_and_of_a_mapping_key_by_key(given, tmp_path
     recipe = {"num_layers": 1, "norm_output": False}
     file.write_text(yaml.safe_dump(sections_of(given, tmp_path, model={"recipe": recipe})))
     read = []
-    monkeypatch.setattr(
-        "speculators_core.training.train._print_estimate", lambda plan: read.append(plan)
-    )
+    monkeypatch.setattr("speculators_core.training.train.rehearse", lambda plan: read.append(plan))
     for flags in (
         ["--model.recipe.num_layers", "2", "--model.recipe.aux_layer_ids", "[1, 2, 3]"],
         ["--model.recipe", '{"num_layers": 2, "aux_layer_ids": [1, 2, 3]}'],

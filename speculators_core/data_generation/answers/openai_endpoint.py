@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError
 
-from speculators_core.data_generation.answers.answerer import AnswersConfig, OfflineConfig
 from speculators_core.data_generation.answers.dialogues import Answer, Call, Dialogue
+from speculators_core.data_generation.answers.settings import AnswersConfig, OfflineConfig
 from speculators_core.errors import SpeculatorError, first_fault, first_line
 
 Page = TypeVar("Page", bound=BaseModel)

@@ -1,35 +1,45 @@
-"""``speculators regenerate``: the verifier's own answers in place of the assistant's."""
+"""A verifier's answers in place of a data set's."""
 
 import itertools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any
 
-from cyclopts import Parameter
-from pydantic import Field
+from pydantic.main import IncEx
 
 from speculators_core.console import console
-from speculators_core.data_generation.answers.answerer import Answerer, AnswersConfig
+from speculators_core.data_generation.answers.answer_file import AnswerFile, beside
+from speculators_core.data_generation.answers.answerer import Answerer
+from speculators_core.data_generation.answers.dialogues import Dialogue
+from speculators_core.data_generation.answers.settings import RegenerateConfig
+from speculators_core.data_generation.runs.progress import metered
 from speculators_core.data_generation.settings import (
     DataGenConfig,
     DatasetConfig,
     RunConfig,
     StatesConfig,
 )
+from speculators_core.data_generation.texts.messages import (
+    Message,
+    malformed,
+    read_messages,
+    read_tools,
+)
+from speculators_core.data_generation.texts.rows import RowKind, RowParts
+from speculators_core.data_generation.texts.sources import FIRST_ROWS, Source, open_sources, rows_of
+from speculators_core.data_generation.texts.spans import RowSkipped
 from speculators_core.errors import SpeculatorError
+from speculators_core.files import Roots
+from speculators_core.registry import ANSWERERS
 from speculators_core.settings import Settings
 
-if TYPE_CHECKING:
-    from speculators_core.data_generation.answers.dialogues import Dialogue
-    from speculators_core.data_generation.texts.messages import Message
-    from speculators_core.data_generation.texts.rows import RowParts
-    from speculators_core.data_generation.texts.sources import Source
-
-RUN_ALONE: Any = {
-    "answers": {"endpoint": {"base_url", "concurrency", "retries", "timeout_s"}}
-    | {"offline": {"batch_size"}},
+RUN_ALONE: Mapping[str, IncEx | bool] = {
+    "answers": {
+        "endpoint": {"base_url", "concurrency", "retries", "timeout_s"},
+        "offline": {"batch_size"},
+    },
     "output": True,
     "resume": True,
     "max_failures": True,
@@ -38,74 +48,35 @@ RUN_ALONE: Any = {
 """Options that do not decide an answer."""
 
 
-class RegenerateConfig(Settings):
-    """Who answers, and what becomes of the answers."""
-
-    output: Path
-    """JSONL file, a conversation a line, which `generate-data` takes as it is."""
-    answers: Annotated[AnswersConfig, Parameter(name="*")] = AnswersConfig()
-    cut: Literal["drop", "keep"] = "drop"
-    """An answer that `max_tokens` cut: the conversation ends before it, or with it, and a template
-    then puts an end behind it that the verifier did not write."""
-    resume: bool = False
-    """Goes on behind what an earlier run wrote; without it an output that is there is refused."""
-    max_failures: int = Field(100, ge=0)
-    """Conversations that may be set aside because they could not be answered; one more ends the
-    run."""
-    allowed_roots: tuple[Path, ...] = ()
-    """Folders below which local data are read and written, links resolved; where there are none,
-    the current directory and the output's."""
-
-
 class RegenerateReport(Settings):
-    """What a run made."""
+    """Totals of a run."""
 
     num_conversations: int
-    """That were kept."""
+    """Conversations that were kept."""
     num_answers: int
     num_tokens: int
     num_set_aside: int
     num_of_earlier_runs: int
-    """Conversations that were there, kept or set aside."""
+    """Conversations that earlier runs had kept or set aside."""
     seconds: float
-
-
-def run(
-    data: Annotated[DatasetConfig, Parameter(name="*")],
-    /,
-    *,
-    settings: Annotated[RegenerateConfig, Parameter(name="*")],
-) -> None:
-    """Replaces each turn of the assistant by the verifier's own answer, turn after turn."""
-    report = regenerate(data, settings)
-    console.print(
-        f"wrote {settings.output}: {report.num_conversations} conversations, "
-        f"{report.num_answers} answers, {report.num_tokens} tokens in {report.seconds:.1f} s; "
-        f"{report.num_set_aside} set aside, {report.num_of_earlier_runs} of earlier runs"
-    )
 
 
 def regenerate(data: DatasetConfig, settings: RegenerateConfig) -> RegenerateReport:
     """Has the verifier answer the conversations of a data set, in their order.
 
-    Nothing heavy starts before options, data and output have been looked at, or where nothing is
-    left to answer.
+    Nothing heavy starts before options, data and output have been checked, or if nothing is left to
+    answer.
 
     Raises:
         SpeculatorError: options, data, output or verifier are at fault, the server is gone, or more
             conversations than ``max_failures`` could not be answered.
     """
-    from speculators_core.data_generation.answers.answer_file import AnswerFile, beside
-    from speculators_core.data_generation.runs.progress import metered
-    from speculators_core.files import Roots
-    from speculators_core.registry import ANSWERERS
-
     roots = Roots(
         RunConfig(allowed_roots=settings.allowed_roots).allowed_roots
         or (Path.cwd(), settings.output.expanduser().absolute().parent)
     )
     path = roots.check(settings.output)
-    make_answerer = ANSWERERS.load(settings.answers.engine_name)
+    make_answerer: type[Answerer] = ANSWERERS.load(settings.answers.engine_name)
     source = _open(data, settings, roots)
     with AnswerFile(path, *_options(data, settings), resume=settings.resume) as file:
         meter = AnswerMeter(source.num_rows, len(file.done))
@@ -114,8 +85,7 @@ def regenerate(data: DatasetConfig, settings: RegenerateConfig) -> RegenerateRep
             first = next(dialogues, None)
             if first is None:  # an engine would load for nothing
                 return meter.report()
-            answerer: Answerer = make_answerer(settings.answers)
-            with closing(answerer):
+            with closing(make_answerer(settings.answers)) as answerer:
                 for dialogue in answerer.answer(itertools.chain([first], dialogues)):
                     file.keep(dialogue)
                     show(dialogue)
@@ -123,10 +93,7 @@ def regenerate(data: DatasetConfig, settings: RegenerateConfig) -> RegenerateRep
     return meter.report()
 
 
-def _open(data: DatasetConfig, settings: RegenerateConfig, roots: Any) -> "Source":
-    from speculators_core.data_generation.texts.rows import RowKind
-    from speculators_core.data_generation.texts.sources import open_sources
-
+def _open(data: DatasetConfig, settings: RegenerateConfig, roots: Roots) -> Source:
     asked = DataGenConfig(
         verifier=settings.answers.verifier or "any",
         datasets=(data,),
@@ -135,7 +102,8 @@ def _open(data: DatasetConfig, settings: RegenerateConfig, roots: Any) -> "Sourc
     [source] = open_sources(asked, roots)
     if source.parts.kind in (RowKind.TOKENS, RowKind.TEXT):
         raise SpeculatorError(
-            f"{source.describe()}. Expected conversations, or prompts; name columns with --columns."
+            f"{source.describe()}. Expected conversations or prompts: "
+            "name the column with --columns.messages or --columns.prompt."
         )
     return source
 
@@ -143,7 +111,7 @@ def _open(data: DatasetConfig, settings: RegenerateConfig, roots: Any) -> "Sourc
 def _options(
     data: DatasetConfig, settings: RegenerateConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those that decide the answers, and the others; no key is among them."""
+    """Options that decide the answers, and the others; API keys are in neither."""
     columns = data.model_dump(mode="json", exclude={"limit", "streaming"})
     return (
         {"data": columns, **settings.model_dump(mode="json", exclude=RUN_ALONE)},
@@ -154,21 +122,15 @@ def _options(
     )
 
 
-def _dialogues(
-    source: "Source", done: set[str], settings: RegenerateConfig
-) -> Iterator["Dialogue"]:
-    """Of the rows that are not done, in their order.
+def _dialogues(source: Source, done: set[str], settings: RegenerateConfig) -> Iterator[Dialogue]:
+    """Dialogues of the rows that are not done, in their order.
 
     Raises:
         SpeculatorError: there are no rows, or none of the first can be read.
     """
-    from speculators_core.data_generation.answers.dialogues import Dialogue
-    from speculators_core.data_generation.texts.sources import FIRST_ROWS, rows_of
-    from speculators_core.data_generation.texts.spans import RowSkipped
-
     seed, keeps_cut = settings.answers.sampling.seed, settings.cut == "keep"
     unreadable: list[Dialogue] = []
-    """At the start; none is set aside where all the rest are like them."""
+    """Rows at the start; they are not set aside if none of the first can be read."""
     is_readable, number = bool(done), -1
     for number, row in enumerate(rows_of(source)):
         key = f"{source.number}/{number}"
@@ -192,21 +154,19 @@ def _dialogues(
     if unreadable:
         raise SpeculatorError(
             f"{source.describe()}. None of the first {len(unreadable)} rows can be read; the "
-            f"first: {unreadable[0].fault}. Name other columns with --columns."
+            f"first: {unreadable[0].fault}. Name the column with --columns.messages or "
+            "--columns.prompt."
         )
 
 
 def _read(
-    row: Mapping[str, Any], parts: "RowParts"
-) -> tuple[list["Message"], list[dict[str, Any]] | None]:
-    """Messages and tools; a prompt is what a user says, a completion what is to be replaced.
+    row: Mapping[str, Any], parts: RowParts
+) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """Messages and tools. A prompt is a user's turn, a completion the turn to replace.
 
     Raises:
         RowSkipped: there are none.
     """
-    from speculators_core.data_generation.texts.messages import malformed, read_messages, read_tools
-    from speculators_core.data_generation.texts.rows import RowKind
-
     main = row[parts.main]
     try:
         tools = read_tools(row[parts.tools]) if parts.tools else None
@@ -221,7 +181,7 @@ def _read(
 
 
 class AnswerMeter:
-    """What has been answered since the run began."""
+    """Counts since the start of the run."""
 
     def __init__(self, total_rows: int | None, num_of_earlier_runs: int) -> None:
         self.total_rows = total_rows
@@ -234,7 +194,7 @@ class AnswerMeter:
         self._num_tokens = 0
         self._started = time.monotonic()
 
-    def add(self, dialogue: "Dialogue") -> None:
+    def add(self, dialogue: Dialogue) -> None:
         self.rows += 1
         self._num_tokens += dialogue.num_tokens
         if dialogue.fault is None:
@@ -271,3 +231,11 @@ def _check_failures(meter: AnswerMeter, max_failures: int) -> None:
             f"{meter.num_failed} conversations could not be answered, more than --max-failures "
             f"({max_failures}); the last, {meter.last_failure}."
         )
+
+
+def print_report(report: RegenerateReport, output: Path) -> None:
+    console.print(
+        f"wrote {output}: {report.num_conversations} conversations, "
+        f"{report.num_answers} answers, {report.num_tokens} tokens in {report.seconds:.1f} s; "
+        f"{report.num_set_aside} set aside, {report.num_of_earlier_runs} of earlier runs"
+    )

@@ -1,37 +1,45 @@
-"""``speculators generate-data``: texts through a verifier, to a store or a queue."""
+"""A run of data generation, to a store or queue."""
 
 import atexit
 import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Self
 
-from cyclopts import Parameter
 from pydantic import Field
 from rich.table import Table
+from tqdm import tqdm
 
-from speculators_core.console import console, result_alone_on_stdout
-from speculators_core.data_generation.settings import (
-    EngineConfig,
-    GenerationPlan,
-    RunConfig,
-    SyncConfig,
-    read_plan,
+from speculators_core.console import console
+from speculators_core.data_generation.runs.preparation import placed, prepare
+from speculators_core.data_generation.runs.progress import Meter, metered
+from speculators_core.data_generation.runs.ray_workers import run_on_ray
+from speculators_core.data_generation.runs.workers import (
+    Told,
+    WorkerDone,
+    end_of,
+    run_here,
+    to_json,
+    watch_parent,
 )
+from speculators_core.data_generation.settings import GenerationPlan
+from speculators_core.data_generation.stores.disk import DiskStore
+from speculators_core.data_generation.texts.sources import count_rows
 from speculators_core.errors import SpeculatorError
+from speculators_core.files import locked
+from speculators_core.provenance import versions
+from speculators_core.registry import ENGINES
 from speculators_core.settings import Settings
-
-if TYPE_CHECKING:
-    from speculators_core.data_generation.stores.disk import DiskStore
 
 LOG = "generate.log"
 FAULT = b"fault:"
 
 
 class StoreTotals(Settings):
-    """What a store on disk holds, of all runs."""
+    """Totals of a store, over all runs."""
 
     num_examples: int
     num_tokens: int
@@ -39,60 +47,31 @@ class StoreTotals(Settings):
 
 
 class RunReport(Settings):
-    """What a run made, without that of an earlier one, and what was left out."""
+    """Totals of a run, without those of an earlier one, and what was set aside."""
 
     num_examples: int = 0
     num_tokens: int = 0
     size_bytes: int = 0
     num_units: int = 0
     num_units_kept: int = 0
-    """Units that an earlier run had made."""
+    """Units that an earlier run had stored."""
     seconds: float = 0.0
     engine_s: float = 0.0
-    """Of all workers' engines together."""
+    """Sum over the engines of all workers."""
     set_aside: dict[str, str] = Field(default_factory=dict)
-    """Examples on which the engine failed, and why; of a store on disk in earlier runs too."""
-    counts: dict[str, Any] = Field(default_factory=dict)
-    """Rows that were read, and what became of them."""
+    """Examples on which the engine failed, and why; for a store, those of earlier runs too."""
+    counts: dict[str, int | dict[str, int]] = Field(default_factory=dict)
+    """Rows that were read, skipped and cut."""
     store: StoreTotals | None = None
-    """None where examples went to a queue."""
+    """None if the examples went to a queue."""
     versions: dict[str, str] = Field(default_factory=dict)
 
 
-def run(
-    *,
-    config: Path,
-    engine: Annotated[EngineConfig | None, Parameter(name="engine")] = None,
-    sync: Annotated[SyncConfig | None, Parameter(name="sync")] = None,
-    run: Annotated[RunConfig | None, Parameter(name="run")] = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
-) -> None:
-    """Runs texts through a verifier and keeps its hidden states, on disk or through a queue.
-
-    Parameters
-    ----------
-    config
-        YAML file with the sections data, engine, sync and run; flags win over it.
-    as_json
-        Print the report as JSON.
-    """
-    from speculators_core.data_generation.runs.preparation import placed
-
-    plan = read_plan(config, {"engine": engine, "sync": sync, "run": run})
-    plan = placed(plan, config.resolve().parent)
-    if as_json:
-        with result_alone_on_stdout():
-            report = generate_data(plan)
-        print(report.model_dump_json(indent=2))
-    else:
-        print_report(generate_data(plan), plan)
-
-
 def generate_data(plan: GenerationPlan) -> RunReport:
-    """Makes what the plan asks for, with as many workers as it says.
+    """Generates what the plan asks for.
 
-    Nothing heavy starts before the plan, the data and the store have been looked at. What was made
-    before an error is kept, and the same plan with ``run.resume`` goes on from there.
+    Nothing heavy starts before the plan, the data and the store have been checked. What was stored
+    before an error is kept, and the same plan with ``run.resume`` resumes from there.
 
     Local data are read and written below the current directory and the store, if the plan names no
     ``run.allowed_roots``.
@@ -101,14 +80,6 @@ def generate_data(plan: GenerationPlan) -> RunReport:
         SpeculatorError: plan, data, engine or store are at fault, or more examples failed than
             ``run.max_failures``.
     """
-    from speculators_core.data_generation.runs.preparation import placed, prepare
-    from speculators_core.data_generation.runs.progress import Meter, metered
-    from speculators_core.data_generation.runs.workers import WorkerDone
-    from speculators_core.data_generation.texts.sources import count_rows
-    from speculators_core.files import locked
-    from speculators_core.provenance import versions
-    from speculators_core.registry import ENGINES
-
     plan = placed(plan)
     ENGINES.load(plan.engine.name)
     meter = Meter(count_rows(plan))
@@ -116,7 +87,7 @@ def generate_data(plan: GenerationPlan) -> RunReport:
         store = prepare(plan)
         if store is not None:
             meter.set_aside = store.set_aside()
-        counts: dict[str, Any] = {}
+        counts: dict[str, int | dict[str, int]] = {}
         with metered(meter, _log_file(plan)) as show:
             for told in _workers(plan):
                 if isinstance(told, WorkerDone):
@@ -144,17 +115,11 @@ def generate_data(plan: GenerationPlan) -> RunReport:
     return report
 
 
-def _workers(plan: GenerationPlan) -> Iterator[Any]:
-    if plan.run.backend == "ray":
-        from speculators_core.data_generation.runs.ray_workers import run_on_ray
-
-        return run_on_ray(plan)
-    from speculators_core.data_generation.runs.workers import run_here
-
-    return run_here(plan)
+def _workers(plan: GenerationPlan) -> Iterator[Told]:
+    return run_on_ray(plan) if plan.run.backend == "ray" else run_here(plan)
 
 
-def _totals(store: "DiskStore") -> StoreTotals:
+def _totals(store: DiskStore) -> StoreTotals:
     return StoreTotals(
         num_examples=len(store),
         num_tokens=int(store.lengths.sum()),
@@ -179,14 +144,12 @@ def _check_failures(set_aside: dict[str, str], plan: GenerationPlan) -> None:
 
 
 class GenerationProcess:
-    """A run in a process of its own, beside the one that trains; it ends with that one at last.
+    """A run in another process, which ends with this one at the latest.
 
-    As a context it is stopped at the end.
+    As a context manager it is stopped at the end.
     """
 
     def __init__(self, plan: GenerationPlan) -> None:
-        from speculators_core.data_generation.runs.workers import to_json
-
         context = multiprocessing.get_context("spawn")
         self._ours, theirs = context.Pipe()
         self._process = context.Process(target=_generate, args=(theirs, to_json(plan)))
@@ -196,20 +159,18 @@ class GenerationProcess:
         atexit.register(self.stop)  # or Python would wait for it, and it for us to take examples
 
     def report(self) -> RunReport:
-        """What the run made, when it has ended.
+        """Waits for the end of the run and returns its report.
 
         Raises:
             SpeculatorError: the run met one, or was killed.
         """
-        from speculators_core.data_generation.runs.workers import end_of
-
         if self._message is None:
             try:
                 self._message = self._ours.recv_bytes()
             except EOFError as error:
                 self._process.join()
                 end = end_of(self._process.exitcode or 0)
-                raise SpeculatorError(f"The run {end}. Go on with run.resume.") from error
+                raise SpeculatorError(f"The run {end}. Resume it with run.resume.") from error
             self._process.join()
         if self._message.startswith(FAULT):
             raise SpeculatorError(self._message.removeprefix(FAULT).decode())
@@ -220,7 +181,7 @@ class GenerationProcess:
         return self._process.pid
 
     def stop(self) -> None:
-        """Ends the run where it stands, if it has not ended; what it made is kept."""
+        """Ends the run if it has not ended; what it stored is kept."""
         self._process.terminate()
         self._process.join()
         atexit.unregister(self.stop)
@@ -233,18 +194,14 @@ class GenerationProcess:
 
 
 def generate_data_process(plan: GenerationPlan) -> GenerationProcess:
-    """Starts `generate_data` in a process of its own."""
+    """Starts `generate_data` in another process."""
     return GenerationProcess(plan)
 
 
-def _generate(connection: Any, plan: str) -> None:
-    from tqdm import tqdm
-
-    from speculators_core.data_generation.runs.workers import watch_parent
-
-    # Its own is a semaphore, of which Python warns where a process is ended that holds one.
+def _generate(connection: Connection, plan: str) -> None:
+    # The default lock is a semaphore, and Python warns of a process that is ended holding one.
     tqdm.set_lock(threading.RLock())
-    os.setsid()  # a signal to the parent's group is the parent's, which stops this run itself
+    os.setsid()  # a signal to the parent's group is for the parent, which then stops this run
     watch_parent()
     try:
         report = generate_data(GenerationPlan.model_validate_json(plan))
@@ -258,7 +215,7 @@ def print_report(report: RunReport, plan: GenerationPlan) -> None:
     table.add_column("what")
     table.add_column("number", justify="right")
     rate = report.num_tokens / report.seconds if report.seconds else 0.0
-    lines: dict[str, Any] = {
+    lines: dict[str, object] = {
         "examples": report.num_examples,
         "tokens": report.num_tokens,
         "bytes": report.size_bytes,
@@ -283,7 +240,7 @@ def print_report(report: RunReport, plan: GenerationPlan) -> None:
         console.print(f"wrote {plan.sync.path}")
 
 
-def _flat_counts(counts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flat_counts(counts: dict[str, int | dict[str, int]]) -> Iterator[tuple[str, int]]:
     for name, value in counts.items():
         if isinstance(value, dict):
             yield from ((f"{name}: {reason}", number) for reason, number in value.items())

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from pydantic import Field
 
 from speculators_core.data_generation.engines.pipeline import InferencePipeline, schema_of
@@ -55,7 +56,7 @@ class WorkerDone(Settings):
     """The last thing that a worker tells."""
 
     worker: int
-    counts: dict[str, Any] = Field(default_factory=dict)
+    counts: dict[str, int | dict[str, int]] = Field(default_factory=dict)
     """`sources.Counts` of all that was read."""
 
 
@@ -143,8 +144,6 @@ def _target(plan: GenerationPlan, worker: int) -> Target:
 
 def _on_device(plan: GenerationPlan, worker: int) -> GenerationPlan:
     """Workers of one machine take its GPUs in turn."""
-    import torch
-
     device = plan.engine.device or ("cuda" if torch.cuda.is_available() else "cpu")
     num_devices = torch.cuda.device_count()
     if device != "cuda" or plan.run.backend != "local" or min(plan.run.workers, num_devices) < 2:
@@ -206,7 +205,7 @@ def _listen(started: Sequence[tuple[Any, Any]]) -> Iterator[Told]:
             yield told
     if lost:
         raise SpeculatorError(
-            f"{', '.join(lost)}. What the workers made is kept: go on with --run.resume."
+            f"{', '.join(lost)}. What the workers stored is kept; pass --run.resume to resume."
         )
 
 

@@ -1,33 +1,16 @@
-"""``speculators inspect``: what a store holds."""
+"""Contents of a store, for people to read."""
 
-import json
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
 
-from cyclopts import Parameter
-from pydantic import Field
 from rich.table import Table
 from rich.text import Text
 
 from speculators_core.console import console
+from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
 from speculators_core.settings import Settings
-
-NOT_SOUND_EXIT = 1
-
-
-class InspectConfig(Settings):
-    """What is shown of a store."""
-
-    example: int = Field(0, ge=0)
-    """Number of the example that is shown."""
-    max_shown_tokens: int = Field(400, ge=1)
-    """Tokens of it, at most."""
-    verify: bool = False
-    """Reads every byte and compares the checksums; exit code 1 where a shard is damaged."""
-    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False
-    """Print the numbers as JSON."""
+from speculators_core.verifier.reading import read_tokenizer
 
 
 class StoreSummary(Settings):
@@ -36,7 +19,7 @@ class StoreSummary(Settings):
     folder: str
     verifier: str
     is_complete: bool
-    """Whether the run that made it came to its end."""
+    """Whether the run that wrote it has ended."""
     num_examples: int
     num_tokens: int
     num_trained: int
@@ -53,36 +36,12 @@ class StoreSummary(Settings):
     damaged: dict[str, str]
 
 
-def run(
-    store: Path, /, *, settings: Annotated[InspectConfig | None, Parameter(name="*")] = None
-) -> None:
-    """Prints what a store holds: numbers, layers, types, and an example with its loss mask.
-
-    Parameters
-    ----------
-    store
-        Folder that `speculators generate-data` wrote.
-    """
-    settings = settings or InspectConfig()
-    summary = summarize(store, verify=settings.verify)
-    if settings.as_json:
-        print(json.dumps(summary.model_dump(), indent=2))
-    else:
-        _print(summary)
-        if summary.num_examples:
-            _print_example(store, settings)
-    if summary.damaged:
-        raise SystemExit(NOT_SOUND_EXIT)
-
-
 def summarize(folder: Path, verify: bool = False) -> StoreSummary:
     """The numbers of a store; with ``verify`` every byte is read.
 
     Raises:
         SpeculatorError: there is no store, or without ``verify`` a shard is damaged.
     """
-    from speculators_core.data_generation.stores.disk import DiskStore
-
     store = DiskStore.open(folder)
     damaged = store.find_damage() if verify else {}
     totals: Counter[str] = Counter()
@@ -118,13 +77,14 @@ def summarize(folder: Path, verify: bool = False) -> StoreSummary:
     )
 
 
-def _print(summary: StoreSummary) -> None:
+def print_summary(summary: StoreSummary) -> None:
+    """The numbers as a table, then what is set aside or damaged."""
     table = Table(title=Text(summary.folder), show_header=False)
     mean = summary.num_tokens / max(summary.num_examples, 1)
     trained = summary.num_trained / max(summary.num_tokens, 1)
-    lines: dict[str, Any] = {
+    lines: dict[str, object] = {
         "verifier": summary.verifier,
-        "complete": "yes" if summary.is_complete else "no: go on with --run.resume",
+        "complete": "yes" if summary.is_complete else "no; resume with --run.resume",
         "examples": summary.num_examples,
         "tokens": f"{summary.num_tokens} (mean {mean:.0f}, longest {summary.longest})",
         "tokens to learn": f"{summary.num_trained} ({trained:.1%})",
@@ -144,28 +104,28 @@ def _print(summary: StoreSummary) -> None:
         console.print(what, style="red", highlight=False, markup=False)
 
 
-def _print_example(folder: Path, settings: InspectConfig) -> None:
-    from speculators_core.data_generation.stores.disk import DiskStore
-    from speculators_core.verifier.reading import read_tokenizer
+def print_example(folder: Path, number: int, max_shown_tokens: int) -> None:
+    """An example as text, with the tokens to train on in green.
 
+    Raises:
+        SpeculatorError: the store has no example of that number.
+    """
     store = DiskStore.open(folder)
-    if settings.example >= len(store):
-        raise SpeculatorError(
-            f"--example {settings.example}: the store holds examples 0 to {len(store) - 1}."
-        )
-    example = store[settings.example]
+    if number >= len(store):
+        raise SpeculatorError(f"--example {number}: {folder} holds examples 0 to {len(store) - 1}.")
+    example = store[number]
     try:
         tokenizer = read_tokenizer(store.schema.verifier)
     except SpeculatorError:
-        tokenizer = None  # the store may have been moved away from its verifier
+        tokenizer = None  # the store may have been moved without its verifier
     console.print(
-        f"example {settings.example}, key {example.key}: {len(example.input_ids)} tokens; "
-        "green ones are to be learnt",
+        f"example {number}, key {example.key}: {len(example.input_ids)} tokens; "
+        "those in green are trained on",
         highlight=False,
         markup=False,
     )
-    ids = example.input_ids[: settings.max_shown_tokens].tolist()
-    mask = example.loss_mask[: settings.max_shown_tokens].tolist()
+    ids = example.input_ids[:max_shown_tokens].tolist()
+    mask = example.loss_mask[:max_shown_tokens].tolist()
     text = Text()
     for piece, is_trained in _stretches(ids, mask):
         shown = tokenizer.decode(piece) if tokenizer is not None else f"{piece} "

@@ -42,7 +42,7 @@ class Counts:
     skipped: Counter[SkipReason] = field(default_factory=Counter)
     """Rows, or further sequences of one, by the reason why they were left out."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, int | dict[str, int]]:
         return vars(self) | {"skipped": {str(r): n for r, n in self.skipped.items()}}
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from speculators_core.commands.train import STOPPED_EXIT
 from speculators_core.data_generation.engines.pipeline import schema_of
 from speculators_core.data_generation.packing import RowLayout
 from speculators_core.data_generation.queues.zmq_store import ZmqStore
@@ -22,7 +23,7 @@ from speculators_core.data_generation.settings import read_plan
 from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
 from speculators_core.training.settings import TrainingPlan
-from speculators_core.training.train import STOPPED_EXIT, train
+from speculators_core.training.train import train
 from tests.data_generation.processes import processes
 from tests.data_generation.queues.queue_processes import wait_until
 from tests.training.making import NUM_EXAMPLES, log_of, plan_of, weights_of

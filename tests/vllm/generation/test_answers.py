@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from speculators_core.data_generation.answers.answerer import AnswersConfig
 from speculators_core.data_generation.answers.dialogues import Dialogue
+from speculators_core.data_generation.answers.settings import AnswersConfig
 from speculators_core.errors import SpeculatorError
 from speculators_vllm.generation.answers import VLLMAnswerer
 from tests.conftest import make_verifier
