@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import cyclopts
 from pydantic import ValidationError
@@ -29,21 +28,21 @@ NEGATIVE = re.compile(r"--no[-_](?P<section>\w[\w.-]*)\.(?P<switch>[\w-]+)")
 
 def app() -> cyclopts.App:
     """Every installed command; a command's module is imported when it is called."""
-    commands = _app(
-        name="speculators",
-        help="Train, check and serve speculators for speculative decoding.",
-        version=lambda: version(DISTRIBUTION),
-    )
+    commands = _app("Train, check and serve speculators for speculative decoding.", "speculators")
     for name in COMMANDS.names():
         path = COMMANDS.path(name)
         commands.command(path, name=name, help=_docstring(path))
     return commands
 
 
-def _app(**options: Any) -> cyclopts.App:
-    errors = Console(stderr=True, soft_wrap=True)
+def _app(help: str, name: str | None = None) -> cyclopts.App:
     return cyclopts.App(
-        error_console=errors, error_formatter=_one_line, config=_read_keys, **options
+        name=name,
+        help=help,
+        version=lambda: version(DISTRIBUTION),
+        error_console=Console(stderr=True, soft_wrap=True),
+        error_formatter=_one_line,
+        config=_read_keys,
     )
 
 
@@ -67,9 +66,9 @@ def main(arguments: list[str] | None = None) -> None:
     _run(app(), arguments)
 
 
-def run_function(function: Callable[..., Any]) -> None:
+def run_function(function: Callable[..., None]) -> None:
     """Runs a function that is no installed command, with the same manners."""
-    single = _app(help=function.__doc__)
+    single = _app(function.__doc__ or "")
     single.default(function)
     _run(single, None)
 

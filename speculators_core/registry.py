@@ -37,7 +37,7 @@ class Registry:
         """``module:object`` of that name."""
         return self._known[name].value
 
-    def load(self, name: Any) -> Any:
+    def load(self, name: object) -> Any:
         """The object of that name.
 
         Raises:

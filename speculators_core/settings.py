@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from speculators_core.errors import SpeculatorError, first_fault, first_line
 from speculators_core.registry import did_you_mean
@@ -26,7 +26,7 @@ class Settings(BaseModel):
             if value != type(self).model_fields[name].default:
                 raise ValueError(f"{name} {value} has no effect: {because}; leave it out")
 
-    def stated(self) -> dict[str, Any]:
+    def stated(self) -> dict[str, object]:
         """The options that were set, those of sections in it as well, secrets included."""
         return {
             name: value.stated() if isinstance(value, Settings) else value
@@ -35,7 +35,7 @@ class Settings(BaseModel):
         }
 
     @classmethod
-    def read(cls, options: Mapping[str, Any], where: str) -> Self:
+    def read(cls, options: Mapping[str, object], where: str) -> Self:
         """The options of a call.
 
         Raises:
@@ -82,7 +82,7 @@ def _one_line(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
-def _options_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def _options_in(annotation: object) -> Iterator[type[BaseModel]]:
     """Classes of options in a field's type: itself, of a list, or where it is not None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
@@ -129,7 +129,7 @@ def read_sections(
     return _merged(sections, stated)
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:
     merged = dict(below)
     for key, value in above.items():
         old = below.get(key)
@@ -140,7 +140,7 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _read_yaml(file: Path, known: list[str]) -> dict[str, Any]:
+def _read_yaml(file: Path, known: list[str]) -> dict[str, object]:
     try:
         content = load_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -158,9 +158,9 @@ def _read_yaml(file: Path, known: list[str]) -> dict[str, Any]:
     return content
 
 
-def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(options: Mapping[str, JsonValue], prefix: str = "") -> dict[str, JsonValue]:
     """Nested options by their full names: ``{"a": {"b": 1}}`` is ``{"a.b": 1}``."""
-    found: dict[str, Any] = {}
+    found: dict[str, JsonValue] = {}
     for key, value in options.items():
         name = f"{prefix}{key}"
         found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}

@@ -6,7 +6,10 @@ from pathlib import Path
 import yaml
 from pydantic import Field
 
+from speculators_core.data_generation.answers.answer_file import beside
 from speculators_core.data_generation.settings import DatasetConfig
+from speculators_core.data_generation.stores.disk import MANIFEST, DiskStore
+from speculators_core.data_generation.stores.inspection import summarize
 from speculators_core.errors import SpeculatorError
 from speculators_core.settings import Settings, load_yaml
 
@@ -31,9 +34,6 @@ class DataFacts(Settings):
             SpeculatorError: there is no store, a shard is damaged, or it does not say what it was
                 made from.
         """
-        from speculators_core.data_generation.stores.disk import MANIFEST, DiskStore
-        from speculators_core.data_generation.stores.inspection import summarize
-
         made_from = DiskStore.open(folder).manifest.made_from.get("data")
         if not isinstance(made_from, Mapping) or not made_from.get("datasets"):
             raise SpeculatorError(f"{folder / MANIFEST} does not say from which data it was made.")
@@ -53,8 +53,6 @@ class DataFacts(Settings):
 
 def _was_regenerated(dataset: DatasetConfig, verifier: str) -> bool:
     """Whether ``speculators regenerate`` wrote the file, with this verifier."""
-    from speculators_core.data_generation.answers.answer_file import beside
-
     try:
         stated = load_yaml(beside(Path(dataset.path), "yaml").read_text(encoding="utf-8"))
         return bool(stated["options"]["answers"]["verifier"] == verifier)

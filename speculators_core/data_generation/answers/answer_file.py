@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from speculators_core.data_generation.answers.dialogues import Dialogue
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.files import make_folder, try_lock, write_text
+from speculators_core.provenance import versions
 from speculators_core.settings import load_yaml
 
 
@@ -39,8 +40,6 @@ class AnswerFile:
             SpeculatorError: there is an output, and it is not to be gone on with, was made with
                 other options, or is not what such a run writes; or another run is writing it.
         """
-        from speculators_core.provenance import versions
-
         self.path = path
         self.done: set[str] = set()
         """Keys of what was kept or set aside."""

@@ -1,4 +1,4 @@
-"""A run of data generation, to a store or queue."""
+"""Run of data generation, to a store or queue."""
 
 import atexit
 import multiprocessing

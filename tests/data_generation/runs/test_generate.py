@@ -239,7 +239,7 @@ def test_a_killed_worker_is_named_and_the_next_run_goes_on(given, undisturbed, t
     os.kill(worker, signal.SIGKILL)
     _, told = process.communicate()
     assert process.returncode == 2
-    assert "was killed by SIGKILL. What the workers made is kept" in told
+    assert "was killed by SIGKILL. What the workers stored is kept" in told
     assert not (folder / "report.json").exists()
     assert (folder / "command.txt").read_text().startswith("speculators generate-data --config ")
     generate_data(plan_of(given, folder, run={"resume": True}))
