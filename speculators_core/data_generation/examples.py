@@ -269,7 +269,7 @@ def _to_fp8(
 
 @dataclass(frozen=True)
 class Failure:
-    """An example that the engine could not run."""
+    """An example that the engine could not run; a shard's header lists it, a run sets it aside."""
 
     key: str
     reason: str

@@ -28,7 +28,7 @@ from speculators_core.data_generation.runs.targets import DiskTarget, QueueTarge
 from speculators_core.data_generation.runs.units import Unit, ahead, cut_units
 from speculators_core.data_generation.settings import GenerationPlan
 from speculators_core.data_generation.stores.disk import DiskStore
-from speculators_core.data_generation.stores.shards import SUFFIXES, SetAside
+from speculators_core.data_generation.stores.shards import SUFFIXES
 from speculators_core.data_generation.texts.sources import Counts, read_plan_examples
 from speculators_core.errors import SpeculatorError
 from speculators_core.settings import Settings
@@ -47,7 +47,7 @@ class UnitDone(Settings):
     num_tokens: int = 0
     size_bytes: int = 0
     engine_s: float = 0.0
-    set_aside: tuple[SetAside, ...] = ()
+    set_aside: tuple[Failure, ...] = ()
     was_there: bool = False
     """An earlier run had made it."""
 
@@ -126,7 +126,7 @@ def _store(
             "size_bytes": target.store(unit, results),
             "num_examples": len(made),
             "num_tokens": sum(len(example.input_ids) for example in made),
-            "set_aside": tuple(SetAside(key=f.key, reason=f.reason) for f in failed),
+            "set_aside": tuple(failed),
         }
     )
 

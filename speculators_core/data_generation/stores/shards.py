@@ -64,13 +64,6 @@ class Entry(Settings):
         return digest.hexdigest()
 
 
-class SetAside(Settings):
-    """An example that the engine failed on."""
-
-    key: str
-    reason: str
-
-
 class ShardHeader(Settings):
     """What a shard says of itself."""
 
@@ -81,7 +74,7 @@ class ShardHeader(Settings):
     unit_digest: str = ""
     """Of the texts that it was made of."""
     entries: tuple[Entry, ...]
-    set_aside: tuple[SetAside, ...] = ()
+    set_aside: tuple[Failure, ...] = ()
 
     @model_validator(mode="after")
     def _lies_end_to_end(self) -> Self:
@@ -146,11 +139,7 @@ def write_shard(
         fields_digest=digest_of(schema),
         unit_digest=unit_digest,
         entries=tuple(entries),
-        set_aside=tuple(
-            SetAside(key=result.key, reason=result.reason)
-            for result in results
-            if isinstance(result, Failure)
-        ),
+        set_aside=tuple(result for result in results if isinstance(result, Failure)),
     )
     try:
         with (
