@@ -1,10 +1,12 @@
 """An algorithm that another package brings works like ours, from config to decoding."""
 
+import copy
 import sys
 
 import pytest
 import torch
 
+from speculators_core.diagnosis.suspects import suspects
 from speculators_core.errors import SpeculatorError
 from speculators_core.format.config import (
     SpeculatorModelConfig,
@@ -63,5 +65,19 @@ def test_it_trains_decodes_and_comes_back_from_disk(installed, verifier, verifie
     alone = verifier.generate(ids, do_sample=False, max_new_tokens=20, pad_token_id=0)
     ours = again.generate(ids, max_new_tokens=20, pad_token_id=0)
     assert torch.equal(ours, alone)
+    assert {suspect.cause for suspect in suspects(again, verifier)} == {"position shift"}
     with pytest.raises(SpeculatorError, match="from_training_args: unknown option depth"):
         installed.from_training_args(verifier.config, depth=2)
+
+
+def test_its_config_declares_what_it_leaves_open(installed):
+    config = installed.config_class()
+    assert config.aux_layer_ids == config.stated_layer_ids == []
+    assert config.norm_options == {} and config.vocabulary.is_whole
+    assert config.verifier_hidden_size == config.transformer_layer_config.hidden_size
+    assert list(config.other_readings(config.transformer_layer_config)) == []
+    elsewhere = copy.deepcopy(config.transformer_layer_config)
+    elsewhere.rope_parameters = {"rope_type": "default", "rope_theta": 7.0}
+    (other,) = config.other_readings(elsewhere)
+    assert other.cause == "rope"
+    assert other.changes["transformer_layer_config"].rope_parameters == elsewhere.rope_parameters

@@ -58,13 +58,8 @@ class Rules:
 
     @cached_property
     def lossy_options(self) -> dict[str, float] | None:
-        """What is on that lets the output differ from the verifier's own."""
-        if not isinstance(self.proposal, GreedyTokenProposalConfig):
-            return None
-        exact = GreedyTokenProposalConfig()
-        names = ("verifier_accept_k", "accept_tolerance")
-        options = {name: getattr(self.proposal, name) for name in names}
-        return {k: v for k, v in options.items() if v != getattr(exact, k)} or None
+        """What is on that lets the output differ from the verifier's; None where it does not."""
+        return self.proposal.lossy_options or None
 
     @cached_property
     def pad_token_id(self) -> int | None:

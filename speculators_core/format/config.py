@@ -5,8 +5,10 @@ pydantic, from the annotations of the class. Names that only the disk knows stan
 ``checkpoint.py``.
 """
 
+import copy
 import inspect
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
@@ -32,6 +34,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from speculators_core.errors import SpeculatorError, first_fault, first_line
 from speculators_core.format import checkpoint
 from speculators_core.format.proposals import GreedyTokenProposalConfig, TokenProposalConfig
+from speculators_core.format.readings import OtherReading
+from speculators_core.format.vocabulary import Vocabulary
 from speculators_core.registry import MODELS, PROPOSALS, did_you_mean
 
 UNSET = "UNSET"
@@ -266,6 +270,57 @@ class SpeculatorModelConfig(PretrainedConfig):
     def settle(self, verifier: PretrainedConfig) -> None:
         """Takes from the verifier's text config what the checkpoint leaves to it."""
 
+    # What kind of draft it is: an algorithm overrides what differs from these defaults.
+
+    @property
+    def aux_layer_ids(self) -> list[int]:
+        """Verifier layers whose states the draft reads, ascending; id n is after the last layer.
+
+        Raises:
+            SpeculatorError: the verifier's depth decides, and it is not known yet.
+        """
+        return []
+
+    @property
+    def stated_layer_ids(self) -> list[int] | None:
+        """`aux_layer_ids`, or None where the checkpoint leaves them to each reader's default."""
+        return self.aux_layer_ids
+
+    @property
+    def norm_options(self) -> dict[str, bool]:
+        """Keys that switch a norm, with their values; readers differ where one is not written."""
+        return {}
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens that the draft can propose, of those that its verifier knows."""
+        size = self.transformer_layer_config.vocab_size
+        return Vocabulary(size, size)
+
+    @property
+    def verifier_hidden_size(self) -> int:
+        """Width of the verifier's states."""
+        return self.transformer_layer_config.hidden_size
+
+    def other_readings(self, verifier: PretrainedConfig) -> Iterator[OtherReading]:
+        """What diagnosis tries: other ways in which the same weights may have been trained.
+
+        ``verifier`` is the verifier's text config. An algorithm adds its own.
+        """
+        own = getattr(self.transformer_layer_config, "rope_parameters", None)
+        theirs = getattr(verifier, "rope_parameters", None)
+        if own == theirs or not isinstance(theirs, Mapping):
+            return
+        if any(isinstance(value, Mapping) for value in theirs.values()):
+            return  # one rope for each kind of layer: none of them is certainly the draft's
+        layer_config = copy.deepcopy(self.transformer_layer_config)
+        layer_config.rope_parameters = dict(theirs)
+        yield OtherReading(
+            "rope",
+            f"rope_parameters {dict(theirs)}, the verifier's, instead of {own}",
+            {"transformer_layer_config": layer_config},
+        )
+
     @property
     def proposal(self) -> TokenProposalConfig:
         """The proposal method that is used where none is asked for."""
@@ -274,7 +329,7 @@ class SpeculatorModelConfig(PretrainedConfig):
 
     @property
     def verifier_depth(self) -> int | None:
-        """The verifier's number of layers, where the checkpoint says it."""
+        """The verifier's number of layers, where the checkpoint states it."""
         return getattr(self.transformer_layer_config, "verifier_num_hidden_layers", None)
 
     @property

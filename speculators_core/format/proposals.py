@@ -16,6 +16,11 @@ class TokenProposalConfig(BaseModel):
     speculative_tokens: int = Field(5, ge=1)
     """Tokens that the speculator proposes in one step (K)."""
 
+    @property
+    def lossy_options(self) -> dict[str, float]:
+        """Options that are on and let the output differ from what the verifier alone would give."""
+        return {}
+
     @model_validator(mode="wrap")
     @classmethod
     def _pick_class(
@@ -34,6 +39,15 @@ class GreedyTokenProposalConfig(TokenProposalConfig):
     """A token is kept when it is among the verifier's k best. Above 1 the output is lossy."""
     accept_tolerance: float = Field(0.0, ge=0.0)
     """A token is kept within this distance of the verifier's best logit. Above 0 is lossy."""
+
+    @property
+    def lossy_options(self) -> dict[str, float]:
+        options: dict[str, float] = {}
+        if self.verifier_accept_k > 1:
+            options["verifier_accept_k"] = self.verifier_accept_k
+        if self.accept_tolerance > 0.0:
+            options["accept_tolerance"] = self.accept_tolerance
+        return options
 
 
 class SamplingTokenProposalConfig(TokenProposalConfig):

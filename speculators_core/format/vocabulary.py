@@ -6,6 +6,7 @@ draft ids        0   1 2        d2t   [1 2 2]         verifier id minus draft id
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
@@ -13,6 +14,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from speculators_core.errors import SpeculatorError
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The sizes of a draft's vocabulary and of its verifier's."""
+
+    size: int
+    verifier_size: int
+
+    @property
+    def is_whole(self) -> bool:
+        """The draft can propose every token of the verifier."""
+        return self.size == self.verifier_size
 
 
 def choose_draft_vocabulary(

@@ -184,12 +184,15 @@ class DFlashDraftModel(FeatureDraftModel):
         )
         self.norm = family.norm(hidden, eps=norm_eps)
         self.rotary_emb = family.rotary(layer_config)
-        if not config.has_whole_vocabulary:
+        if not config.vocabulary.is_whole:
             self.lm_head = nn.Linear(hidden, config.draft_vocab_size or 0, bias=False)
         self.make_vocabulary()
         self.post_init()
-        if not config.has_whole_vocabulary:
+        if not config.vocabulary.is_whole:
             self.lm_head.requires_grad_(False)
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        return None if self.config.vocabulary.is_whole else self.lm_head
 
     @classmethod
     def fresh_config(

@@ -3,6 +3,7 @@
 The first layer reads embedding and hidden state side by side; the others are ordinary.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig
 
 from speculators_core.errors import SpeculatorError
 from speculators_core.format.config import own_fields
+from speculators_core.format.readings import OtherReading
 from speculators_core.models.feature_draft import (
     AuxLayerIds,
     DraftRecipe,
@@ -28,6 +30,8 @@ from speculators_core.verifier.taps import DEFAULT_NUM_AUX
 
 LAYER_TYPES = ("llama", "qwen3")
 """Those that vLLM has this network for."""
+EXCLUSIVE_NORMS = ("norm_before_fc", "fc_norm")
+"""Options of which at most one is on."""
 
 
 class EagleStackConfig(FeatureDraftConfig):
@@ -43,6 +47,25 @@ class EagleStackConfig(FeatureDraftConfig):
     @property
     def stated_layer_ids(self) -> list[int] | None:
         return self.eagle_aux_hidden_state_layer_ids
+
+    @property
+    def norm_options(self) -> dict[str, bool]:
+        return {
+            "norm_before_residual": self.norm_before_residual,
+            "norm_before_fc": self.norm_before_fc,
+            "fc_norm": self.fc_norm,
+            "norm_output": self.norm_output,
+        }
+
+    def other_readings(self, verifier: PretrainedConfig) -> Iterator[OtherReading]:
+        """Each norm option the other way; a norm without stored weights scales by one."""
+        for option, value in self.norm_options.items():
+            changes = {option: not value}
+            if not value and option in EXCLUSIVE_NORMS:
+                changes = {other: other == option for other in EXCLUSIVE_NORMS}
+            description = f"{option} {str(not value).lower()} instead of {str(value).lower()}"
+            yield OtherReading("missing norm", description, changes)
+        yield from super().other_readings(verifier)
 
     def check(self) -> None:
         super().check()
@@ -86,6 +109,12 @@ class EagleStackModel(FeatureDraftModel):
         # The head is the verifier's for good; the embeddings are unless they shall train.
         self.embed_tokens.requires_grad_(config.embed_requires_grad)
         self.lm_head.requires_grad_(False)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
 
     @classmethod
     def fresh_config(

@@ -1,6 +1,7 @@
 """What drafts that read the verifier's hidden states share: aux layers, fc, vocabulary, ends."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,12 +15,15 @@ from speculators_core.decoding.drafter import Chooser, Proposal
 from speculators_core.errors import SpeculatorError
 from speculators_core.format.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
 from speculators_core.format.proposals import GreedyTokenProposalConfig
-from speculators_core.format.vocabulary import check_vocabulary
+from speculators_core.format.readings import OtherReading
+from speculators_core.format.vocabulary import Vocabulary, check_vocabulary
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.settings import Settings
 from speculators_core.verifier.taps import DEFAULT_NUM_AUX, default_aux_layer_ids
 
 AuxLayerIds = list[Annotated[int, Field(ge=0)]]
+MAX_PERMUTED = 4
+"""Aux layers whose other orders are tried in a diagnosis."""
 
 
 class FeatureDraftConfig(SpeculatorModelConfig):
@@ -50,8 +54,13 @@ class FeatureDraftConfig(SpeculatorModelConfig):
             )
 
     @property
-    def has_whole_vocabulary(self) -> bool:
-        return self.draft_vocab_size == self.transformer_layer_config.vocab_size
+    def vocabulary(self) -> Vocabulary:
+        vocab_size = self.transformer_layer_config.vocab_size
+        return Vocabulary(self.draft_vocab_size or vocab_size, vocab_size)
+
+    @property
+    def verifier_hidden_size(self) -> int:
+        return self.target_hidden_size or super().verifier_hidden_size
 
     @property
     def num_aux(self) -> int:
@@ -76,6 +85,24 @@ class FeatureDraftConfig(SpeculatorModelConfig):
                 "Attach the verifier first."
             )
         return self._default_aux_layer_ids
+
+    def other_readings(self, verifier: PretrainedConfig) -> Iterator[OtherReading]:
+        """Neighbouring layer ids, the usual ones, and the same ones in another order."""
+        own, depth = tuple(self.aux_layer_ids), verifier.num_hidden_layers
+        others = [tuple(layer_id + by for layer_id in own) for by in (-1, 1)]
+        if len(own) <= MAX_PERMUTED:
+            others += itertools.permutations(own)
+        try:
+            usual = default_aux_layer_ids(depth)
+            others += [tuple(layer_id + by for layer_id in usual) for by in (0, -1, 1)]
+        except SpeculatorError:
+            pass  # the verifier is too shallow to have usual ids
+        for ids in dict.fromkeys(others):
+            fits = len(ids) == len(own) and all(0 <= layer_id <= depth for layer_id in ids)
+            if fits and ids != own:
+                description = f"aux layer ids {list(ids)} instead of {list(own)}"
+                yield OtherReading("wrong layer ids", description, layer_ids=ids)
+        yield from super().other_readings(verifier)
 
 
 def check_mask_token(mask_token_id: int | None, vocab_size: int, who: str) -> None:
@@ -117,7 +144,7 @@ class FeatureDraftModel(SpeculatorModel):
     def make_vocabulary(self) -> None:
         """The maps between the two vocabularies, where they differ."""
         config = self.config
-        if not config.has_whole_vocabulary:
+        if not config.vocabulary.is_whole:
             assert config.draft_vocab_size is not None
             vocab_size = config.transformer_layer_config.vocab_size
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
@@ -125,8 +152,8 @@ class FeatureDraftModel(SpeculatorModel):
 
     def make_fc(self) -> nn.Linear:
         hidden = self.config.transformer_layer_config.hidden_size
-        aux_hidden = self.config.target_hidden_size or hidden
-        return nn.Linear(self.config.num_aux * aux_hidden, hidden, bias=False)
+        aux_hidden = self.config.num_aux * self.config.verifier_hidden_size
+        return nn.Linear(aux_hidden, hidden, bias=False)
 
     def start_fresh(self, t2d: Tensor | None, d2t: Tensor | None) -> None:
         if (t2d is None) != (d2t is None):
@@ -139,7 +166,7 @@ class FeatureDraftModel(SpeculatorModel):
                     f"{vocab_size} tokens."
                 )
             check_vocabulary(t2d, d2t)
-            if not self.config.has_whole_vocabulary:
+            if not self.config.vocabulary.is_whole:
                 self.t2d.copy_(t2d)
                 self.d2t.copy_(d2t)
         self.unset = {name for name in self.vocabulary_weights if name in self.state_dict()}
@@ -147,7 +174,7 @@ class FeatureDraftModel(SpeculatorModel):
     @property
     def from_verifier(self) -> tuple[str, ...]:
         """Of a reduced vocabulary the head is the draft's own: vLLM would take the whole one."""
-        whole = self.config.has_whole_vocabulary
+        whole = self.config.vocabulary.is_whole
         return tuple(name for name in self.vocabulary_weights if whole or name != "lm_head.weight")
 
     @property
@@ -179,7 +206,7 @@ class FeatureDraftModel(SpeculatorModel):
     @property
     def draft_token_ids(self) -> Int[Tensor, "draft_vocab"] | None:
         """Verifier ids of the draft's tokens; None where the vocabulary is the verifier's."""
-        if self.config.has_whole_vocabulary:
+        if self.config.vocabulary.is_whole:
             return None
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 

@@ -25,6 +25,7 @@ from speculators_core.batch import PADDING, Batch
 from speculators_core.decoding.drafter import Chooser, Confirmed, Proposal
 from speculators_core.errors import SpeculatorError
 from speculators_core.format.config import SpeculatorModelConfig
+from speculators_core.format.readings import OtherReading
 from speculators_core.models.feature_draft import speculators_config
 from speculators_core.models.parts.attention import Attend, DraftCache
 from speculators_core.models.parts.layers import (
@@ -66,6 +67,18 @@ class MTPSpeculatorConfig(SpeculatorModelConfig):
     def aux_layer_ids(self) -> list[int]:
         """The state after the last layer; the draft norms it as the verifier does."""
         return [self.verifier_depth]
+
+    def other_readings(self, verifier: PretrainedConfig) -> Iterator[OtherReading]:
+        """The verifier's last state on the other side of its final norm."""
+        is_normed = self.verifier_state == "post_norm"
+        other, side = ("pre_norm", "before") if is_normed else ("post_norm", "after")
+        yield OtherReading(
+            "hidden-state timing",
+            f"verifier_state {other!r} instead of {self.verifier_state!r}: the verifier's last "
+            f"state {side} its final norm",
+            {"verifier_state": other},
+        )
+        yield from super().other_readings(verifier)
 
 
 class MTPRecipe(Settings):

@@ -18,6 +18,7 @@ Training all depths at all rows would cost as many passes; conditional drop of d
 share of them that falls with the depth, and never a depth without those before it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -30,6 +31,7 @@ from transformers import PretrainedConfig
 from speculators_core.batch import PADDING, Batch
 from speculators_core.decoding.drafter import Chooser, Confirmed, Proposal
 from speculators_core.format.config import SpeculatorModelConfig
+from speculators_core.format.readings import OtherReading
 from speculators_core.models.eagle_stack import EagleStackConfig, EagleStackModel, EagleStackRecipe
 from speculators_core.models.feature_draft import check_mask_token
 from speculators_core.models.parts.attention import DraftCache, Keys, OwnKey, Queries, attend_packed
@@ -45,6 +47,11 @@ class PEagleSpeculatorConfig(EagleStackConfig):
     speculators_model_type: Literal["peagle"] = "peagle"
     mask_token_id: Annotated[int, Field(ge=0)] | None = None
     embed_requires_grad: bool = True
+
+    def other_readings(self, verifier: PretrainedConfig) -> Iterator[OtherReading]:
+        """No output is fed back, so norm_output changes nothing."""
+        others = super().other_readings(verifier)
+        return (other for other in others if "norm_output" not in other.changes)
 
     def check(self) -> None:
         super().check()

@@ -72,12 +72,12 @@ class SpeculatorModel(PreTrainedModel):
         """Nothing: layers recompute without reentrance, which asks no gradient of embeddings."""
 
     def get_input_embeddings(self) -> Any:
-        """The draft's own embeddings; None where it reads its verifier's."""
-        return getattr(self, "embed_tokens", None)
+        """The draft's embeddings; None where it reads its verifier's."""
+        return None
 
     def get_output_embeddings(self) -> Any:
-        """The draft's own head; None where it has its verifier's."""
-        return getattr(self, "lm_head", None)
+        """The draft's head; None where it reads its verifier's."""
+        return None
 
     # ---- the verifier ----
 
@@ -132,6 +132,11 @@ class SpeculatorModel(PreTrainedModel):
         own = self.get_output_embeddings()
         weight = self.verifier_head.lm_head.weight.detach() if own is None else own.weight
         return weight.to(self.device, self.dtype)
+
+    @property
+    def draft_token_ids(self) -> Int[Tensor, "draft_vocab"] | None:
+        """Verifier ids of the draft's tokens; None where the vocabulary is the verifier's."""
+        return None
 
     def resolve_verifier(
         self, verifier: str | PathLike | PreTrainedModel | None = None

@@ -200,12 +200,9 @@ def _what_it_is(config: SpeculatorModelConfig, verifier: str, num_parameters: in
     if known is not None:
         title = known.title
         about = f" ([arXiv:{known.paper}](https://arxiv.org/abs/{known.paper})): {known.idea}"
-    proposal = config.proposal.model_dump()
-    is_lossy = proposal.get("verifier_accept_k", 1) > 1 or proposal.get("accept_tolerance", 0) > 0
     lossy = " Its default proposal method is lossy: it keeps tokens that are not the verifier's."
-    spoken = getattr(config, "draft_vocab_size", None)
-    vocabulary = getattr(config.transformer_layer_config, "vocab_size", None)
-    layer_ids = getattr(config, "stated_layer_ids", None)
+    vocabulary, layer_ids = config.vocabulary, config.stated_layer_ids
+    sizes = f"{vocabulary.size:,} of the verifier's {vocabulary.verifier_size:,}"
     architectures = ", ".join(config.verifier.architectures)
     dtype = str(checkpoint.as_dtype(config.dtype)).removeprefix("torch.")
     facts = _bullets(
@@ -213,9 +210,7 @@ def _what_it_is(config: SpeculatorModelConfig, verifier: str, num_parameters: in
         f"Verifier: `{verifier}`" + (f" ({architectures})" if architectures else ""),
         f"Tokens of a proposal: {config.proposal.speculative_tokens}",
         f"Parameters: {num_parameters:,}, stored as {dtype}",
-        f"Vocabulary: {spoken:,} of the verifier's {vocabulary:,} tokens"
-        if spoken and vocabulary and spoken < vocabulary
-        else None,
+        None if vocabulary.is_whole else f"Vocabulary: {sizes} tokens",
         f"Layers of the verifier that it reads: {' '.join(map(str, layer_ids))}"
         if layer_ids
         else None,
@@ -224,7 +219,7 @@ def _what_it_is(config: SpeculatorModelConfig, verifier: str, num_parameters: in
         f"# {title} speculator for {verifier}\n\n"
         "A speculator is a small draft model: it proposes several tokens, and its verifier, the "
         "model whose answers are wanted, checks them in one pass. The answers stay the verifier's "
-        f"and come sooner.{lossy if is_lossy else ''}\n\n{facts}"
+        f"and come sooner.{lossy if config.proposal.lossy_options else ''}\n\n{facts}"
     )
 
 

@@ -97,9 +97,9 @@ def _shaped(
             f"{model.draft_config} is of a {config.speculators_model_type} draft, model.algorithm "
             f"is {model.algorithm}."
         )
-    size = getattr(config, "draft_vocab_size", None)
-    is_whole = size in (None, config.transformer_layer_config.vocab_size)
-    t2d, d2t = _vocabulary(model, None if is_whole else size, count_tokens)
+    vocabulary = config.vocabulary
+    size = None if vocabulary.is_whole else vocabulary.size
+    t2d, d2t = _vocabulary(model, size, count_tokens)
     config.verifier.name_or_path = _name(model)
     config.name_or_path = ""
     draft = of_class(config)
@@ -152,7 +152,7 @@ def _vocabulary(
 
 def _check_special_tokens(draft: SpeculatorModel, model: TrainModelConfig) -> None:
     """Raises SpeculatorError where the draft cannot say a token that ends or marks a text."""
-    token_ids = getattr(draft, "draft_token_ids", None)
+    token_ids = draft.draft_token_ids
     if token_ids is None:
         return
     tokenizer = read_tokenizer(model.verifier, model.trust_remote_code)

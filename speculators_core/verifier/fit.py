@@ -23,9 +23,8 @@ def check_verifier(
     text = verifier.get_text_config()
     layer = speculator.transformer_layer_config
     name = name or verifier.name_or_path or type(verifier).__name__
-    expected_hidden = getattr(speculator, "target_hidden_size", None) or layer.hidden_size
     for what, found, expected in (
-        ("hidden size", text.hidden_size, expected_hidden),
+        ("hidden size", text.hidden_size, speculator.verifier_hidden_size),
         ("vocabulary size", text.vocab_size, layer.vocab_size),
         (
             "number of layers",
@@ -45,7 +44,7 @@ def check_verifier(
             f"Pass the verifier it was trained with ({speculator.verifier.name_or_path})."
         )
     speculator.settle(text)
-    layer_ids = getattr(speculator, "aux_layer_ids", None) or []
+    layer_ids = speculator.aux_layer_ids
     if layer_ids and layer_ids[-1] > text.num_hidden_layers:
         raise SpeculatorError(
             f"aux layer id {layer_ids[-1]} is out of range: {name} has "

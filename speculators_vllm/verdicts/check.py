@@ -134,29 +134,26 @@ def _check_checkpoint(
     except SpeculatorError as error:
         report.add("fault", "checkpoint", str(error), _cause_of(str(error)))
         return None
-    stated = list(getattr(config, "stated_layer_ids", None) or [])
-    for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
-        if hasattr(config, key) and key not in raw:
+    for key, value in config.norm_options.items():
+        if key not in raw:
             report.add(
                 "warning",
                 "checkpoint",
                 f"{key} is not written; readers of the format differ in what they take for it "
-                f"(here: {getattr(config, key)}).",
+                f"(here: {value}).",
             )
-    if not stated and hasattr(config, "stated_layer_ids"):
+    if config.stated_layer_ids is None:
         report.add(
             "warning",
             "checkpoint",
             "aux layer ids are not written; every reader takes its own default.",
         )
-    proposal = config.proposal
-    for key, neutral in (("verifier_accept_k", 1), ("accept_tolerance", 0.0)):
-        if getattr(proposal, key, neutral) != neutral:
-            report.add(
-                "warning",
-                "checkpoint",
-                f"{key} is {getattr(proposal, key)}: vLLM verifies exactly and takes no notice.",
-            )
+    for key, value in config.proposal.lossy_options.items():
+        report.add(
+            "warning",
+            "checkpoint",
+            f"{key} is {value}: vLLM verifies exactly and ignores it.",
+        )
     if (folder / "config.py").exists() or "auto_map" in raw:
         report.add("note", "checkpoint", "it ships Python code, which is never run.")
     return config
@@ -363,14 +360,14 @@ def _compare_sides(
     elif not stages:
         report.add("note", "tensors", "vLLM runs the draft in another process: not compared.")
     _compare_counts(report, decoded, served, dtype == torch.float32)
-    culprit = diagnosis.culprit
-    if culprit is not None:
+    likely = diagnosis.likely_cause
+    if likely is not None:
         report.add(
             "fault",
             "reading",
-            f"{culprit.description}: tau would be {diagnosis.mended_acceptance_length:.2f}, not "
+            f"{likely.description}: tau would be {diagnosis.acceptance_length_if_fixed:.2f}, not "
             f"{diagnosis.acceptance_length:.2f}.",
-            culprit.cause,
+            likely.cause,
         )
     elif report.reference.acceptance_length < DEAD_BELOW:
         report.add(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from speculators_core.decoding.drafter import Chooser, Confirmed, Proposal
 from speculators_core.diagnosis.replay import SeenText
 from speculators_core.models.speculator import SpeculatorModel
+from speculators_vllm.plugin.proposers import PROPOSERS
 
 STATES, LOGITS = "verifier's states", "logits"
 COMPARED = (
@@ -78,7 +79,8 @@ def trace_reference(model: SpeculatorModel, text: SeenText, num_tokens: int) -> 
     trace: Trace = {}
     length = text.prompt_length
     states = text.aux_states(model.aux_layer_ids)[:length].to(model.device, model.dtype)
-    trace[STATES] = _as_vllm_hands_them(model, states)
+    if model.aux_layer_ids:
+        trace[STATES] = _as_vllm_hands_them(model, states)
     positions = torch.arange(length, device=model.device)
     confirmed = Confirmed(
         text.token_ids[None, : length + 1].to(model.device), positions[None], states[None]
@@ -90,10 +92,9 @@ def trace_reference(model: SpeculatorModel, text: SeenText, num_tokens: int) -> 
 
 
 def _as_vllm_hands_them(model: SpeculatorModel, states: Tensor) -> Tensor:
-    """vLLM has but the normed last state for an MTP draft, whatever it was trained on."""
-    if not hasattr(model.config, "verifier_state"):
-        return states
-    return model.verifier_head.norm(states)
+    """With the method ``mtp`` vLLM gives a draft the normed last state, whatever it reads."""
+    proposer = PROPOSERS.load(model.config.speculators_model_type)
+    return model.verifier_head.norm(states) if proposer.method == "mtp" else states
 
 
 def trace_served(llm: Any, prompt: Sequence[int]) -> Trace:

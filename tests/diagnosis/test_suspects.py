@@ -1,4 +1,4 @@
-"""A good draft has no culprit; one that is read in another way than it was trained has one."""
+"""A sound draft has no likely cause; one read in another way than it was trained has one."""
 
 import copy
 import re
@@ -57,7 +57,9 @@ def load(name, verifier, **changes):
     return model.eval()
 
 
-def test_a_draft_that_has_learnt_nothing_has_no_culprit(playground_verifier, texts, monkeypatch):
+def test_a_draft_that_has_learnt_nothing_has_no_likely_cause(
+    playground_verifier, texts, monkeypatch
+):
     monkeypatch.setattr(diagnosis, "MIN_GAIN_NATS", 0.0)
     monkeypatch.setattr(diagnosis, "MIN_T", 0.0)
     config = SpeculatorModel.from_pretrained(playground.EAGLE3).config
@@ -67,13 +69,13 @@ def test_a_draft_that_has_learnt_nothing_has_no_culprit(playground_verifier, tex
     fresh.attach_verifier(playground_verifier, "full")
     found = diagnose(fresh.eval(), playground_verifier, texts, 3)
     assert any(trial.is_better for trial in found.trials) and found.acceptance_length < 1.05
-    assert found.culprit is found.mended_acceptance_length is None
+    assert found.likely_cause is found.acceptance_length_if_fixed is None
 
 
 @pytest.mark.parametrize("name", playground.SPECULATORS)
-def test_a_sound_draft_has_no_culprit(name, playground_verifier, texts):
+def test_a_sound_draft_has_no_likely_cause(name, playground_verifier, texts):
     found = diagnose(load(name, playground_verifier), playground_verifier, texts, 3)
-    assert found.culprit is None and found.mended_acceptance_length is None
+    assert found.likely_cause is None and found.acceptance_length_if_fixed is None
     assert found.acceptance_length > 1.5
     assert len(found.trials) >= 3
 
@@ -107,12 +109,12 @@ def test_a_sound_draft_has_no_culprit(name, playground_verifier, texts):
         ),
     ],
 )
-def test_the_culprit_is_named(playground_verifier, texts, name, changes, cause, words):
+def test_the_likely_cause_is_named(playground_verifier, texts, name, changes, cause, words):
     found = diagnose(load(name, playground_verifier, **changes), playground_verifier, texts, 3)
-    assert found.culprit is not None
-    assert found.culprit.cause == cause
-    assert re.search(words, found.culprit.description)
-    assert found.mended_acceptance_length > found.acceptance_length
+    assert found.likely_cause is not None
+    assert found.likely_cause.cause == cause
+    assert re.search(words, found.likely_cause.description)
+    assert found.acceptance_length_if_fixed > found.acceptance_length
 
 
 @pytest.mark.parametrize(
