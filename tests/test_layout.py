@@ -22,6 +22,7 @@ ABOVE = {
     "speculators_vllm": ("benchmarks",),
     "speculators_core/models/parts": (
         "speculators_core.models.speculator",
+        "speculators_core.models.verifier_side",
         "speculators_core.models.feature_draft",
         "speculators_core.models.eagle_stack",
     ),

@@ -305,12 +305,12 @@ def _find_draft(name: str, settings: AcceptanceConfig) -> _FoundDraft:
 def _check_draft(draft: _FoundDraft, verifier: str, verifier_config: Any) -> None:
     """Raises SpeculatorError unless the draft is whole and made for this verifier."""
     from speculators_core.decoding.independent import check_shared_vocabulary
-    from speculators_core.models.speculator import SpeculatorModel
+    from speculators_core.format.loading import check_checkpoint
     from speculators_core.verifier.fit import check_verifier
 
     if draft.kind == "speculator" and draft.folder is not None:
         check_verifier(draft.config, verifier_config)
-        SpeculatorModel.check_checkpoint(draft.folder, draft.config)
+        check_checkpoint(draft.folder, draft.config)
     elif draft.kind == "language-model":
         check_shared_vocabulary(draft.config, draft.name, verifier_config, verifier)
 

@@ -191,7 +191,7 @@ class FeatureDraftModel(SpeculatorModel):
         if "t2d" in self.unset:
             self.t2d[self.draft_token_ids] = True
             self.unset.discard("t2d")
-        if not self.unset or not self.is_attached:
+        if not self.unset or self.attached is None:
             return
         head, token_ids = self.verifier_head, self.draft_token_ids
         rows = slice(None) if token_ids is None else token_ids

@@ -36,15 +36,11 @@ from speculators_core.models.parts.layers import (
     decoder_layer,
     family_of,
 )
-from speculators_core.models.parts.losses import (
-    MASK_SUM_FLOOR,
-    LossWeights,
-    VerifierLogits,
-    score_rows,
-)
+from speculators_core.models.parts.losses import MASK_SUM_FLOOR, LossWeights, score_rows
 from speculators_core.models.parts.unroll import propose_in_steps, unroll
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.settings import Settings
+from speculators_core.verifier.head import VerifierLogits
 
 LAYER_TYPES = ("qwen3", "qwen2", "llama")
 

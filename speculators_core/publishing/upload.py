@@ -13,7 +13,7 @@ from speculators_core.files import read_json
 from speculators_core.format import checkpoint
 from speculators_core.format.checkpoint import is_hub_id
 from speculators_core.format.config import SpeculatorModelConfig
-from speculators_core.models.speculator import SpeculatorModel
+from speculators_core.format.loading import check_checkpoint
 from speculators_core.provenance import hash_weights
 from speculators_core.publishing.card import CARD, complete, license_of, make_card, parse, read_text
 from speculators_core.publishing.card_facts import CardFacts
@@ -114,7 +114,7 @@ def _read_speculator(folder: Path) -> SpeculatorModelConfig:
     if not (folder / checkpoint.CONFIG).exists() and (inner / checkpoint.CONFIG).exists():
         raise SpeculatorError(f"{folder} is the folder of a run. Push its speculator: {inner}.")
     config = SpeculatorModelConfig.from_pretrained(folder)
-    SpeculatorModel.check_checkpoint(folder, config)
+    check_checkpoint(folder, config)
     return config
 
 

@@ -35,7 +35,6 @@ from speculators_core.diagnosis.rollout import (
 )
 from speculators_core.errors import SpeculatorError
 from speculators_core.format.proposals import GreedyTokenProposalConfig
-from speculators_core.models.parts.losses import CHUNK_LOGITS, FEWEST_ROWS, GPU_CHUNK_LOGITS
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.training.settings import EvaluationConfig
 from speculators_core.verifier.head import VerifierHead
@@ -230,11 +229,8 @@ def _verified_text(
 def greedy_tokens(
     head: VerifierHead, last_hidden_states: Float[Tensor, "rows hidden"]
 ) -> Int[Tensor, "rows"]:
-    """What the verifier says after each state; logits are made for a few rows at a time."""
-    weight = head.lm_head.weight
-    at_once = CHUNK_LOGITS if weight.device.type == "cpu" else GPU_CHUNK_LOGITS
-    chunks = last_hidden_states.split(max(FEWEST_ROWS, at_once // len(weight)))
-    return torch.cat([head(chunk).argmax(-1) for chunk in chunks])
+    """The verifier's token after each state; logits are made for a few rows at a time."""
+    return torch.cat([logits.argmax(-1) for logits in head.chunks(last_hidden_states)])
 
 
 # ---- figures ----

@@ -34,5 +34,5 @@ def gather_draft(model: SpeculatorModel) -> SpeculatorModel:
     tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     whole = type(model)(copy.deepcopy(model.config)).to(model.device, model.dtype)
     whole.load_state_dict(tensors)
-    whole.share_verifier(model)
+    whole.attached, whole.unset = model.attached, set()
     return whole.eval()

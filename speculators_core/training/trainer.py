@@ -100,7 +100,8 @@ class SpeculatorTrainer(Trainer):
         self._means = WeightedMeans()
         self._step_batches: list[PackedRow] = []
         self._step_losses: list[Tensor] = []
-        model.move_verifier(self.args.device)
+        if model.attached is not None:
+            model.attached.move(self.args.device)
 
     def get_train_dataloader(self) -> DataLoader:
         """Each process has a stream for itself; numbered rows are split over the processes."""

@@ -1,15 +1,32 @@
 """The end of a verifier: embeddings, final norm and head."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
 )
 
 from speculators_core.errors import SpeculatorError
+
+CHUNK_LOGITS = 2**19
+"""Logits that exist at one time on a CPU: what its cache holds."""
+GPU_CHUNK_LOGITS = 2**26
+"""The same on a GPU, which is slow on small pieces."""
+FEWEST_ROWS = 16
+"""Rows whose logits are made together however wide the vocabulary."""
+
+VerifierLogits = Callable[[Int[Tensor, "rows"]], Float[Tensor, "rows vocab"]]
+"""Rows of a text to the verifier's logits in them, made when they are asked for."""
+
+
+def rows_at_once(vocab_size: int, device: torch.device) -> int:
+    """Rows whose logits are made together: those of a whole text can be gigabytes."""
+    at_once = CHUNK_LOGITS if device.type == "cpu" else GPU_CHUNK_LOGITS
+    return max(FEWEST_ROWS, at_once // vocab_size)
 
 
 class VerifierHead(nn.Module):
@@ -42,6 +59,14 @@ class VerifierHead(nn.Module):
         return (
             logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
         )
+
+    def chunks(
+        self, last_hidden: Float[Tensor, "rows hidden"]
+    ) -> Iterator[Float[Tensor, "some_rows vocab"]]:
+        """Logits over the whole vocabulary, of a few rows at a time."""
+        weight = self.lm_head.weight
+        for rows in last_hidden.split(rows_at_once(len(weight), weight.device)):
+            yield self(rows)
 
 
 class _Weights(nn.Module):

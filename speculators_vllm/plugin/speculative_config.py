@@ -13,7 +13,7 @@ from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.format import checkpoint
 from speculators_core.format.checkpoint import locate_verifier
 from speculators_core.format.config import SpeculatorModelConfig
-from speculators_core.models.speculator import SpeculatorModel
+from speculators_core.format.loading import check_checkpoint
 from speculators_core.registry import MODELS
 from speculators_core.verifier.fit import check_tokenizer, check_verifier
 from speculators_vllm.plugin.proposers import PROPOSERS
@@ -125,7 +125,7 @@ def _from_checkpoint(
         assert config.speculators_config is not None
         config_dict["speculators_config"] = config.speculators_config.model_dump()
         if source.has_weights:
-            SpeculatorModel.check_checkpoint(folder, config)
+            check_checkpoint(folder, config)
     try:
         settings = vllm_settings(config_dict)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -215,7 +215,7 @@ def _check(speculator: str, settings: CertifyConfig) -> _Plan:
     from speculators_core.format import checkpoint
     from speculators_core.format.checkpoint import locate_verifier
     from speculators_core.format.config import SpeculatorModelConfig
-    from speculators_core.models.speculator import SpeculatorModel
+    from speculators_core.format.loading import check_checkpoint
     from speculators_core.verifier.fit import check_verifier
     from speculators_core.verifier.reading import read_tokenizer, read_verifier_config
     from speculators_vllm.plugin.speculative_config import check_served, vllm_settings
@@ -231,7 +231,7 @@ def _check(speculator: str, settings: CertifyConfig) -> _Plan:
     verifier = named if settings.verifier else locate_verifier(named, beside=folder)
     verifier_config = read_verifier_config(verifier)
     check_verifier(config, verifier_config)
-    SpeculatorModel.check_checkpoint(folder, config)
+    check_checkpoint(folder, config)
     check_served(speculator, raw)
 
     speculative = offline.check_names("--speculative-config", settings.speculative_config, FIXED)

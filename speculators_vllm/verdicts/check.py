@@ -126,11 +126,11 @@ def _check_checkpoint(
 ) -> Any:
     """The config, or None where folder and format disagree so far that nothing can be run."""
     from speculators_core.format.config import SpeculatorModelConfig
-    from speculators_core.models.speculator import SpeculatorModel
+    from speculators_core.format.loading import check_checkpoint
 
     try:
         config = SpeculatorModelConfig.from_pretrained(folder)
-        SpeculatorModel.check_checkpoint(folder, config)
+        check_checkpoint(folder, config)
     except SpeculatorError as error:
         report.add("fault", "checkpoint", str(error), _cause_of(str(error)))
         return None

@@ -17,9 +17,10 @@ from speculators_core.decoding.drafter import Chooser
 from speculators_core.errors import SpeculatorError
 from speculators_core.format.vocabulary import choose_draft_vocabulary
 from speculators_core.models.eagle3 import Eagle3DraftModel, Eagle3Objective
-from speculators_core.models.parts import attention, losses
+from speculators_core.models.parts import attention
 from speculators_core.models.parts.losses import LOSSES, MASK_SUM_FLOOR
 from speculators_core.models.speculator import SpeculatorModel
+from speculators_core.verifier import head as verifier_head
 from speculators_core.verifier.taps import default_aux_layer_ids
 from tests.conftest import make_batch, make_eagle3, make_verifier
 from tests.data import INTEROP, interop_case
@@ -340,7 +341,7 @@ class LargestLogits(TorchDispatchMode):
 
 
 def test_logits_of_a_whole_row_are_never_made(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 40 * 113)
+    monkeypatch.setattr(verifier_head, "CHUNK_LOGITS", 40 * 113)
     model = make_eagle3(make_verifier(vocab_size=113))
     document = make_document(120)
     with LargestLogits(113) as largest:

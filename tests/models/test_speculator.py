@@ -59,7 +59,7 @@ def test_detaching_frees_the_whole_verifier(name, wide_folder):
     draft.detach_verifier()
     assert num_tensor_bytes() == before
     assert {ref() for ref in watched} == {None}
-    assert not draft.is_attached
+    assert draft.attached is None
 
 
 @pytest.mark.parametrize("name", ["eagle3", "dflash"])

@@ -23,7 +23,6 @@ from speculators_core.diagnosis.rollout import (
 )
 from speculators_core.errors import SpeculatorError
 from speculators_core.format.proposals import GreedyTokenProposalConfig, SamplingTokenProposalConfig
-from speculators_core.training import evaluation
 from speculators_core.training.evaluation import (
     HeldOut,
     choose_prompts,
@@ -35,6 +34,7 @@ from speculators_core.training.evaluation import (
     without_traces,
 )
 from speculators_core.training.settings import EvaluationConfig
+from speculators_core.verifier import head as verifier_head
 from speculators_core.verifier.head import VerifierHead
 from tests.conftest import DRAFTS, make_batch, make_draft, make_verifier
 from tests.data_generation.making import schema
@@ -273,7 +273,7 @@ def test_greedy_tokens_are_the_heads_however_few_rows_at_a_time(terse, monkeypat
     sizes = []
     head.register_forward_hook(lambda *call: sizes.append(len(call[1][0])))
     assert torch.equal(greedy_tokens(head, states), expected)
-    monkeypatch.setattr(evaluation, "CHUNK_LOGITS", 20 * 12)
+    monkeypatch.setattr(verifier_head, "CHUNK_LOGITS", 20 * 12)
     assert torch.equal(greedy_tokens(head, states), expected)
     assert sizes == [50, 20, 20, 10]
 

@@ -26,9 +26,6 @@ from speculators_core.verifier.reading import (
     read_verifier_head,
 )
 
-LOGITS_AT_ONCE = 2**25
-"""Logits that exist at one time beside those that are kept."""
-
 
 class InferencePipeline(ABC):
     """Runs examples through a verifier."""
@@ -166,11 +163,9 @@ class InferencePipeline(ABC):
     def _logits(
         self, last: Float[Tensor, "seq hidden"]
     ) -> tuple[Float[Tensor, "seq logits"], Int64[Tensor, "seq logits"] | None]:
-        """A few tokens at a time: a text's logits over the whole vocabulary can be gigabytes."""
         pieces = []
         with torch.no_grad():
-            for rows in last.split(max(1, LOGITS_AT_ONCE // self.schema.vocab_size)):
-                logits = self.head(rows)
+            for logits in self.head.chunks(last):
                 top = None if self.schema.logits == "full" else logits.topk(self.schema.top_k)
                 pieces.append((logits, None) if top is None else (top.values, top.indices))
         ids = [piece[1] for piece in pieces if piece[1] is not None]

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from speculators_core.errors import SpeculatorError
+from speculators_core.verifier.head import VerifierLogits, rows_at_once
 
 Logits = Float[Tensor, "*rows draft_vocab"]
 Loss = Float[Tensor, "*rows"]
@@ -108,15 +109,6 @@ def _acceptance(draft: Logits, verifier: Logits) -> Loss:
 
 # ---- rows by the thousand ----
 
-CHUNK_LOGITS = 2**19
-"""Logits of the draft that exist at one time on a CPU: what its cache holds."""
-GPU_CHUNK_LOGITS = 2**26
-"""The same on a GPU, which is slow on small pieces."""
-FEWEST_ROWS = 16
-"""Rows that are scored together however wide the vocabulary."""
-
-VerifierLogits = Callable[[Int[Tensor, "rows"]], Float[Tensor, "rows vocab"]]
-
 
 @dataclass(frozen=True)
 class ScoredRows:
@@ -174,11 +166,10 @@ class _ScoreRows(torch.autograd.Function):
         is_covered = torch.ones_like(is_right)
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(hidden) if needs_gradient else None
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):  # which would cast a frozen weight for every chunk
-            head_weight = head_weight.to(torch.get_autocast_dtype(device))
-        at_once = CHUNK_LOGITS if device == "cpu" else GPU_CHUNK_LOGITS
-        chunk = max(FEWEST_ROWS, at_once // len(head_weight))
+        kind = hidden.device.type
+        if torch.is_autocast_enabled(kind):  # which would cast a frozen weight for every chunk
+            head_weight = head_weight.to(torch.get_autocast_dtype(kind))
+        chunk = rows_at_once(len(head_weight), hidden.device)
         for first in range(0, num_rows, chunk):
             rows = slice(first, first + chunk)
             targets = verifier_logits(target_rows[rows]).to(hidden.device)  # [rows, vocab]

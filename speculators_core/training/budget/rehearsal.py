@@ -374,7 +374,8 @@ def measure_rate(draft: SpeculatorModel, plan: TrainingPlan, device: torch.devic
     Draft and verifier move to the device. Weights are afterwards as they were, without gradients.
     """
     draft.to(device)
-    draft.move_verifier(device)
+    if draft.attached is not None:
+        draft.attached.move(device)
     trained = [weight for weight in draft.parameters() if weight.requires_grad]
     before = [weight.detach().clone() for weight in trained]
     make = MuonAdamW if plan.optimizer.name == "muon" else adamw

@@ -13,6 +13,7 @@ from speculators_core.errors import SpeculatorError
 from speculators_core.models.parts import losses
 from speculators_core.models.parts.losses import LOSSES, score_rows, weighted_loss
 from speculators_core.settings import Settings
+from speculators_core.verifier import head as verifier_head
 
 P = torch.tensor([0.5, 0.3, 0.2])
 Q = torch.tensor([0.2, 0.3, 0.5])
@@ -177,7 +178,7 @@ def test_scores_in_chunks_equal_the_plain_ones(loss, num_rows, chunk, is_reduced
     plain, tokens, is_right, is_covered = rows.plainly(loss)
     (wanted,) = torch.autograd.grad(plain, rows.hidden, cotangent)
     chunk_logits = chunk * len(rows.head)
-    with mock.patch.multiple(losses, FEWEST_ROWS=1, CHUNK_LOGITS=chunk_logits):
+    with mock.patch.multiple(verifier_head, FEWEST_ROWS=1, CHUNK_LOGITS=chunk_logits):
         scored = rows.score(loss)
         (found,) = torch.autograd.grad(scored.losses, rows.hidden, cotangent)
     assert torch.allclose(scored.losses, plain, atol=1e-5)
@@ -190,14 +191,14 @@ def test_scores_in_chunks_equal_the_plain_ones(loss, num_rows, chunk, is_reduced
 
 
 def test_chunks_shrink_as_the_vocabulary_grows_but_not_to_nothing(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 20 * VOCAB)
+    monkeypatch.setattr(verifier_head, "CHUNK_LOGITS", 20 * VOCAB)
     rows = Rows(50, is_reduced=False)
     rows.score({"ce": 1.0})
     assert rows.asked == [20, 20, 10]
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 1)
+    monkeypatch.setattr(verifier_head, "CHUNK_LOGITS", 1)
     rows.asked.clear()
     rows.score({"ce": 1.0})
-    assert rows.asked == [losses.FEWEST_ROWS] * 3 + [50 % losses.FEWEST_ROWS]
+    assert rows.asked == [verifier_head.FEWEST_ROWS] * 3 + [50 % verifier_head.FEWEST_ROWS]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -272,7 +273,7 @@ def peak_bytes_per_row(is_reduced, score):
 
 @pytest.mark.parametrize("is_reduced", [False, True])
 def test_logits_of_a_whole_row_never_exist_together(monkeypatch, is_reduced):
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 1)
+    monkeypatch.setattr(verifier_head, "CHUNK_LOGITS", 1)
     plain = peak_bytes_per_row(is_reduced, lambda rows: rows.plainly({"jsd": 1.0})[0])
     chunked = peak_bytes_per_row(is_reduced, lambda rows: rows.score({"jsd": 1.0}).losses)
     assert plain > 4 * 512  # a row of float32 logits, at least
