@@ -21,7 +21,7 @@ from speculators_core.registry import COMMANDS
 DISTRIBUTION = "speculators-vllm"
 ERROR_EXIT = 2
 FAULT_EXIT = 3
-"""A fault of ours, with its traceback."""
+"""A bug, with its traceback."""
 
 NEGATIVE = re.compile(r"--no[-_](?P<section>\w[\w.-]*)\.(?P<switch>[\w-]+)")
 
@@ -62,12 +62,12 @@ def _docstring(path: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command; what a user can act on is one line on stderr and exit code 2."""
+    """Runs a command. An error that a user can act on is one line on stderr and exit code 2."""
     _run(app(), arguments)
 
 
 def run_function(function: Callable[..., None]) -> None:
-    """Runs a function that is no installed command, with the same manners."""
+    """Runs a function that is not an installed command in the same way."""
     single = _app(function.__doc__ or "")
     single.default(function)
     _run(single, None)
@@ -83,7 +83,7 @@ def _run(commands: cyclopts.App, arguments: list[str] | None) -> None:
         sys.exit(ERROR_EXIT)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception:  # Python's own code for it is 1, which is a verdict of some commands
+    except Exception:  # Python would exit with 1, which is a verdict of some commands
         traceback.print_exc()
         sys.exit(FAULT_EXIT)
 

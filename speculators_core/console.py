@@ -22,7 +22,7 @@ if not console.is_terminal:
 
 
 def set_up() -> None:
-    """Sends our log lines to the terminal; to be called once, from the command line."""
+    """Sends log lines to the terminal. Called once, by the command line."""
     handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
     for package in ("speculators_core", "speculators_vllm", "benchmarks"):
         logger = logging.getLogger(package)
@@ -33,7 +33,7 @@ def set_up() -> None:
 
 @contextmanager
 def result_alone_on_stdout() -> Iterator[None]:
-    """What anything writes to stdout meanwhile, child processes too, goes to stderr."""
+    """Redirects stdout to stderr, that of child processes too."""
     sys.stdout.flush()
     stdout = os.dup(1)
     os.dup2(2, 1)
@@ -51,7 +51,7 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Advance]:
-    """Yields a function to call after each of ``total`` steps, with a note to show."""
+    """Yields a function to call after each of ``total`` steps, with a note to display."""
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console) as bar:

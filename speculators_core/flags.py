@@ -31,7 +31,7 @@ each, `--engine-args.max-model-len 4096`."""
 
 
 def group(title: str, section: type[Settings] | None = None) -> Group:
-    """Flags under a title of their own in ``--help``, in the order in which groups are made."""
+    """Flags under a separate title in ``--help``, in the order in which groups are made."""
     about = "" if section is None else section.__doc__ or ""
     return Group.create_ordered(title, help=" ".join(about.split()))
 

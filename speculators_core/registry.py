@@ -9,7 +9,7 @@ from speculators_core.errors import SpeculatorError
 
 
 class Registry:
-    """Looks a name up in a table, then among the entry points of a group; loads on first use."""
+    """Looks up a name in a table, then among the entry points of a group; loads on first use."""
 
     def __init__(self, kind: str, group: str, table: Mapping[str, str] | None = None):
         self.kind = kind
@@ -41,8 +41,7 @@ class Registry:
         """The object of that name.
 
         Raises:
-            SpeculatorError: the name is unknown (the known ones are listed), or its package
-                could not be imported.
+            SpeculatorError: the name is unknown, or its package cannot be imported.
         """
         point = self._known.get(name) if isinstance(name, str) else None
         if point is None:
@@ -59,7 +58,7 @@ class Registry:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` where a known name is close, else nothing."""
+    """`` Did you mean 'x'?`` if a known name is close, else nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
     return f" Did you mean {close[0]!r}?" if close else ""
 

@@ -17,17 +17,17 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     def refuse_idle(self, *names: str, because: str) -> None:
-        """For validators: raises ValueError where one of these options has no effect.
+        """For validators: raises ValueError if one of these options is set and has no effect.
 
-        Its default passes: a configuration that is written in full states it.
+        Its default passes, because a configuration written in full states it.
         """
         for name in names:
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
-                raise ValueError(f"{name} {value} has no effect: {because}; leave it out")
+                raise ValueError(f"{name} {value} has no effect: {because}; remove it")
 
     def stated(self) -> dict[str, object]:
-        """The options that were set, those of sections in it as well, secrets included."""
+        """The options that were set, also in nested sections, secrets included."""
         return {
             name: value.stated() if isinstance(value, Settings) else value
             for name, value in self
@@ -39,7 +39,8 @@ class Settings(BaseModel):
         """The options of a call.
 
         Raises:
-            SpeculatorError: an option is unknown or out of bounds; ``where`` names the call.
+            SpeculatorError: an option is unknown, missing or out of bounds; ``where`` names the
+                call.
         """
         try:
             return cls.model_validate(options)
@@ -91,10 +92,10 @@ def _options_in(annotation: object) -> Iterator[type[BaseModel]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """`yaml.SafeLoader` with a table of its own, which no other package has changed.
+    """`yaml.SafeLoader` with a table that other packages cannot change.
 
-    `lmformatenforcer`, which vLLM's structured output imports, changes the shared table in place:
-    from then on dates are strings.
+    `lmformatenforcer`, which vLLM's structured output imports, changes the shared table in place;
+    dates are strings from then on.
     """
 
     yaml_constructors = {
@@ -107,8 +108,8 @@ def load_yaml(text: str) -> Any:
     """The content of a YAML document, whichever packages were imported before.
 
     Raises:
-        yaml.YAMLError: it is not valid YAML, or has a tag beyond the safe ones.
-        ValueError: a value that its type cannot hold, such as the date 2001-99-99.
+        yaml.YAMLError: the text is not valid YAML, or has an unsafe tag.
+        ValueError: a value is impossible, such as the date 2001-99-99.
     """
     return yaml.load(text, Loader=_Loader)
 
@@ -116,13 +117,13 @@ def load_yaml(text: str) -> Any:
 def read_sections(
     file: Path | None, plan: type[Settings], flags: Mapping[str, Settings | None]
 ) -> dict[str, Any]:
-    """The sections of a YAML file, with the options that flags set in their place.
+    """The sections of a YAML file; options that are set as flags take precedence.
 
-    ``plan`` has a field a section; ``flags`` are sections by name, and what was not set in them
-    counts as absent. Of a section in a section and of a mapping, flags win key by key.
+    ``plan`` has a field for each section; ``flags`` are sections by name, of which only the options
+    that were set count. Nested sections and mappings are merged key by key.
 
     Raises:
-        SpeculatorError: the file cannot be read, or has a section that the plan has not.
+        SpeculatorError: the file cannot be read, or has a section that the plan does not have.
     """
     sections = {} if file is None else _read_yaml(file, list(plan.model_fields))
     stated = {name: found for name, given in flags.items() if given and (found := given.stated())}
@@ -145,10 +146,12 @@ def _read_yaml(file: Path, known: list[str]) -> dict[str, object]:
         content = load_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise SpeculatorError(f"{file} cannot be read: {first_line(error)}.") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        raise SpeculatorError(f"{file} is no YAML: {' '.join(str(error).split())}.") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
+        raise SpeculatorError(f"{file} is not valid YAML: {_one_line(str(error))}.") from error
     if not isinstance(content, dict):
-        raise SpeculatorError(f"{file} holds a {type(content).__name__}; expected sections.")
+        raise SpeculatorError(
+            f"{file} holds a {type(content).__name__}; expected the sections {', '.join(known)}."
+        )
     for name in content:
         if name not in known:
             raise SpeculatorError(

@@ -134,7 +134,7 @@ class EngineConfig(Settings):
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus sampling of the verifier's continuations: probability mass to sample from."""
     vllm: JsonOptions = Field(default_factory=dict)
-    """Further arguments of vLLM's `LLM`, as JSON or as flags of their own
+    """Further arguments of vLLM's `LLM`, as JSON or as single flags
     (`--engine.vllm.max-num-seqs 64`)."""
     base_url: str | None = Field(None, pattern="^https?://")
     """URL of a vLLM server that hands out hidden states, instead of an engine in this process."""
@@ -150,7 +150,7 @@ class SyncConfig(Settings):
     path: Path | None = None
     """Folder of the store. For a queue, folder of its journal, which `run.resume` needs."""
     shard_tokens: int = Field(65_536, ge=1)
-    """Tokens of a shard, or of a unit of work; a longer example gets a shard of its own."""
+    """Tokens of a shard, or of a unit of work; a longer example fills a shard alone."""
     dtype: StoredDtype = "bfloat16"
     """Dtype of stored states and logits. With float8, states have a scale per token and logits are
     bfloat16."""

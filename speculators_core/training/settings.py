@@ -35,10 +35,10 @@ class TrainModelConfig(Settings):
     draft_config: Path | None = None
     """Config of a speculator (config.json) whose shape a fresh draft takes, instead of `recipe`."""
     recipe: JsonOptions = Field(default_factory=dict)
-    """Shape of a fresh draft: options of the algorithm's recipe, as JSON or as flags of their own
+    """Shape of a fresh draft: options of the algorithm's recipe, as JSON or as single flags
     (`--model.recipe.num-layers 2`)."""
     objective: JsonOptions = Field(default_factory=dict)
-    """Loss: options of the algorithm's objective, as JSON or as flags of their own."""
+    """Loss: options of the algorithm's objective, as JSON or as single flags."""
     draft_vocab_size: int | None = Field(None, ge=1)
     """Vocabulary size of a fresh draft: special tokens and the most frequent ones of the data; the
     verifier's whole vocabulary if not set."""

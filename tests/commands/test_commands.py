@@ -1,13 +1,17 @@
 """Commands are light: their help comes before anything heavy is imported."""
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from speculators_core.cli import app
 from speculators_core.registry import COMMANDS
 
+ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "vllm", "datasets", "pyarrow", "huggingface_hub")
 HEAVY_STILL = {"acceptance", "certify", "check"}
 
@@ -69,3 +73,29 @@ def test_only_what_a_command_is_about_is_positional(capsys, name, usage):
     with pytest.raises(SystemExit):
         app()([name, "--help"])
     assert capsys.readouterr().out.splitlines()[0] == f"Usage: speculators {name} {usage}"
+
+
+FOREIGN = {
+    "--chat-template",
+    "--disable-log-stats",
+    "--help",
+    "--kv-transfer-config",
+    "--nproc-per-node",
+}
+"""Flags of vLLM's server, of torchrun, and of every command."""
+
+
+def test_errors_name_flags_that_exist():
+    commands = app()
+    known = {
+        flag
+        for name in COMMANDS.names()
+        for argument in commands[name].assemble_argument_collection()
+        for flag in argument.names
+    }
+    for package in ("speculators_core", "speculators_vllm", "benchmarks/acceptance"):
+        for file in sorted((ROOT / package).rglob("*.py")):
+            for raised in ast.walk(ast.parse(file.read_text())):
+                if isinstance(raised, ast.Raise):
+                    named = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", ast.unparse(raised)))
+                    assert named <= known | FOREIGN, file

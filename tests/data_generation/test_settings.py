@@ -60,8 +60,8 @@ def test_the_key_of_a_server_is_never_written(file):
 
 REFUSED = {
     "no file": (None, "nowhere.yaml cannot be read: .*No such file"),
-    "no yaml": ("data: [", "is no YAML"),
-    "no sections": ("- 1", "holds a list; expected sections"),
+    "no yaml": ("data: [", "is not valid YAML"),
+    "no sections": ("- 1", "holds a list; expected the sections data, engine, sync, run"),
     "section": (WHOLE + "egnine: {}", "unknown section 'egnine'.*Did you mean 'engine'"),
     "option": (WHOLE + "run: {wokers: 2}", "unknown option run.wokers. Did you mean 'workers'"),
     "a section's name": (
@@ -88,8 +88,8 @@ REFUSED = {
         WHOLE.replace("data:", "data:\n  states: {layer_ids: [], last: false}"),
         "keeps nothing",
     ),
-    "no date": ("data: 2001-99-99", "is no YAML"),
-    "python": ("data: !!python/object/apply:os.getcwd []", "is no YAML"),
+    "no date": ("data: 2001-99-99", "is not valid YAML"),
+    "python": ("data: !!python/object/apply:os.getcwd []", "is not valid YAML"),
 }
 
 

@@ -25,7 +25,7 @@ class SamplingConfig(Settings):
     """Seed for sampling; that of each answer is derived from it, the conversation's key and the
     turn."""
     template_options: JsonOptions = Field(default_factory=dict)
-    """Further variables of the chat template, as JSON or as flags of their own
+    """Further variables of the chat template, as JSON or as single flags
     (`--template-options.enable-thinking false`)."""
 
 
@@ -50,7 +50,7 @@ class OfflineConfig(Settings):
     """vLLM in this process, for engine `vllm`."""
 
     engine_args: JsonOptions = Field(default_factory=dict)
-    """Further arguments of vLLM's `LLM`, as JSON or as flags of their own
+    """Further arguments of vLLM's `LLM`, as JSON or as single flags
     (`--engine-args.max-model-len 4096`)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the verifier; `auto` is that of its checkpoint."""
