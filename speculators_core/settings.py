@@ -35,7 +35,7 @@ class Settings(BaseModel):
         }
 
     @classmethod
-    def read(cls, options: Mapping[str, object], where: str) -> Self:
+    def read(cls, options: Mapping[str, object] | JsonValue, where: str) -> Self:
         """The options of a call.
 
         Raises:

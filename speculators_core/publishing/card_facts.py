@@ -1,6 +1,5 @@
 """What a model card says that neither the config nor the weights of a speculator know."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -35,10 +34,11 @@ class DataFacts(Settings):
                 made from.
         """
         made_from = DiskStore.open(folder).manifest.made_from.get("data")
-        if not isinstance(made_from, Mapping) or not made_from.get("datasets"):
-            raise SpeculatorError(f"{folder / MANIFEST} does not say from which data it was made.")
+        entries = made_from.get("datasets") if isinstance(made_from, dict) else None
+        if not isinstance(entries, list) or not entries:
+            raise SpeculatorError(f"{folder / MANIFEST} does not state the data it was made from.")
         where = f"{folder / MANIFEST}: data.datasets"
-        datasets = tuple(DatasetConfig.read(entry, where) for entry in made_from["datasets"])
+        datasets = tuple(DatasetConfig.read(entry, where) for entry in entries)
         found = summarize(folder)
         wrote_all = 0 < found.num_trained <= found.num_written
         were_regenerated = all(_was_regenerated(dataset, found.verifier) for dataset in datasets)

@@ -11,16 +11,16 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, Self
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 
 from speculators_core.data_generation.answers.dialogues import Dialogue
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.files import make_folder, try_lock, write_text
 from speculators_core.provenance import versions
-from speculators_core.settings import load_yaml
+from speculators_core.settings import flat, load_yaml
 
 
 class _Line(BaseModel):
@@ -31,7 +31,11 @@ class AnswerFile:
     """Keeps dialogues that have ended; what was kept before is in ``done``."""
 
     def __init__(
-        self, path: Path, options: Mapping[str, Any], run: Mapping[str, Any], resume: bool
+        self,
+        path: Path,
+        options: Mapping[str, JsonValue],
+        run: Mapping[str, JsonValue],
+        resume: bool,
     ) -> None:
         """``options`` decide the answers: a run that goes on has the same, but for those of
         ``run``.
@@ -66,7 +70,7 @@ class AnswerFile:
         """Raises:
         SpeculatorError: it cannot be written.
         """
-        record: dict[str, Any] = {"key": dialogue.key}
+        record: dict[str, object] = {"key": dialogue.key}
         if dialogue.fault is None:
             record |= {"messages": dialogue.messages, "tools": dialogue.tools or None}
         else:
@@ -119,10 +123,10 @@ def _whole_lines(file: BinaryIO) -> Iterator[str]:
     file.truncate(end)
 
 
-def _compare(stated: Path, options: Mapping[str, Any]) -> None:
+def _compare(stated: Path, options: Mapping[str, JsonValue]) -> None:
     try:
         earlier = load_yaml(stated.read_text(encoding="utf-8"))["options"]
-        before, now = _flat(earlier), _flat(options)
+        before, now = flat(earlier), flat(options)
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise SpeculatorError(
             f"{stated} does not say with which options its output was made; name another output."
@@ -133,13 +137,3 @@ def _compare(stated: Path, options: Mapping[str, Any]) -> None:
                 f"{stated}: made with {name} {before.get(name)!r}, now {now.get(name)!r}. "
                 "Go on with the same options, or name another output."
             )
-
-
-def _flat(options: Mapping[str, Any], within: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{within}{name}.")
-        else:
-            flat[f"{within}{name}"] = value
-    return flat

@@ -8,11 +8,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 from xxhash import xxh64_hexdigest, xxh64_intdigest
 
-from speculators_core.data_generation.texts.messages import Message
+from speculators_core.data_generation.texts.messages import Message, Tool
 
 KEPT = ("role", "content", "name", "tool_call_id")
 """Keys of a message that is not the assistant's."""
@@ -48,9 +47,9 @@ class Answer:
     """It reached `max_tokens` before its end."""
     num_tokens: int = 0
 
-    def message(self, turn: str) -> dict[str, Any]:
+    def message(self, turn: str) -> Message:
         """As chat templates and servers take it; a call without an id gets one of the turn."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        message: Message = {"role": "assistant", "content": self.content}
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
         if self.calls:
@@ -77,7 +76,7 @@ class Dialogue:
         self,
         key: str,
         messages: Sequence[Message],
-        tools: list[dict[str, Any]] | None = None,
+        tools: list[Tool] | None = None,
         seed: int = 0,
         keeps_cut: bool = False,
     ) -> None:
@@ -164,7 +163,7 @@ class Dialogue:
         if not _asks(self.messages):
             self.messages = []
 
-    def _lets_go_on(self, calls: list[dict[str, Any]]) -> bool:
+    def _lets_go_on(self, calls: list[Tool]) -> bool:
         """Whether what comes next fits these calls; results then name the calls they answer."""
         called: list[str] = []
         while self._rest and self._rest[0]["role"] == "assistant":

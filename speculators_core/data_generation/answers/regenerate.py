@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
+from pydantic import JsonValue
 from pydantic.main import IncEx
 
 from speculators_core.console import console
@@ -23,11 +23,12 @@ from speculators_core.data_generation.settings import (
 )
 from speculators_core.data_generation.texts.messages import (
     Message,
+    Tool,
     malformed,
     read_messages,
     read_tools,
 )
-from speculators_core.data_generation.texts.rows import RowKind, RowParts
+from speculators_core.data_generation.texts.rows import Row, RowKind, RowParts
 from speculators_core.data_generation.texts.sources import FIRST_ROWS, Source, open_sources, rows_of
 from speculators_core.data_generation.texts.spans import RowSkipped
 from speculators_core.errors import SpeculatorError
@@ -110,7 +111,7 @@ def _open(data: DatasetConfig, settings: RegenerateConfig, roots: Roots) -> Sour
 
 def _options(
     data: DatasetConfig, settings: RegenerateConfig
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, JsonValue], dict[str, JsonValue]]:
     """Options that decide the answers, and the others; API keys are in neither."""
     columns = data.model_dump(mode="json", exclude={"limit", "streaming"})
     return (
@@ -159,9 +160,7 @@ def _dialogues(source: Source, done: set[str], settings: RegenerateConfig) -> It
         )
 
 
-def _read(
-    row: Mapping[str, Any], parts: RowParts
-) -> tuple[list[Message], list[dict[str, Any]] | None]:
+def _read(row: Row, parts: RowParts) -> tuple[list[Message], list[Tool] | None]:
     """Messages and tools. A prompt is a user's turn, a completion the turn to replace.
 
     Raises:

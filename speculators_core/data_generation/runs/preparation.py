@@ -2,9 +2,9 @@
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 import yaml
+from pydantic import JsonValue
 
 from speculators_core.console import console
 from speculators_core.data_generation.engines.pipeline import schema_of
@@ -107,7 +107,7 @@ def _open_journal(folder: Path, manifest: Manifest, is_going_on: bool) -> None:
     check_same(folder, Manifest.read_file(path), manifest)
 
 
-def decides_bytes(plan: GenerationPlan) -> dict[str, Any]:
+def decides_bytes(plan: GenerationPlan) -> dict[str, JsonValue]:
     """What decides the examples: options, and the weights of a verifier on this machine."""
     content = plan.model_dump(mode="json")
     left_out = ("device", "base_url", "api_key")

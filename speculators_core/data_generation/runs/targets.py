@@ -2,9 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from speculators_core.data_generation.examples import Failure, GeneratedExample
 from speculators_core.data_generation.runs.units import Unit
@@ -113,7 +113,7 @@ class QueueTarget:
             lines.append({"unit": unit, "key": key} if self._under_way[unit] else {"unit": unit})
         self._write(lines)
 
-    def _write(self, lines: Sequence[dict[str, Any]]) -> None:
+    def _write(self, lines: Sequence[Mapping[str, object]]) -> None:
         """Each line begins with a newline: the one before it may be half-written."""
         if not lines or self._file is None:
             return

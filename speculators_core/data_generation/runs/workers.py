@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 
 import torch
 from pydantic import Field
@@ -186,7 +187,7 @@ def run_here(plan: GenerationPlan) -> Iterator[Told]:
             ours.close()
 
 
-def _listen(started: Sequence[tuple[Any, Any]]) -> Iterator[Told]:
+def _listen(started: Sequence[tuple[SpawnProcess, Connection]]) -> Iterator[Told]:
     """What workers tell, until all are done."""
     running = {ours: process for process, ours in started}
     lost = []
@@ -198,7 +199,7 @@ def _listen(started: Sequence[tuple[Any, Any]]) -> Iterator[Told]:
             except EOFError:
                 process = running.pop(ours)
                 process.join()
-                lost.append(f"{process.name} {end_of(process.exitcode)}")
+                lost.append(f"{process.name} {end_of(process.exitcode or 0)}")
                 continue
             if isinstance(told, WorkerDone):
                 running.pop(ours)
@@ -214,7 +215,7 @@ def end_of(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with code {code}"
 
 
-def _work(connection: Any, plan: str, worker: int) -> None:
+def _work(connection: Connection, plan: str, worker: int) -> None:
     """A worker's process: tells in JSON, ends with the process that started it."""
     watch_parent()
     parsed = GenerationPlan.model_validate_json(plan)

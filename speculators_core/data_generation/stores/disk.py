@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 from jaxtyping import Int64
-from pydantic import Field, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
 from speculators_core.data_generation.examples import Failure, GeneratedExample, Schema
 from speculators_core.data_generation.stores.shards import (
@@ -72,7 +72,7 @@ class Manifest(Settings):
 
     format: Literal["speculators-data-1"] = "speculators-data-1"
     content: Schema
-    made_from: dict[str, Any] = Field(default_factory=dict)
+    made_from: dict[str, JsonValue] = Field(default_factory=dict)
     """The options that decide the bytes; a run with others does not go on here."""
     versions: dict[str, str] = Field(default_factory=dict)
 
@@ -115,7 +115,7 @@ class DiskStore:
         folder: Path,
         schema: Schema,
         *,
-        made_from: Mapping[str, Any] | None = None,
+        made_from: Mapping[str, JsonValue] | None = None,
         versions: Mapping[str, str] | None = None,
         resume: bool = False,
         compression: str = "none",

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
+from pydantic import JsonValue
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from speculators_core.data_generation.settings import DataGenConfig
-from speculators_core.data_generation.texts.messages import Message
+from speculators_core.data_generation.texts.messages import Message, Tool
 from speculators_core.data_generation.texts.spans import (
     RowSkipped,
     SkipReason,
@@ -53,7 +54,7 @@ class Conversation:
     """Messages and the tools that they may call."""
 
     messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
     num_given: int = 0
     """Messages at the start that are not learned."""
 
@@ -66,7 +67,7 @@ class ChatTemplate:
     stop_ids: frozenset[int]
     template: str | None = None
     """Jinja; the tokenizer's own where None."""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, JsonValue] = field(default_factory=dict)
     """More variables of the template."""
 
     def __post_init__(self) -> None:

@@ -8,6 +8,9 @@ from speculators_core.data_generation.texts.spans import RowSkipped, SkipReason
 Message = dict[str, Any]
 """`role`, `content`, and what else a chat template reads: `tool_calls`, `reasoning_content`."""
 
+Tool = Message
+"""A tool or a call of one, as a chat template takes it."""
+
 ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -21,7 +24,7 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Names that templates have for what an assistant thinks."""
 
 
-def read_messages(value: Any) -> list[Message]:
+def read_messages(value: object) -> list[Message]:
     """Messages as chat templates take them, of those or of ShareGPT's `from` and `value`.
 
     A key that is null, and tool calls or thoughts that are empty, are left out: a table has every
@@ -37,7 +40,7 @@ def read_messages(value: Any) -> list[Message]:
     return [_read_message(raw) for raw in value]
 
 
-def read_tools(value: Any) -> list[dict[str, Any]] | None:
+def read_tools(value: object) -> list[Tool] | None:
     """Tools as chat templates take them, of a list or its JSON; None where there are none.
 
     Raises:
@@ -51,7 +54,7 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
     return _without_nulls(value)
 
 
-def _read_message(raw: Any) -> Message:
+def _read_message(raw: object) -> Message:
     if not isinstance(raw, dict):
         raise malformed(f"expected a message, found {shown(raw)}")
     message = _without_nulls(raw)
@@ -74,7 +77,7 @@ def _read_message(raw: Any) -> Message:
     return message | {"content": content}
 
 
-def _read_content(content: Any) -> str:
+def _read_content(content: object) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else [content]
@@ -85,15 +88,16 @@ def _read_content(content: Any) -> str:
     return "\n".join(texts)
 
 
-def _read_call(call: Any) -> dict[str, Any]:
+def _read_call(call: object) -> Tool:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise malformed(f"no tool call: {shown(call)}")
+        raise malformed(f"expected a tool call, found {shown(call)}")
+    assert isinstance(call, dict)
     function = {**function, "arguments": _parsed(function.get("arguments", {}))}
     return {**call, "function": function} if "function" in call else function
 
 
-def _parsed(value: Any) -> Any:
+def _parsed(value: object) -> Any:
     """What a string says as JSON; itself where it says nothing, or half a surrogate pair."""
     if not isinstance(value, str):
         return value
@@ -117,7 +121,7 @@ def malformed(detail: str) -> RowSkipped:
     return RowSkipped(SkipReason.MALFORMED, detail)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """As a message shows it, in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

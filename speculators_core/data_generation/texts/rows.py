@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +33,9 @@ from speculators_core.errors import SpeculatorError
 
 MESSAGES = ("messages", "conversations", "conversation")
 COMPLETIONS = ("completion", "response")
+
+Row = Mapping[str, object]
+"""Values by column, of whatever types the data set has."""
 
 
 class RowKind(StrEnum):
@@ -120,7 +122,7 @@ class RowReader:
     is_open: bool = False
     """The verifier goes on writing, so a row may end with a prompt."""
 
-    def read(self, row: Mapping[str, Any], parts: RowParts) -> list[TokenSequence]:
+    def read(self, row: Row, parts: RowParts) -> list[TokenSequence]:
         """The row's sequences; more than one where a chat template rewrites history.
 
         Raises:
@@ -131,7 +133,7 @@ class RowReader:
         except RecursionError as error:
             raise malformed("nested too deeply") from error
 
-    def _read(self, row: Mapping[str, Any], parts: RowParts) -> list[TokenSequence]:
+    def _read(self, row: Row, parts: RowParts) -> list[TokenSequence]:
         main = row[parts.main]
         if parts.kind is RowKind.TOKENS:
             mask = row[parts.loss_mask] if parts.loss_mask else None
@@ -149,7 +151,7 @@ class RowReader:
         answer = _text(completion, parts.completion) if parts.completion else None
         return [self._complete(_text(main, parts.main), answer)]
 
-    def _check_tokens(self, ids: Any, mask: Any) -> TokenSequence:
+    def _check_tokens(self, ids: object, mask: object) -> TokenSequence:
         if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
             raise malformed(f"expected a list of token ids, found {shown(ids)}")
         vocab_size = len(self.tokenizer)
@@ -209,7 +211,7 @@ class RowReader:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
-def _text(value: Any, column: str) -> str:
+def _text(value: object, column: str) -> str:
     if not isinstance(value, str) or not value:
         raise malformed(f"expected text in {column!r}, found {shown(value)}")
     return value

@@ -2,10 +2,10 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +15,13 @@ from speculators_core.data_generation.settings import DataGenConfig, DatasetConf
 from speculators_core.data_generation.texts.conversations import load_chat_template, load_tokenizer
 from speculators_core.data_generation.texts.digests import Digests
 from speculators_core.data_generation.texts.open_dataset import open_rows
-from speculators_core.data_generation.texts.rows import RowKind, RowParts, RowReader, choose_parts
+from speculators_core.data_generation.texts.rows import (
+    Row,
+    RowKind,
+    RowParts,
+    RowReader,
+    choose_parts,
+)
 from speculators_core.data_generation.texts.spans import RowSkipped, SkipReason, TokenSequence
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.files import Roots
@@ -200,7 +206,7 @@ def _read_source(source: Source, reader: RowReader, sieve: _Sieve) -> Iterator[E
         raise SpeculatorError(f"{source.name} holds no rows.")
 
 
-def rows_of(source: Source) -> Iterator[Mapping[str, Any]]:
+def rows_of(source: Source) -> Iterator[Row]:
     """Raises:
     SpeculatorError: the data set is damaged, or the hub out of reach.
     """
