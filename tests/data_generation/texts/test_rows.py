@@ -49,7 +49,10 @@ def nested(depth):
         (said_by(tool_calls=[{"id": "1"}]), "expected a tool call"),
         (said_by(tool_calls=["weather"]), "expected a tool call"),
         (said_by(tool_calls=5), "list of tool calls"),
-        ({"messages": [USER, {"from": "function_call", "value": "weather()"}]}, "expected a tool call"),
+        (
+            {"messages": [USER, {"from": "function_call", "value": "weather()"}]},
+            "expected a tool call",
+        ),
         ({"messages": [USER, ANSWER], "tools": "a hammer"}, "list of tools"),
         ({"messages": [USER, ANSWER], "tools": ["a hammer"]}, "list of tools"),
         ({"prompt": "", "completion": "a"}, "text in 'prompt', found ''"),
