@@ -1,4 +1,4 @@
-"""A log file for what vLLM prints while it starts."""
+"""A log file for the output of a starting engine."""
 
 import logging
 import os

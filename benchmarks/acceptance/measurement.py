@@ -60,6 +60,8 @@ class AcceptanceConfig(Settings):
     """Measured instead of an engine in this process."""
     output: Path | None = None
     """Folder for report.json and acceptance.png."""
+    verbose: Annotated[bool, Parameter(negative=())] = False
+    """Print what vLLM prints while it starts, instead of writing it to a log file."""
 
 
 def run(*, settings: Annotated[AcceptanceConfig | None, Parameter(name="*")] = None) -> None:
@@ -92,7 +94,7 @@ def measure(settings: AcceptanceConfig) -> Any:
     """
     _check_options(settings)
     if settings.engine == "vllm" and not settings.server.base_url:
-        offline.prepare()
+        offline.prepare(settings.verbose)
     from benchmarks.acceptance.engines import Draft
     from benchmarks.acceptance.report import report_k
     from benchmarks.acceptance.statistics import latency, tokens_per_second

@@ -71,6 +71,8 @@ class CertifyConfig(Settings):
     """Of the engines."""
     output: Path | None = None
     """Folder for certificate.json and certificate.html."""
+    verbose: Annotated[bool, Parameter(negative=())] = False
+    """Print what vLLM prints while it starts, instead of writing it to a log file."""
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False
     """Print the certificate as JSON, nothing else."""
 
@@ -110,7 +112,7 @@ def certify(speculator: str, settings: CertifyConfig) -> Any:
         SpeculatorError: options, speculator, verifier or prompts are at fault; nothing was loaded.
     """
     start = time.monotonic()
-    offline.prepare()
+    offline.prepare(settings.verbose)
     from speculators_core.decoding.prompts import hash_prompts
     from speculators_core.format.checkpoint import fetch
     from speculators_core.provenance import environment, hash_weights
@@ -313,7 +315,8 @@ def _settle(plan: _Plan) -> _Plan:
     """
     from dataclasses import replace
 
-    from vllm.engine.arg_utils import EngineArgs
+    with offline.quiet():
+        from vllm.engine.arg_utils import EngineArgs
 
     dtypes: dict[str, None] = {}
     first = plan.groups[0][0]
@@ -322,7 +325,8 @@ def _settle(plan: _Plan) -> _Plan:
     for dtype, flags in asked:
         arguments = plan.speculating(dtype, flags)
         try:
-            config = EngineArgs(**arguments).create_engine_config()
+            with offline.quiet():
+                config = EngineArgs(**arguments).create_engine_config()
         except (ValueError, TypeError, NotImplementedError) as error:
             raise SpeculatorError(
                 f"vLLM refuses the flags {flags.name} with dtype {dtype} and "

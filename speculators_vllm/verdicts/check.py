@@ -50,6 +50,8 @@ class CheckConfig(Settings):
     """Of both models; float32 on a CPU and auto on a GPU where none is given."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """More arguments of vLLM's `LLM`, as JSON."""
+    verbose: Annotated[bool, Parameter(negative=())] = False
+    """Print what vLLM prints while it starts, instead of writing it to a log file."""
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False
     """Print the report as JSON."""
 
@@ -87,7 +89,7 @@ def check(speculator: str, settings: CheckConfig) -> CheckReport:
     Raises:
         SpeculatorError: there is no such speculator, or verifier or prompts are at fault.
     """
-    offline.prepare()
+    offline.prepare(settings.verbose)
     engine_args = offline.check_names("--engine-args", settings.engine_args, offline.DECIDED)
     settings = settings.model_copy(update={"engine_args": engine_args})
     from speculators_core.format import checkpoint
@@ -105,10 +107,11 @@ def check(speculator: str, settings: CheckConfig) -> CheckReport:
     if name is None:
         raise SpeculatorError(f"{speculator} names no verifier. Pass --verifier.")
     report.verifier = settings.verifier or locate_verifier(name, beside=folder)
-    _check_served(report, speculator, folder, config, read_verifier_config(report.verifier))
-    if not report.is_fit:
-        return report
-    _ask_stock_vllm(report, raw)
+    with offline.quiet():
+        _check_served(report, speculator, folder, config, read_verifier_config(report.verifier))
+        if not report.is_fit:
+            return report
+        _ask_stock_vllm(report, raw)
     tokenizer = read_tokenizer(report.verifier)
     _compare_templates(report, folder, tokenizer)
     report.speculative_tokens = settings.k or config.proposal.speculative_tokens

@@ -2,13 +2,14 @@
 
 import os
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from speculators_core.errors import SpeculatorError
-from speculators_vllm import offline, openmp
+from speculators_vllm import engine_log, offline, openmp
 
 NAMES = (
     "VLLM_ENABLE_V1_MULTIPROCESSING",
@@ -106,6 +107,24 @@ def test_an_engine_that_does_not_start_is_one_line_and_leaves_nothing(vllm, faul
         pass
     assert "\n" not in str(error.value)
     assert os.environ == before
+
+
+def test_an_engine_that_does_not_start_names_the_log(vllm, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine_log, "_log", tmp_path / "log")
+    with pytest.raises(SpeculatorError, match=rf"no memory\. .* vLLM's log: {tmp_path}/log\.$"):
+        with offline.loaded(fault=RuntimeError("no memory.")):
+            pass
+
+
+def test_there_is_a_log_unless_vllms_output_is_wanted(monkeypatch, tmp_path):
+    monkeypatch.setattr(engine_log, "_log", None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    offline.prepare()
+    offline.prepare(verbose=True)
+    assert not list(tmp_path.iterdir())
+    offline.prepare(verbose=False)
+    (log,) = tmp_path.iterdir()
+    assert engine_log.log_sentence() == f" vLLM's log: {log}."
 
 
 def test_without_vllm_it_is_named(monkeypatch):
