@@ -1,4 +1,4 @@
-"""A log file for the output of a starting engine."""
+"""Log file for the output of a starting engine."""
 
 import logging
 import os
