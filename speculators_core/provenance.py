@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 def environment(device_is: str = "device") -> dict[str, str]:
     """Versions and hardware of this machine; ``device_is`` names its part in the measurement."""
-    import torch
+    import torch  # takes seconds, and the rest of this file does without
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {**versions(), device_is: device}

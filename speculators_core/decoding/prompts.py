@@ -74,7 +74,7 @@ def _parse(lines: Iterable[tuple[str, int, str]]) -> list[Prompt]:
 
 
 def _read_hub(name: str) -> list[Prompt]:
-    from datasets import load_dataset
+    from datasets import load_dataset  # takes a second, and most prompts are in a file
 
     try:
         splits = load_dataset(name)

@@ -29,6 +29,7 @@ from typing import Literal, Self
 
 import torch
 from jaxtyping import Shaped
+from pyarrow import Codec
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
@@ -253,7 +254,5 @@ def _checksum(header: bytes, body: bytes) -> int:
     return zlib.crc32(body, zlib.crc32(header))
 
 
-def _zstd():
-    import pyarrow
-
-    return pyarrow.Codec("zstd")
+def _zstd() -> Codec:
+    return Codec("zstd")

@@ -31,7 +31,7 @@ def run_on_ray(plan: GenerationPlan) -> Iterator[Told]:
         SpeculatorError: Ray is not installed or cannot be reached, or a worker met a fault.
     """
     try:
-        import ray
+        import ray  # optional
     except ImportError as error:
         raise SpeculatorError(
             "run.backend ray: Ray is not installed. Install speculators-vllm[ray]."

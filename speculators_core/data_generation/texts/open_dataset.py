@@ -1,17 +1,29 @@
-"""Opens a data set of a file, a folder or the hub; runs no code of its own."""
+"""Data sets of files, folders and the hub, opened.
+
+Python code that a data set ships is never run.
+"""
 
 import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+from datasets import (
+    Dataset,
+    DatasetBuilder,
+    Features,
+    IterableDataset,
+    Json,
+    ReadInstruction,
+    Value,
+    concatenate_datasets,
+    load_dataset_builder,
+    load_from_disk,
+)
 
 from speculators_core.data_generation.settings import DatasetConfig
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.files import Roots
-
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetBuilder, Features, IterableDataset
 
 FORMATS = {
     ".jsonl": "json",
@@ -24,7 +36,7 @@ FORMATS = {
 """Suffixes of files, and what `datasets` reads them with."""
 
 
-def open_rows(config: DatasetConfig, roots: Roots) -> tuple["Dataset | IterableDataset", list[str]]:
+def open_rows(config: DatasetConfig, roots: Roots) -> tuple[Dataset | IterableDataset, list[str]]:
     """The rows of a data set's split, in their order, and the names of their columns.
 
     Raises:
@@ -49,9 +61,7 @@ def open_rows(config: DatasetConfig, roots: Roots) -> tuple["Dataset | IterableD
     return rows, columns
 
 
-def _open_local(config: DatasetConfig, path: Path, roots: Roots) -> "Dataset | IterableDataset":
-    from datasets import load_dataset_builder
-
+def _open_local(config: DatasetConfig, path: Path, roots: Roots) -> Dataset | IterableDataset:
     if not path.exists():
         raise SpeculatorError(f"{config.path}: no such file or folder, given as a data set.")
     is_text = path.suffix == ".txt"
@@ -68,7 +78,7 @@ def _open_local(config: DatasetConfig, path: Path, roots: Roots) -> "Dataset | I
     elif config.name is not None:
         raise SpeculatorError(f"{config.path}: a file has no configuration {config.name!r}.")
     else:
-        options: dict[str, Any] = {"sample_by": config.sample_by} if is_text else {}
+        options: dict[str, object] = {"sample_by": config.sample_by} if is_text else {}
         if path.suffix == ".jsonl":
             options["features"] = _features(roots.check(path))
         builder = load_dataset_builder(FORMATS[path.suffix], data_files=str(path), **options)
@@ -79,23 +89,21 @@ def _open_local(config: DatasetConfig, path: Path, roots: Roots) -> "Dataset | I
     return _take_split(builder, config, is_streamed=bool(config.streaming))
 
 
-def _features(path: Path) -> "Features":
+def _features(path: Path) -> Features:
     """The types of all rows' values; lists and objects as JSON of any shape.
 
     `datasets` would take the shapes of the first 10 MB for those of all: a file whose first tool
     call comes later could not be read.
     """
-    from datasets import Features, Json, Value
-
     kinds: dict[str, set[type]] = {}
     with path.open("rb") as lines:
         for line in lines:
-            with suppress(ValueError):  # what is no JSON, `datasets` itself complains of
+            with suppress(ValueError):  # `datasets` itself complains of what is not JSON
                 row = json.loads(line)
                 for key, value in row.items() if isinstance(row, dict) else ():
                     kinds.setdefault(key, set()).add(type(value))
     plain = {str: "string", int: "int64", float: "float64", bool: "bool"}
-    features: dict[str, Any] = {}
+    features: dict[str, Value | Json] = {}
     for key, found in kinds.items():
         (kind, *others) = (found - {type(None)}) or {str}
         # A text such as "9" would be read as a number if it were taken for JSON.
@@ -103,10 +111,8 @@ def _features(path: Path) -> "Features":
     return Features(features)
 
 
-def _open_hub(config: DatasetConfig) -> "Dataset | IterableDataset":
+def _open_hub(config: DatasetConfig) -> Dataset | IterableDataset:
     """What the hub holds; its description may name files of any place, which are not read."""
-    from datasets import load_dataset_builder
-
     builder = load_dataset_builder(config.path, config.name)
     for file in _data_files(builder):
         if not file.startswith("hf://"):
@@ -117,10 +123,8 @@ def _open_hub(config: DatasetConfig) -> "Dataset | IterableDataset":
     )
 
 
-def _open_saved(config: DatasetConfig, path: Path, roots: Roots) -> "Dataset | IterableDataset":
+def _open_saved(config: DatasetConfig, path: Path, roots: Roots) -> Dataset | IterableDataset:
     """What `save_to_disk` wrote, mapped into memory; one without splits is `train`."""
-    from datasets import Dataset, ReadInstruction, concatenate_datasets, load_from_disk
-
     saved = load_from_disk(path)
     splits = {"train": saved} if isinstance(saved, Dataset) else dict(saved)
     for rows in splits.values():
@@ -134,8 +138,8 @@ def _open_saved(config: DatasetConfig, path: Path, roots: Roots) -> "Dataset | I
 
 
 def _take_split(
-    builder: "DatasetBuilder", config: DatasetConfig, is_streamed: bool
-) -> "Dataset | IterableDataset":
+    builder: DatasetBuilder, config: DatasetConfig, is_streamed: bool
+) -> Dataset | IterableDataset:
     if is_streamed:
         return builder.as_streaming_dataset(split=config.split)
     builder.download_and_prepare()
@@ -146,7 +150,7 @@ def _foreign(config: DatasetConfig, file: str) -> SpeculatorError:
     return SpeculatorError(f"{config.path} takes data from {file}; expected its own files.")
 
 
-def _data_files(builder: "DatasetBuilder") -> Iterator[str]:
+def _data_files(builder: DatasetBuilder) -> Iterator[str]:
     """Where a builder reads; the archive, where a file lies in one."""
     for files in (builder.config.data_files or {}).values():
         yield from (str(file).rpartition("::")[2] for file in files)

@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from speculators_core.data_generation.examples import Example
@@ -25,9 +25,6 @@ from speculators_core.data_generation.texts.rows import (
 from speculators_core.data_generation.texts.spans import RowSkipped, SkipReason, TokenSequence
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.files import Roots
-
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +55,7 @@ class Source:
 
     number: int
     config: DatasetConfig
-    rows: "Dataset | IterableDataset"
+    rows: Dataset | IterableDataset
     columns: tuple[str, ...]
     parts: RowParts
 
