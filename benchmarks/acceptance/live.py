@@ -66,7 +66,7 @@ class _Drafts(BaseModel):
 
     @property
     def accepted(self) -> list[int]:
-        """In order, where the server tells the order."""
+        """Tokens kept of each draft, in order if ``per_step_accepted`` is there."""
         if self.per_step_accepted is not None:
             return self.per_step_accepted
         return [kept for kept, times in enumerate(self.acceptance_histogram) for _ in range(times)]
@@ -277,6 +277,7 @@ async def _complete(
     url = f"{server.url}/v1/completions"
     output_ids: list[int] = []
     accepted: list[int] = []
+    is_in_order = True
     sent = time.perf_counter()
     first_token = last_token = sent
     is_finished = False
@@ -288,7 +289,8 @@ async def _complete(
             if chunk.error is not None:
                 raise SpeculatorError(f"{where}: {wire.shown(json.dumps(chunk.error))}")
             if chunk.metrics and chunk.metrics.speculative_decoding:
-                accepted = chunk.metrics.speculative_decoding.accepted
+                drafts = chunk.metrics.speculative_decoding
+                accepted, is_in_order = drafts.accepted, drafts.per_step_accepted is not None
             for choice in chunk.choices:
                 if choice.prompt_token_ids not in (None, prompt.token_ids):
                     raise SpeculatorError(f"{where}: the server changed the prompt.")
@@ -304,6 +306,7 @@ async def _complete(
         num_prompt_tokens=len(prompt.token_ids),
         output_ids=output_ids,
         accepted=accepted,
+        is_in_order=is_in_order,
         seconds=last_token - sent,
         timing=Timing(start_s=sent - began, first_token_s=first_token - sent),
     )

@@ -10,6 +10,7 @@ from benchmarks.acceptance.statistics import (
     FEW_LOOPS,
     bootstrap_interval,
     by_category,
+    by_context,
     latency,
     macro_acceptance_length,
     repeated_share,
@@ -57,6 +58,7 @@ def report_k(
     if counters and not by_request:
         pooled = summarize_counts(len(records), counters.num_drafts, counters.accepted_per_position)
     groups = by_category(records) if by_request else {}
+    contexts = by_context(records, speculative_tokens)
     return KReport(
         speculative_tokens=speculative_tokens,
         counted="by request" if by_request else "by server",
@@ -64,6 +66,7 @@ def report_k(
         interval_95=bootstrap_interval(runs) if by_request else None,
         macro_acceptance_length=macro_acceptance_length(records) if by_request else None,
         categories={name: summarize(group, speculative_tokens) for name, group in groups.items()},
+        contexts={name: summarize(group, speculative_tokens) for name, group in contexts.items()},
         tokens_per_s=rates,
         speed_up=median(rates) / median(alone_rates) if baseline else None,
         num_identical=len(runs[0]) - len(differences) if comparable else None,
@@ -82,7 +85,7 @@ def _first_difference(ours: list[int], alone: list[int]) -> int:
 
 
 def print_report(report: AcceptanceReport) -> None:
-    """The tables: by draft and number of speculative tokens, by position, and by category."""
+    """The tables: drafts, and each by position, by category and by context length."""
     first = report.drafts[0].by_k[0]
     outputs = report.baseline_requests or first.first_run
     columns = ("draft", "K", "tau", "95 %", "macro", "loop-free", "tok/s", "speed-up", "identical")
@@ -91,6 +94,7 @@ def print_report(report: AcceptanceReport) -> None:
     categories = _table(
         "by category", "draft", "K", "category", "requests", "drafts", "tau", "kept"
     )
+    contexts = _table("by context length", "draft", "K", "tokens", "drafts", "tau", "conditional")
     if report.baseline_tokens_per_s:
         alone = f"{median(report.baseline_tokens_per_s):.1f}"
         summary.add_row("none", *["-"] * 5, alone, "1.00x", "-")
@@ -128,9 +132,15 @@ def print_report(report: AcceptanceReport) -> None:
             tau = f"{group.acceptance_length:.3f}"
             numbers = (str(group.num_requests), str(group.num_drafts), tau)
             categories.add_row(name, k, category, *numbers, kept_of_group)
-    for table in (summary, _latency_table(report), positions, categories):
+        for context, part in entry.contexts.items():
+            tau = f"{part.acceptance_length:.3f}"
+            conditionals = " ".join(_figure(rate, ".2f") for rate in part.conditional_rates)
+            contexts.add_row(name, k, context, str(part.num_drafts), tau, conditionals)
+    for table in (summary, _latency_table(report), positions, categories, contexts):
         if table.row_count:
             console.print(table)
+    if worst := _worst_context(report):
+        console.print(worst)
     repeated = repeated_share(outputs)
     num_free = len(without_loops(outputs))
     for remark in report.remarks:
@@ -139,6 +149,27 @@ def print_report(report: AcceptanceReport) -> None:
         f"tau counts the bonus token. {repeated:.1%} of the verifier's 8-grams repeat; loop-free "
         f"is tau of outputs with under {FEW_LOOPS:.0%} of them ({num_free} of the verifier's)"
     )
+
+
+FAR_BELOW = 0.8
+"""Share of the pooled tau; a range of contexts with less is named."""
+ENOUGH_DRAFTS = 50
+
+
+def _worst_context(report: AcceptanceReport) -> str | None:
+    """A line on the draft and range of contexts that fall furthest behind; None where none does."""
+    lowest, line = FAR_BELOW, None
+    for name, entry in _entries(report):
+        tau = entry.pooled.acceptance_length
+        for context, part in entry.contexts.items():
+            ratio = part.acceptance_length / tau
+            if part.num_drafts >= ENOUGH_DRAFTS and ratio < lowest:
+                lowest = ratio
+                line = (
+                    f"{name}, K = {entry.speculative_tokens}: tau is {part.acceptance_length:.2f} "
+                    f"with {context} tokens of context, {tau:.2f} overall"
+                )
+    return line
 
 
 def _figure(value: float | None, form: str, unit: str = "") -> str:

@@ -5,12 +5,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
-from typing import TYPE_CHECKING, Any
 
+from speculators_core.decoding.acceptance import CONTEXT_BUCKETS, AcceptanceCounts
 from speculators_core.diagnosis.acceptance_report import Latency, RequestRecord, Summary
-
-if TYPE_CHECKING:
-    from speculators_core.decoding.acceptance import AcceptanceCounts
 
 BOOTSTRAP_SAMPLES = 1000
 LOOP_SPAN = 8
@@ -50,6 +47,24 @@ def by_category(records: Sequence[RequestRecord]) -> dict[str, list[RequestRecor
     return dict(groups)
 
 
+def by_context(
+    records: Sequence[RequestRecord], speculative_tokens: int
+) -> dict[str, list[RequestRecord]]:
+    """The requests' drafts by the number of tokens before them, ranges without drafts left out.
+
+    A request is in each range where it has drafts, with those alone. Nothing where the order of
+    some drafts is unknown.
+    """
+    if not all(record.is_in_order for record in records):
+        return {}
+    groups: dict[str, list[RequestRecord]] = {name: [] for name in CONTEXT_BUCKETS}
+    for record in records:
+        counts = AcceptanceCounts(speculative_tokens, record.accepted)
+        for name, part in counts.by_context(record.num_prompt_tokens).items():
+            groups[name].append(record.model_copy(update={"accepted": part.accepted}))
+    return {name: group for name, group in groups.items() if group}
+
+
 def macro_acceptance_length(records: Sequence[RequestRecord]) -> float:
     """Mean of the categories' pooled acceptance lengths."""
     groups = by_category(records).values()
@@ -69,10 +84,8 @@ def bootstrap_interval(
     return lengths[int(0.025 * BOOTSTRAP_SAMPLES)], lengths[int(0.975 * BOOTSTRAP_SAMPLES) - 1]
 
 
-def _pool(records: Sequence[RequestRecord], speculative_tokens: int = 0) -> "AcceptanceCounts":
+def _pool(records: Sequence[RequestRecord], speculative_tokens: int = 0) -> AcceptanceCounts:
     """The drafts of all requests; their acceptance length needs no number of positions."""
-    from speculators_core.decoding.acceptance import AcceptanceCounts  # here: it brings torch
-
     accepted = [count for record in records for count in record.accepted]
     return AcceptanceCounts(speculative_tokens, accepted)
 
@@ -119,7 +132,7 @@ def repeated_share(records: Sequence[RequestRecord], span: int = LOOP_SPAN) -> f
     """Share of an output's 8-grams that it already held, over all: loops flatter a draft."""
     repeated = total = 0
     for record in records:
-        seen: set[Any] = set()
+        seen: set[tuple[int, ...]] = set()
         for start in range(len(record.output_ids) - span + 1):
             gram = tuple(record.output_ids[start : start + span])
             repeated += gram in seen

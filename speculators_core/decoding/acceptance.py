@@ -12,11 +12,22 @@ For sampled verification p is the verifier's distribution and q the one the draf
 (arXiv:2211.17192, arXiv:2302.01318). Both are final: temperature, top-k and top-p applied.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+CONTEXT_BUCKETS = {
+    "<128": 128,
+    "128-512": 512,
+    "512-2k": 2048,
+    "2k-8k": 8192,
+    "8k-32k": 32768,
+    "32k+": math.inf,
+}
+"""Ranges of context lengths in tokens, each with the length that ends it."""
 
 
 @dataclass(frozen=True)
@@ -161,3 +172,21 @@ class AcceptanceCounts:
     def acceptance_length(self) -> float:
         """Tokens per verifier step, the bonus token included; 1 where nothing was drafted."""
         return 1.0 + sum(self.accepted) / max(1, self.num_drafts)
+
+    def by_context(self, num_prompt_tokens: int) -> "dict[str, AcceptanceCounts]":
+        """The drafts of one text by the number of tokens before them; ranges without drafts are
+        absent.
+
+        prompt of 125 tokens, kept [1 0 2] -> contexts 126 128 129 -> <128: [1], 128-512: [0 2]
+
+        The first token is the verifier's. Where a step had no draft (prompt lookup without a
+        match), later drafts had one more token before them than is counted here.
+        """
+        found: dict[str, AcceptanceCounts] = {}
+        context = num_prompt_tokens + 1
+        for kept in self.accepted:
+            name = next(name for name, end in CONTEXT_BUCKETS.items() if context < end)
+            counts = found.setdefault(name, AcceptanceCounts(self.speculative_tokens))
+            counts.accepted.append(kept)
+            context += kept + 1
+        return found

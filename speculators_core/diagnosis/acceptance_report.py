@@ -24,7 +24,9 @@ class RequestRecord(BaseModel):
     num_prompt_tokens: int
     output_ids: list[int]
     accepted: list[int]
-    """Tokens kept of each draft, in order; empty without speculation, or where nobody says."""
+    """Tokens kept of each draft; empty without speculation, or where nobody reports them."""
+    is_in_order: bool = True
+    """Whether the drafts are in order; those of a server's histogram are not."""
     seconds: float
     """From request to last token; requests that were handed over together share that time."""
     timing: Timing | None = None
@@ -94,6 +96,9 @@ class KReport(BaseModel):
     interval_95: tuple[float, float] | None
     macro_acceptance_length: float | None
     categories: dict[str, Summary]
+    contexts: dict[str, Summary] = {}
+    """By the number of tokens before the draft, in the ranges of `CONTEXT_BUCKETS` that hold
+    drafts; empty where the order of drafts is unknown."""
     tokens_per_s: list[float]
     """Of each run."""
     speed_up: float | None

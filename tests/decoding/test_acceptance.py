@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import one_hot, pad
 
 from speculators_core.decoding.acceptance import (
+    CONTEXT_BUCKETS,
     Acceptance,
+    AcceptanceCounts,
     accept_greedy,
     accept_sampled,
     acceptance_probability,
@@ -528,3 +530,31 @@ def test_one_seed_gives_one_decision():
     assert torch.equal(first.num_accepted, second.num_accepted)
     assert torch.equal(first.next_token, second.next_token)
     assert not torch.equal(first.next_token, other.next_token)
+
+
+# Counts
+
+
+def test_drafts_are_counted_by_the_tokens_before_them():
+    """Four drafts after a prompt of 125 tokens and the verifier's first token."""
+    # tokens before each: 126, 128, 129, 132
+    found = AcceptanceCounts(3, [1, 0, 2, 3]).by_context(125)
+    assert found == {
+        "<128": AcceptanceCounts(3, [1]),
+        "128-512": AcceptanceCounts(3, [0, 2, 3]),
+    }
+
+
+@given(st.lists(st.integers(0, 3)), st.integers(0, 40_000))
+def test_ranges_of_context_hold_every_draft_in_order(accepted, num_prompt_tokens):
+    found = AcceptanceCounts(3, accepted).by_context(num_prompt_tokens)
+    assert [kept for counts in found.values() for kept in counts.accepted] == accepted
+    assert list(found) == [name for name in CONTEXT_BUCKETS if name in found]
+
+
+@pytest.mark.parametrize(
+    ("context", "name"),
+    [(127, "<128"), (128, "128-512"), (2047, "512-2k"), (2048, "2k-8k"), (10**6, "32k+")],
+)
+def test_a_range_of_context_ends_before_its_bound(context, name):
+    assert list(AcceptanceCounts(1, [0]).by_context(context - 1)) == [name]

@@ -250,6 +250,9 @@ def test_every_way_of_counting_gives_the_same_counts():
     assert found["detailed"].pooled == found["summary"].pooled == found["none"].pooled
     assert found["detailed"].pooled.num_drafts > 0
     assert found["detailed"].interval_95 == found["summary"].interval_95
+    contexts = found["detailed"].contexts
+    assert sum(part.num_drafts for part in contexts.values()) == found["none"].pooled.num_drafts
+    assert found["summary"].contexts == found["none"].contexts == {}  # in which order is unknown
     by_server = found["none"]
     assert by_server.counted == "by server"
     assert by_server.interval_95 is by_server.macro_acceptance_length is None
@@ -505,6 +508,7 @@ def test_a_real_server_gives_what_the_engine_in_this_process_gives(tmp_path):
     for ours, theirs in zip(over_http.requests, in_process.requests, strict=True):
         assert ours.output_ids == theirs.output_ids
         assert ours.accepted == theirs.accepted
+    assert over_http.contexts == in_process.contexts
     counted = over_http.counters
     assert counted.num_drafts == over_http.pooled.num_drafts
     assert list(counted.accepted_per_position) == over_http.pooled.accepted_per_position

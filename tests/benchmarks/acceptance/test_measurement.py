@@ -1,13 +1,21 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from benchmarks import playground
+from benchmarks.acceptance.engines import Draft, _TransformersRunner
 from benchmarks.acceptance.measurement import AcceptanceConfig, measure
-from benchmarks.acceptance.report import print_report, write_report
+from benchmarks.acceptance.records import Decoding
+from benchmarks.acceptance.report import print_report, report_k, write_report
 from speculators_core.console import console
+from speculators_core.decoding.independent import LanguageModelDraft
+from speculators_core.decoding.prompts import TokenizedPrompt
+from speculators_core.diagnosis.acceptance_report import DraftReport
 from speculators_core.errors import SpeculatorError
 from speculators_core.provenance import hash_weights
+from tests.benchmarks.acceptance.test_statistics import record
+from tests.conftest import VOCAB_SIZE, make_verifier
 
 EAGLE3 = str(playground.EAGLE3)
 QUICK = {
@@ -40,6 +48,52 @@ def test_categories_add_up_to_the_whole(report):
     for entry in report.drafts[0].by_k:
         assert sum(s.num_drafts for s in entry.categories.values()) == entry.pooled.num_drafts
         assert set(entry.categories) == {"class", "function", "body", "chat"}
+
+
+def test_contexts_add_up_to_the_whole(report):
+    for entry in report.drafts[0].by_k:
+        parts = entry.contexts.values()
+        assert {"<128", "128-512"} <= set(entry.contexts)
+        assert sum(part.num_drafts for part in parts) == entry.pooled.num_drafts
+        kept = [
+            sum(column) for column in zip(*(p.accepted_per_position for p in parts), strict=True)
+        ]
+        assert kept == entry.pooled.accepted_per_position
+
+
+class ShortSighted(LanguageModelDraft):
+    """Proposes what the verifier will say, and nonsense from 512 tokens on."""
+
+    def propose(self, state, confirmed, num_tokens, choose):
+        proposal = super().propose(state, confirmed, num_tokens, choose)
+        if confirmed.positions.max() + 2 < 512:  # tokens so far, the bonus token among them
+            return proposal
+        return replace(proposal, token_ids=(proposal.token_ids + 1) % VOCAB_SIZE)
+
+
+def test_a_draft_that_fails_beyond_a_length_shows_it(report):
+    verifier = make_verifier(max_position_embeddings=1024)
+    prompts = [
+        TokenizedPrompt(category="a", token_ids=[7 * i % VOCAB_SIZE for i in range(length)])
+        for length in (100, 400, 500)
+    ]
+    draft = Draft("language-model", "short-sighted", 4)
+    runner = _TransformersRunner(verifier, draft, ShortSighted(verifier), 1)
+    records = runner.run(prompts, Decoding(80, 0.0, 0, ignore_eos=True), lambda: None)
+    entry = report_k(4, [records], [], greedy=True)
+    lengths = {name: part.acceptance_length for name, part in entry.contexts.items()}
+    assert lengths == {"<128": 5.0, "128-512": 5.0, "512-2k": 1.0}
+    by_k = [DraftReport(name="short-sighted", kind="speculator", sha256=None, by_k=[entry])]
+    with console.capture() as shown:
+        print_report(report.model_copy(update={"drafts": by_k}))
+    table, line = shown.get().split("by context length")[1], shown.get()
+    assert "512-2k" in table and "1.00 with 512-2k tokens of context" in line
+
+
+def test_no_context_is_named_where_drafts_are_few_or_fare_alike(report):
+    with console.capture() as shown:
+        print_report(report)
+    assert "by context length" in shown.get() and "tokens of context" not in shown.get()
 
 
 def test_outputs_are_the_verifiers_own(report):
@@ -113,9 +167,6 @@ def test_own_prompts_and_end_of_text(tmp_path):
 
 
 def test_differing_outputs_are_found():
-    from benchmarks.acceptance.report import report_k
-    from tests.benchmarks.acceptance.test_statistics import record
-
     ours = [[record([1], output_ids=[1, 2, 3]), record([1], output_ids=[4])]]
     alone = [[record([], output_ids=[1, 9, 3]), record([], output_ids=[4])]]
     entry = report_k(1, ours, alone, greedy=True)

@@ -2,6 +2,7 @@ import pytest
 
 from benchmarks.acceptance.statistics import (
     bootstrap_interval,
+    by_context,
     macro_acceptance_length,
     repeated_share,
     summarize,
@@ -11,10 +12,10 @@ from benchmarks.acceptance.statistics import (
 from speculators_core.diagnosis.acceptance_report import RequestRecord
 
 
-def record(accepted, category="a", output_ids=(), seconds=1.0):
+def record(accepted, category="a", output_ids=(), seconds=1.0, num_prompt_tokens=1):
     return RequestRecord(
         category=category,
-        num_prompt_tokens=1,
+        num_prompt_tokens=num_prompt_tokens,
         output_ids=list(output_ids),
         accepted=accepted,
         seconds=seconds,
@@ -68,3 +69,21 @@ def test_looping_outputs_are_set_apart():
 def test_rate_is_all_tokens_over_all_seconds():
     records = [record([], output_ids=range(10)), record([], output_ids=range(30), seconds=3.0)]
     assert tokens_per_second(records) == 10.0
+
+
+def test_drafts_of_several_requests_are_counted_by_context():
+    records = [
+        record([3, 0], num_prompt_tokens=120),  # 121 and 125 tokens before them
+        record([2, 1], num_prompt_tokens=126),  # 127 and 130
+        record([0], num_prompt_tokens=2047),
+        record([]),
+    ]
+    found = by_context(records, 3)
+    counts = {name: [r.accepted for r in group] for name, group in found.items()}
+    assert counts == {"<128": [[3, 0], [2]], "128-512": [[1]], "2k-8k": [[0]]}
+    assert summarize(found["<128"], 3).accepted_per_position == [2, 2, 1]
+
+
+def test_drafts_of_unknown_order_have_no_context():
+    records = [record([1]), record([1]).model_copy(update={"is_in_order": False})]
+    assert by_context(records, 1) == {}
