@@ -10,16 +10,18 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, JsonValue
 
 from benchmarks.acceptance import wire
 from speculators_core.decoding.prompts import TokenizedPrompt
 from speculators_core.diagnosis.acceptance_report import Counters, RequestRecord, Timing
 from speculators_core.errors import SpeculatorError
+from speculators_core.http import Client, VLLMModels
 
 if TYPE_CHECKING:  # which imports this file
     from benchmarks.acceptance.records import Decoding, Done
@@ -46,18 +48,6 @@ class Server:
 
 class _Version(BaseModel):
     version: str
-
-
-class _Model(BaseModel):
-    id: str
-    root: str
-    max_model_len: int
-    parent: str | None = None
-    """Of an adapter."""
-
-
-class _Models(BaseModel):
-    data: list[_Model] = Field(min_length=1)
 
 
 class _Drafts(BaseModel):
@@ -87,7 +77,7 @@ class _Chunk(BaseModel):
 
     choices: list[_Choice] = []
     metrics: _Metrics | None = None
-    error: Any = None
+    error: JsonValue = None
 
 
 def find(settings: wire.ServerConfig, verifier: str | None) -> tuple[str, dict[str, Server]]:
@@ -139,19 +129,16 @@ def _checked_url(url: str) -> str:
 
 
 async def _inspect(url: str, settings: wire.ServerConfig) -> Server:
-    async with wire.session(settings) as session:
-        version = wire.read(_Version, await wire.get(session, url, "/version"), f"{url}/version")
-        models = wire.read(
-            _Models, await wire.get(session, url, "/v1/models"), f"{url}/v1/models"
-        ).data
-        metrics = await wire.get(session, url, "/metrics")
-    model = next((found for found in models if found.parent is None), models[0])
+    async with Client(settings.access(url)) as client:
+        version = await client.ask(_Version, "/version")
+        model = (await client.ask(VLLMModels, "/v1/models")).base
+        metrics = (await client.read("/metrics")).decode("utf-8", "replace")
     caching = re.search(r'enable_prefix_caching="(True|False)"', metrics)
     return Server(
         url=url,
         version=version.version,
         model=model.id,
-        root=model.root,
+        root=model.root or model.id,
         max_model_len=model.max_model_len,
         has_prefix_cache=None if caching is None else caching[1] == "True",
         speculative_tokens=len(read_counters(metrics).accepted_per_position),
@@ -222,9 +209,9 @@ def remarks(what: str, runs: Sequence[Sequence[RequestRecord]], counters: Counte
 async def fetch_counters(server: Server, settings: wire.ServerConfig, at_least: int) -> Counters:
     """The server's counters, once they hold so many tokens or have had time to."""
     deadline = time.monotonic() + COUNTERS_WITHIN_S
-    async with wire.session(settings) as session:
+    async with Client(settings.access(server.url)) as client:
         while True:
-            found = read_counters(await wire.get(session, server.url, "/metrics"))
+            found = read_counters((await client.read("/metrics")).decode("utf-8", "replace"))
             if found.generation_tokens >= at_least or time.monotonic() > deadline:
                 return found
             await asyncio.sleep(COUNTERS_WITHIN_S / 20)
@@ -247,15 +234,16 @@ async def complete_all(
     waiting = iter(enumerate(prompts, 1))
     began = time.perf_counter()
 
-    async def work(session: Any) -> None:
+    async def work(client: Client) -> None:
         for number, prompt in waiting:
-            where = f"prompt {number} at {server.url}"
-            with wire.failures(where):
-                records[number] = await _complete(session, server, prompt, decoding, began, where)
+            try:
+                records[number] = await _complete(client, server, prompt, decoding, began)
+            except SpeculatorError as error:
+                raise SpeculatorError(f"prompt {number} at {error}") from error
             done()
 
-    async with wire.session(settings, concurrency) as session:
-        workers = [asyncio.create_task(work(session)) for _ in range(concurrency)]
+    async with Client(settings.access(server.url, concurrency)) as client:
+        workers = [asyncio.create_task(work(client)) for _ in range(concurrency)]
         try:
             await asyncio.gather(*workers)
         finally:
@@ -266,28 +254,22 @@ async def complete_all(
 
 
 async def _complete(
-    session: Any,
-    server: Server,
-    prompt: TokenizedPrompt,
-    decoding: "Decoding",
-    began: float,
-    where: str,
+    client: Client, server: Server, prompt: TokenizedPrompt, decoding: "Decoding", began: float
 ) -> RequestRecord:
-    body = _request(server, prompt, decoding)
-    url = f"{server.url}/v1/completions"
+    path = "/v1/completions"
+    where = f"{server.url}{path}"
     output_ids: list[int] = []
     accepted: list[int] = []
     is_in_order = True
     sent = time.perf_counter()
     first_token = last_token = sent
     is_finished = False
-    async with session.post(url, json=body, allow_redirects=False) as reply:
-        if reply.status != 200:
-            raise SpeculatorError(f"{where}: {await wire.describe(reply)}")
-        async for event in wire.events(reply.content):
-            chunk = wire.read(_Chunk, event, where)
+    events = client.events(path, _request(server, prompt, decoding))
+    async with aclosing(events):
+        async for event in events:
+            chunk = client.parse(_Chunk, event, path)
             if chunk.error is not None:
-                raise SpeculatorError(f"{where}: {wire.shown(json.dumps(chunk.error))}")
+                raise SpeculatorError(f"{where}: {client.shown(json.dumps(chunk.error))}")
             if chunk.metrics and chunk.metrics.speculative_decoding:
                 drafts = chunk.metrics.speculative_decoding
                 accepted, is_in_order = drafts.accepted, drafts.per_step_accepted is not None

@@ -3,43 +3,25 @@
 Its answers say where states are: in a file that both see, or on their way to an endpoint of ours.
 """
 
-import os
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from speculators_core.data_generation.examples import Example
 from speculators_core.data_generation.settings import EngineConfig
-from speculators_core.errors import SpeculatorError, first_fault, first_line
+from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.files import Roots
+from speculators_core.http import Access, BlockingClient, Refused, VLLMModels
 from speculators_vllm.generation.arrivals import Arrivals, Inbox, Outcome
 from speculators_vllm.generation.requests import OptionsOf, RequestOptions
 from speculators_vllm.hidden_states.files import read_hidden_states
 from speculators_vllm.hidden_states.settings import ENDPOINT
 
-Page = TypeVar("Page", bound=BaseModel)
 CONCURRENCY = 64
 """Requests at one time where `engine.batch_size` does not say."""
-CONNECT_WITHIN_S = 10.0
 ANSWER_WITHIN_S = 600.0
-MAX_PAGE_BYTES = 2**24
-SHOWN_CHARACTERS = 200
-
-
-class _Model(BaseModel):
-    id: str
-    max_model_len: int
-    parent: str | None = None
-    """Of an adapter."""
-
-
-class _Models(BaseModel):
-    data: list[_Model] = Field(min_length=1)
 
 
 class _Place(BaseModel):
@@ -69,8 +51,6 @@ class Server:
         SpeculatorError: the server is not within reach, wants a key, or is not vLLM; or the plan
             has options that are the server's.
         """
-        import httpx
-
         assert engine.base_url is not None
         self.url = engine.base_url.rstrip("/").removesuffix("/v1")
         for name, stated in (("vllm", engine.vllm), ("device", engine.device)):
@@ -81,16 +61,21 @@ class Server:
         self._concurrency = engine.batch_size or CONCURRENCY
         self._inbox: Inbox | None = None
         self._lock = threading.Lock()
-        key = (engine.api_key or os.environ.get("OPENAI_API_KEY", "")).strip()
-        with self._failures():
-            self._client = httpx.Client(
-                headers={"Authorization": f"Bearer {key}"} if key else None,
-                timeout=httpx.Timeout(ANSWER_WITHIN_S, connect=CONNECT_WITHIN_S, pool=None),
-                limits=httpx.Limits(max_connections=self._concurrency),
-                trust_env=False,
+        self._client = BlockingClient(
+            Access(
+                url=self.url,
+                api_key=engine.api_key,
+                timeout_s=ANSWER_WITHIN_S,
+                connections=self._concurrency,
+                key_option="engine.api_key",
+                timeout_option=None,
             )
-        models = self._ask(_Models, "GET", "/v1/models").data
-        self._model = next((model for model in models if model.parent is None), models[0])
+        )
+        try:
+            self._model = self._client.ask(VLLMModels, "/v1/models").base
+        except BaseException:
+            self._client.close()
+            raise
 
     def run(self, arrivals: Arrivals, options_of: OptionsOf) -> dict[str, Outcome]:
         """Raises:
@@ -123,8 +108,10 @@ class Server:
             "kv_transfer_params": options.kv_transfer_params,
         }
         try:
-            answer = self._ask(_Completion, "POST", "/v1/completions", body)
-        except _Refused as error:
+            answer = self._client.ask(_Completion, "/v1/completions", body)
+        except Refused as error:
+            if not error.is_request_at_fault:
+                raise
             arrivals.failed(name, str(error))
             return
         place = answer.kv_transfer_params or _Place()
@@ -172,52 +159,7 @@ class Server:
                     "expected one endpoint."
                 )
 
-    def _ask(self, kind: type[Page], method: str, path: str, body: Any = None) -> Page:
-        where = f"{self.url}{path}"
-        with self._failures(), self._client.stream(method, where, json=body) as reply:
-            page = bytearray()
-            for piece in reply.iter_bytes():
-                page += piece
-                if len(page) > MAX_PAGE_BYTES:
-                    raise SpeculatorError(f"{where}: an answer of over {MAX_PAGE_BYTES} bytes.")
-        if reply.status_code != 200:
-            raise _refusal(where, reply.status_code, bytes(page))
-        try:
-            return kind.model_validate_json(page)
-        except ValidationError as error:
-            raise SpeculatorError(f"{where}: no answer of vLLM's: {first_fault(error)}") from error
-
-    @contextmanager
-    def _failures(self) -> Iterator[None]:
-        """What the network does wrong becomes one line."""
-        import httpx
-
-        try:
-            yield
-        except httpx.TimeoutException as error:
-            raise SpeculatorError(
-                f"{self.url} gave no answer in time ({type(error).__name__}): it has "
-                f"{CONNECT_WITHIN_S:.0f} s to take a call and {ANSWER_WITHIN_S:.0f} s to answer."
-            ) from error
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise SpeculatorError(f"{self.url}: {first_line(error)}.") from error
-
     def close(self) -> None:
         self._client.close()
         if self._inbox is not None:
             self._inbox.close()
-
-
-class _Refused(SpeculatorError):
-    """The request is at fault, not the server."""
-
-
-def _refusal(where: str, status: int, page: bytes) -> SpeculatorError:
-    line = " ".join(page.decode("utf-8", "replace").split())
-    shown = line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]}..."
-    hint = {
-        401: " Pass the server's key as engine.api_key.",
-        404: " Expected a vLLM server, which has this.",
-    }.get(status, "")
-    kind = _Refused if status == 400 else SpeculatorError
-    return kind(f"{where}: HTTP {status}: {shown}{hint}")

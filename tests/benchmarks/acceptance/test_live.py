@@ -324,7 +324,7 @@ def test_key_is_sent_and_never_written(served, monkeypatch, tmp_path):
     stand_in, url = served
     stand_in.key = "sesame"
     monkeypatch.setenv("OPENAI_API_KEY", "another")
-    with pytest.raises(SpeculatorError, match="HTTP 401: .* Pass the server's key with --api-key"):
+    with pytest.raises(SpeculatorError, match="HTTP 401: .* Pass the server's key as --api-key"):
         measure(settings(url))
     given = settings(url, api_key="sesame")
     assert "sesame" not in repr(given)
@@ -367,8 +367,8 @@ def test_no_more_tokens_are_asked_for_than_the_server_has_room_for(served):
     [
         (500, "prompt 2 at .*: HTTP 500: .*out of memory"),
         ("disconnect", "prompt 2 at .*: "),
-        ("silence", "prompt 2 at .*: no word for too long; --timeout-s"),
-        ("{not json", "prompt 2 at .*: no answer of vLLM's: Invalid JSON"),
+        ("silence", "prompt 2 at .*: no answer in time .*--timeout-s"),
+        ("{not json", "prompt 2 at .*: not an answer of a vLLM server: Invalid JSON"),
         ('{"choices": [{"text": "no ids"}]}', "prompt 2 .*choices.0.token_ids: Field required"),
         ('{"error": {"message": "engine died"}}', "prompt 2 at .*engine died"),
         ("[DONE]", r"prompt 2 at .*: the answer broke off after \d+ tokens"),
@@ -395,7 +395,7 @@ def test_a_request_that_fails_ends_the_run_and_is_named(served, broken, message)
         ("http://localhost:eight", "expected a server as http://host:port"),
         ("http://", "expected a server as http://host:port"),
         ("http://me:secret@localhost:8000", "holds credentials, which a report would show"),
-        ("http://127.0.0.1:9", "127.0.0.1:9/version: Cannot connect"),
+        ("http://127.0.0.1:9", "127.0.0.1:9/version: Connection refused"),
     ],
 )
 def test_wrong_urls_are_one_line(url, message, capsys):
@@ -411,8 +411,14 @@ def test_wrong_urls_are_one_line(url, message, capsys):
     [
         ({"speculates": False}, "counts no drafts at /metrics. Start it with --speculative-config"),
         ({"pages": {"/version": (404, "nothing")}}, "HTTP 404: nothing Expected a vLLM server"),
-        ({"pages": {"/version": (200, "<html>")}}, "/version: no answer of vLLM's: Invalid JSON"),
-        ({"pages": {"/v1/models": (200, '{"data": []}')}}, "/v1/models: no answer of vLLM's: data"),
+        (
+            {"pages": {"/version": (200, "<html>")}},
+            "/version: not an answer of a vLLM server: Invalid JSON",
+        ),
+        (
+            {"pages": {"/v1/models": (200, '{"data": []}')}},
+            "/v1/models: not an answer of a vLLM server: data",
+        ),
         ({"pages": {"/metrics": (302, "")}}, "/metrics: HTTP 302"),
         ({"root": "/models/elsewhere"}, "not within reach here. Pass --verifier"),
     ],

@@ -17,10 +17,10 @@ import yaml
 from benchmarks import playground
 from speculators_core.cli import main
 from speculators_core.data_generation.answers.dialogues import Answer, Call, Dialogue
-from speculators_core.data_generation.answers.openai_endpoint import FIRST_PAUSE_S
 from speculators_core.data_generation.settings import GenerationPlan
 from speculators_core.data_generation.texts.sources import Counts, read_plan_examples
 from speculators_core.errors import SpeculatorError
+from speculators_core.http import FIRST_PAUSE_S
 from tests.data_generation.answers.chat_server import Run, chat_server, echo, last, says
 
 COMMAND = str(Path(sys.executable).with_name("speculators"))
@@ -399,7 +399,10 @@ def test_a_silent_server_is_asked_again(run, server):
         ((401, {}), "HTTP 401.*--api-key"),
         ((404, {}), "HTTP 404"),
         ((307, {}), "HTTP 307"),
-        ((200, {"choices": []}), "no answer of OpenAI's protocol: choices"),
+        (
+            (200, {"choices": []}),
+            "not an answer of a server that speaks OpenAI's protocol: choices",
+        ),
         ((200, "x" * 2**25), "an answer of over"),
     ],
 )
@@ -417,7 +420,7 @@ def test_what_every_conversation_would_meet_ends_the_run_and_sets_nothing_aside(
 
 
 def test_a_server_that_is_not_there_is_one_line(run):
-    with pytest.raises(SpeculatorError, match="http://127.0.0.1:9/v1: .*"):
+    with pytest.raises(SpeculatorError, match="http://127.0.0.1:9/v1/models: .*"):
         run([chat("q")], "http://127.0.0.1:9", retries=0)
 
 

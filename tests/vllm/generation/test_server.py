@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
+from speculators_core import http
 from speculators_core.data_generation.engines.pipeline import schema_of
 from speculators_core.data_generation.examples import Failure
 from speculators_core.errors import SpeculatorError
@@ -255,13 +256,13 @@ FAULTS = {
     "HTTP 500: oh no": lambda _: (500, b"oh\nno"),
     "HTTP 404: .* Expected a vLLM server": lambda _: (404, b""),
     "HTTP 307: ": lambda _: (307, b"elsewhere"),
-    "no answer of vLLM's: ": lambda _: (200, b"<html>"),
-    "no answer of vLLM's: choices": lambda _: (200, {"choices": []}),
-    "no answer of vLLM's: kv_transfer_params.hidden_states_endpoint": lambda _: page(
+    "not an answer of a vLLM server: ": lambda _: (200, b"<html>"),
+    "not an answer of a vLLM server: choices": lambda _: (200, {"choices": []}),
+    "not an answer of a vLLM server: kv_transfer_params.hidden_states_endpoint": lambda _: page(
         {"hidden_states_endpoint": "udp://x"}
     ),
     "an answer of over 1000 bytes": lambda _: (200, b" " * 1001),
-    "gave no answer in time": lambda _: (time.sleep(0.5), page(None))[1],
+    "no answer in time": lambda _: (time.sleep(0.5), page(None))[1],
     "lies outside of what may be read": pointing_to(lambda r: f"/etc/{name_in(r)}.safetensors"),
     "lies outside of what": lambda _: page({"hidden_states_endpoint": "ipc:///etc/passwd"}),
     "points to .*other.safetensors for": pointing_to(lambda _: "$roots/other.safetensors"),
@@ -277,7 +278,7 @@ def test_a_server_that_does_not_do_its_part_ends_the_run_in_one_line(
     folder, tmp_path, complaint, monkeypatch
 ):
     monkeypatch.setattr(serving, "ANSWER_WITHIN_S", 0.3)
-    monkeypatch.setattr(serving, "MAX_PAGE_BYTES", 1000)
+    monkeypatch.setattr(http, "MAX_PAGE_BYTES", 1000)
     roots = tmp_path / "roots"
     roots.mkdir()
     (roots / "link").symlink_to(tmp_path)
@@ -322,7 +323,7 @@ UNASKED = {
     "http://.:x": {"base_url": "http://[:x"},
     "engine.vllm: the server at": {"vllm": {"max_num_seqs": 1}},
     "engine.device: the server at": {"device": "cpu"},
-    "/v1/models: no answer of vLLM's: data": {"models": {"data": []}},
+    "/v1/models: not an answer of a vLLM server: data": {"models": {"data": []}},
 }
 
 
