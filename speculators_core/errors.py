@@ -6,28 +6,41 @@ from pydantic import ValidationError
 
 Cause = Literal[
     "damaged checkpoint",
+    "invalid config",
+    "wrong verifier",
+    "wrong tokenizer",
+    "chat template",
     "wrong layer ids",
     "missing norm",
     "d2t offset",
     "rope",
     "position shift",
     "hidden-state timing",
-    "chat template",
     "dead draft",
+    "unsupported by vLLM",
     "served otherwise",
 ]
 """Why a speculator does not serve as it was trained, in the words of `speculators check`."""
 
 
 class SpeculatorError(ValueError):
-    """Says in one or two sentences what was found, what was expected and what to do.
+    """States in one or two sentences what was found, what was expected and what to do.
 
-    The command line prints it as one line and leaves with exit code 2.
+    The command line prints it as one line and exits with code 2.
     """
+
+    def __init__(self, message: str, *, cause: Cause | None = None):
+        super().__init__(message)
+        self.cause: Cause | None = cause
+        """What is wrong with a speculator; None where the error is about something else."""
+
+    def within(self, where: object, cause: Cause | None = None) -> "SpeculatorError":
+        """The same error with the place before its message; ``cause`` is for one without any."""
+        return SpeculatorError(f"{where}: {self}", cause=self.cause or cause)
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says first."""
+    """First line of another library's message; the error's type where it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

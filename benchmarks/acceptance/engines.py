@@ -85,10 +85,10 @@ def _speculator_settings(name: str) -> dict[str, Any]:
     """The folder says it all, to the plug-in; vLLM alone is told what the folder says."""
     if offline.has_plugin():
         return {"model": name}
-    from speculators_core.format import checkpoint
+    from speculators_core.format.checkpoint import fetch_config
     from speculators_vllm.plugin.speculative_config import vllm_settings
 
-    return {"model": name, **vllm_settings(checkpoint.read_config(checkpoint.fetch(name)))}
+    return {"model": name, **vllm_settings(fetch_config(name))}
 
 
 _VLLM_METHODS: dict[str, Callable[[str], dict[str, Any]]] = {

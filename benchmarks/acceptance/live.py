@@ -164,22 +164,18 @@ def _check_baseline(baseline: Server, server: Server) -> None:
 def _verifier_of(server: Server) -> str:
     """The verifier that a server runs, under the name or path that it was started with."""
     from speculators_core.format import checkpoint
-    from speculators_core.format.checkpoint import locate_verifier
-    from speculators_core.format.config import SpeculatorModelConfig
+    from speculators_core.format.stored_speculator import StoredSpeculator
 
     try:
-        folder = checkpoint.fetch(server.root, files=[checkpoint.CONFIG])
-        if "speculators_model_type" not in checkpoint.read_config(folder):
+        if not checkpoint.is_speculator(checkpoint.fetch_config(server.root)):
             return server.root
-        verifier = SpeculatorModelConfig.from_pretrained(folder).verifier.name_or_path
+        speculator = StoredSpeculator.open(server.root, [checkpoint.CONFIG])
     except SpeculatorError as error:
         raise SpeculatorError(
             f"{server.url} serves {server.root}, whose tokenizer is not within reach here. Pass "
             f"--verifier. ({error})"
         ) from error
-    if verifier is None:
-        raise SpeculatorError(f"{server.root} names no verifier. Pass --verifier.")
-    return locate_verifier(verifier, beside=folder)
+    return speculator.verifier
 
 
 def remarks(what: str, runs: Sequence[Sequence[RequestRecord]], counters: Counters) -> list[str]:

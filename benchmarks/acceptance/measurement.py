@@ -8,7 +8,7 @@ run already.
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import Field
@@ -19,8 +19,8 @@ from speculators_core.flags import Several
 from speculators_core.settings import Settings
 from speculators_vllm import offline
 
-YARDSTICK_K = 3
-"""Tokens that a draft proposes in one step where neither it nor the caller says how many."""
+if TYPE_CHECKING:
+    from benchmarks.acceptance.drafts import FoundDraft
 
 
 class AcceptanceConfig(Settings):
@@ -61,7 +61,7 @@ class AcceptanceConfig(Settings):
     output: Path | None = None
     """Folder for report.json and acceptance.png."""
     verbose: Annotated[bool, Parameter(negative=())] = False
-    """Print what vLLM prints while it starts, instead of writing it to a log file."""
+    """Print vLLM's output while it starts, instead of writing it to a log file."""
 
 
 def run(*, settings: Annotated[AcceptanceConfig | None, Parameter(name="*")] = None) -> None:
@@ -180,6 +180,7 @@ def _check_options(settings: AcceptanceConfig) -> None:
         for option, value in given.items():
             if value:
                 raise SpeculatorError(f"{option} is of a server: it needs --base-url.")
+        _check_methods(settings)
         return
     decided: dict[str, Any] = {
         "--k": settings.k,
@@ -197,18 +198,19 @@ def _check_options(settings: AcceptanceConfig) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _FoundDraft:
-    """A draft that was found to be whole and to fit its verifier."""
-
-    kind: Any
-    name: str
-    default_k: int
-    config: Any = None
-    """Of a speculator or a language model."""
-    folder: Path | None = None
-    verifier: str | None = None
-    """The one that a speculator names."""
+def _check_methods(settings: AcceptanceConfig) -> None:
+    """Raises SpeculatorError for drafts that the engine cannot run with these options."""
+    on_vllm = settings.engine == "vllm"
+    if "assisted" in settings.model and (on_vllm or settings.concurrency > 1):
+        raise SpeculatorError(
+            "assisted is Transformers' own decoding, one request at a time: use it with "
+            "--engine transformers --concurrency 1."
+        )
+    if "prompt-lookup" in settings.model and on_vllm and len(settings.k) > 1:
+        raise SpeculatorError(
+            "vLLM 0.32 cannot start again in a process that ran its prompt lookup: pass one "
+            f"number to --k, found {' '.join(map(str, settings.k))}."
+        )
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ class _Checked:
     """What a run needs, found to be whole and to fit together."""
 
     verifier: str
-    drafts: list[_FoundDraft]
+    drafts: "list[FoundDraft]"
     prompts: list[Any]
     servers: dict[str, Any] = field(default_factory=dict)
 
@@ -232,19 +234,21 @@ def _check_inputs(settings: AcceptanceConfig) -> _Checked:
     named, drafts, servers = find(settings)
     verifier_config = read_verifier_config(named)
     for draft in drafts:
-        _check_draft(draft, named, verifier_config)
+        draft.check(named, verifier_config)
     longest = offline.longest_text(verifier_config, settings.engine_args)
     longest = min([longest, *(server.max_model_len for server in servers.values())])
     return _Checked(named, drafts, tokenize(prompts, read_tokenizer(named), longest), servers)
 
 
-def _find_drafts(settings: AcceptanceConfig) -> tuple[str, list[_FoundDraft], dict[str, Any]]:
+def _find_drafts(settings: AcceptanceConfig) -> tuple[str, list["FoundDraft"], dict[str, Any]]:
     """The verifier, and the drafts that an engine here is to load."""
     from benchmarks import playground
+    from benchmarks.acceptance.drafts import find_draft
 
     shipped = map(str, playground.SPECULATORS.values())
-    drafts = [_find_draft(name, settings) for name in settings.model or shipped]
-    if settings.engine == "vllm":  # 0.32 cannot start again in a process that ran its n-gram
+    for_vllm = settings.engine == "vllm"
+    drafts = [find_draft(name, for_vllm) for name in settings.model or shipped]
+    if for_vllm:  # 0.32 cannot start again in a process that ran its n-gram
         drafts.sort(key=lambda draft: draft.kind == "prompt-lookup")
     named = settings.verifier or next((d.verifier for d in drafts if d.verifier), None)
     if named is None:
@@ -254,9 +258,10 @@ def _find_drafts(settings: AcceptanceConfig) -> tuple[str, list[_FoundDraft], di
     return named, drafts, {}
 
 
-def _find_served(settings: AcceptanceConfig) -> tuple[str, list[_FoundDraft], dict[str, Any]]:
+def _find_served(settings: AcceptanceConfig) -> tuple[str, list["FoundDraft"], dict[str, Any]]:
     """The verifier, the draft, and the servers that run them."""
     from benchmarks.acceptance import live
+    from benchmarks.acceptance.drafts import FoundDraft
 
     verifier, servers = live.find(settings.server, settings.verifier)
     server = servers["speculating"]
@@ -264,57 +269,9 @@ def _find_served(settings: AcceptanceConfig) -> tuple[str, list[_FoundDraft], di
     folder = Path(name) if Path(name).is_dir() else None
     return (
         verifier,
-        [_FoundDraft("served", name, server.speculative_tokens, folder=folder)],
+        [FoundDraft("served", name, server.speculative_tokens, folder)],
         servers,
     )
-
-
-def _find_draft(name: str, settings: AcceptanceConfig) -> _FoundDraft:
-    """Raises SpeculatorError where there is no such draft, or the engine has no such method."""
-    from speculators_core.format import checkpoint
-    from speculators_core.format.checkpoint import locate_verifier
-    from speculators_core.format.config import SpeculatorModelConfig
-    from speculators_core.verifier.reading import read_verifier_config
-
-    if name in ("prompt-lookup", "assisted"):
-        if name == "assisted" and (settings.engine == "vllm" or settings.concurrency > 1):
-            raise SpeculatorError(
-                "assisted is Transformers' own decoding, one request at a time: use it with "
-                "--engine transformers --concurrency 1."
-            )
-        if settings.engine == "vllm" and len(settings.k) > 1:
-            raise SpeculatorError(
-                "vLLM 0.32 cannot start again in a process that ran its prompt lookup: pass one "
-                f"number to --k, found {' '.join(map(str, settings.k))}."
-            )
-        return _FoundDraft(name, name, YARDSTICK_K)
-    folder = checkpoint.fetch(name)
-    raw = checkpoint.read_config(folder)
-    if "speculators_model_type" not in raw and "model_type" in raw:
-        return _FoundDraft("language-model", name, YARDSTICK_K, read_verifier_config(name), folder)
-    config = SpeculatorModelConfig.from_pretrained(folder)
-    if settings.engine == "vllm":
-        from speculators_vllm.plugin.speculative_config import check_served
-
-        check_served(name, raw, with_plugin=offline.has_plugin())
-    verifier = config.verifier.name_or_path
-    if verifier is not None:
-        verifier = locate_verifier(verifier, beside=folder)
-    default_k = config.proposal.speculative_tokens
-    return _FoundDraft("speculator", name, default_k, config, folder, verifier)
-
-
-def _check_draft(draft: _FoundDraft, verifier: str, verifier_config: Any) -> None:
-    """Raises SpeculatorError unless the draft is whole and made for this verifier."""
-    from speculators_core.decoding.independent import check_shared_vocabulary
-    from speculators_core.format.loading import check_checkpoint
-    from speculators_core.verifier.fit import check_verifier
-
-    if draft.kind == "speculator" and draft.folder is not None:
-        check_verifier(draft.config, verifier_config)
-        check_checkpoint(draft.folder, draft.config)
-    elif draft.kind == "language-model":
-        check_shared_vocabulary(draft.config, draft.name, verifier_config, verifier)
 
 
 def _engine(settings: AcceptanceConfig, checked: _Checked) -> tuple[Any, dict[str, Any]]:

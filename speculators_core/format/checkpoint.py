@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.errors import Cause, SpeculatorError, first_line
 from speculators_core.files import make_folder, read_json, replaced_files, write_text
 
 CONFIG = "config.json"
@@ -70,7 +70,11 @@ HEAD_FILES = (CONFIG, INDEX)
 """Enough to know what a checkpoint is, and which of its files holds which tensor."""
 
 
-def without_foreign_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+RawConfig = dict[str, Any]
+"""The content of a ``config.json``."""
+
+
+def without_foreign_keys(config: Mapping[str, Any]) -> RawConfig:
     return {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
 
 
@@ -83,15 +87,21 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class HubOptions:
+    """How files are downloaded from the hub."""
+
+    cache_dir: str | PathLike | None = None
+    force_download: bool = False
+    local_files_only: bool = False
+    token: str | bool | None = None
+    revision: str | None = "main"
+
+
 def fetch(
     name_or_path: str | PathLike,
-    *,
     files: Collection[str] = ALL_FILES,
-    cache_dir: str | PathLike | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-    revision: str | None = "main",
+    hub: HubOptions | None = None,
 ) -> Path:
     """The local folder of a checkpoint; of a hub id the files of these names are downloaded.
 
@@ -103,16 +113,17 @@ def fetch(
         return folder
     if folder.exists():
         raise SpeculatorError(f"{folder} is a file; expected the folder that holds {CONFIG}.")
+    hub = hub or HubOptions()
     try:
         return Path(
             snapshot_download(
                 str(name_or_path),
                 allow_patterns=list(files),
-                cache_dir=None if cache_dir is None else Path(cache_dir),
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-                revision=revision,
+                cache_dir=None if hub.cache_dir is None else Path(hub.cache_dir),
+                force_download=hub.force_download,
+                local_files_only=hub.local_files_only,
+                token=hub.token,
+                revision=hub.revision,
             )
         )
     except HFValidationError as error:
@@ -123,13 +134,27 @@ def fetch(
         ) from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` as a dict.
+def fetch_config(name_or_path: str | PathLike, hub: HubOptions | None = None) -> RawConfig:
+    """The ``config.json`` of any checkpoint; nothing else is downloaded.
+
+    Raises:
+        SpeculatorError: there is no such checkpoint within reach, or its config is not an object.
+    """
+    return read_config(fetch(name_or_path, [CONFIG], hub))
+
+
+def read_config(folder: Path) -> RawConfig:
+    """The ``config.json`` of a folder.
 
     Raises:
         SpeculatorError: the file is missing or is not a JSON object.
     """
     return read_json(folder / CONFIG)
+
+
+def is_speculator(config: RawConfig) -> bool:
+    """Whether a checkpoint states which kind of speculator it is."""
+    return "speculators_model_type" in config
 
 
 def stored_tensors(folder: Path, files: Collection[str] | None = None) -> dict[str, StoredTensor]:
@@ -149,7 +174,11 @@ def stored_tensors(folder: Path, files: Collection[str] | None = None) -> dict[s
     shards = {name: _stored_in(_inside(folder, name)) for name in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
-            raise SpeculatorError(f"{folder / shard}: no tensor {name}, though the index says so.")
+            raise SpeculatorError(
+                f"{folder / shard} has no tensor {name}, which {INDEX} expects there. Copy the "
+                "checkpoint again, with all its files.",
+                cause="damaged checkpoint",
+            )
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
@@ -161,20 +190,27 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     """
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise SpeculatorError(f"{folder / INDEX}: weight_map must map tensor names to files.")
+        raise SpeculatorError(
+            f"{folder / INDEX}: weight_map must map tensor names to files. Copy it again.",
+            cause="damaged checkpoint",
+        )
     return weight_map
 
 
 def _inside(folder: Path, name: str) -> Path:
     if Path(name).name != name or not name.isprintable() or len(name) > 255:
-        raise SpeculatorError(f"{folder / INDEX}: shard {name!r} must lie in the folder itself.")
+        raise SpeculatorError(
+            f"{folder / INDEX}: shard {name!r} must be the name of a file in the same folder.",
+            cause="damaged checkpoint",
+        )
     return folder / name
 
 
 def _stored_in(file: Path) -> dict[str, StoredTensor]:
     if not file.is_file():
         raise SpeculatorError(
-            f"{file} is missing or no file. Copy the checkpoint again, with all its files."
+            f"{file} is missing or not a file. Copy the checkpoint again, with all its files.",
+            cause="damaged checkpoint",
         )
     try:
         with safe_open(file, "pt") as tensors:
@@ -184,7 +220,8 @@ def _stored_in(file: Path) -> dict[str, StoredTensor]:
             }
     except (SafetensorError, OSError) as error:
         raise SpeculatorError(
-            f"{file} is truncated or not a safetensors file ({first_line(error)}). Copy it again."
+            f"{file} is truncated or not a safetensors file ({first_line(error)}). Copy it again.",
+            cause="damaged checkpoint",
         ) from error
 
 
@@ -201,16 +238,27 @@ def check_shapes(
     """
     for name, shape in expected.items():
         if name not in found and name not in optional:
-            raise SpeculatorError(f"{where}: tensor {name} {list(shape)} is missing.")
+            raise SpeculatorError(
+                f"{where}: tensor {name} {list(shape)} is missing.",
+                cause="missing norm" if "norm" in name else _cause_in(name),
+            )
         if name in found and found[name] != shape:
             raise SpeculatorError(
-                f"{where}: {name} has shape {list(found[name])}; the config asks for {list(shape)}."
+                f"{where}: {name} has shape {list(found[name])}; the config asks for "
+                f"{list(shape)}.",
+                cause=_cause_in(name),
             )
     for name in found:
         if name not in expected:
             raise SpeculatorError(
-                f"{where}: tensor {name} has no place in the model that {CONFIG} describes."
+                f"{where}: tensor {name} has no place in the model that {CONFIG} describes.",
+                cause="missing norm" if "norm" in name else _cause_in(name),
             )
+
+
+def _cause_in(tensor: str) -> Cause:
+    """What is wrong with a speculator that has a fault in this tensor."""
+    return "d2t offset" if tensor in MAP_DTYPES else "damaged checkpoint"
 
 
 def read_tensors(
@@ -231,9 +279,13 @@ def read_tensors(
                 if tensor.dtype != MAP_DTYPES.get(name, tensor.dtype) or (
                     name.endswith((".weight", ".bias")) and not is_real
                 ):
-                    raise SpeculatorError(f"{file}: {name} must not hold {tensor.dtype}.")
+                    raise SpeculatorError(
+                        f"{file}: {name} must not hold {tensor.dtype}.", cause=_cause_in(name)
+                    )
                 if is_real and not _is_finite(tensor):
-                    raise SpeculatorError(f"{file}: {name} holds a NaN or an infinity.")
+                    raise SpeculatorError(
+                        f"{file}: {name} holds a NaN or an infinity.", cause=_cause_in(name)
+                    )
                 yield name, tensor
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from huggingface_hub.errors import StrictDataclassError
@@ -246,7 +247,11 @@ class SpeculatorModelConfig(PretrainedConfig):
         try:
             checked = schema(type(self)).model_validate({name: getattr(self, name) for name in own})
         except ValidationError as error:
-            raise SpeculatorError(first_fault(error)) from error
+            key = str(error.errors()[0]["loc"][0])
+            raise SpeculatorError(
+                first_fault(error),
+                cause="wrong layer ids" if key.endswith("layer_ids") else "invalid config",
+            ) from error
         for name in own:
             setattr(self, name, getattr(checked, name))
         if self.architectures is None:
@@ -348,7 +353,7 @@ class SpeculatorModelConfig(PretrainedConfig):
             SpeculatorError: ``speculators_model_type`` is missing or unknown, or a key is.
         """
         return_unused = kwargs.pop("return_unused_kwargs", False)
-        if "speculators_model_type" not in config_dict:
+        if not checkpoint.is_speculator(config_dict):
             raise SpeculatorError(
                 "no speculators_model_type in the config: this is not a speculator. "
                 f"Expected one of {', '.join(MODELS.names())}."
@@ -379,23 +384,32 @@ class SpeculatorModelConfig(PretrainedConfig):
         Raises:
             SpeculatorError: there is no config, or it does not describe a speculator.
         """
-        folder = checkpoint.fetch(
-            pretrained_model_name_or_path,
-            files=[checkpoint.CONFIG],
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-            revision=revision,
-        )
-        config_dict = checkpoint.read_config(folder)
-        try:
-            loaded = cls.from_dict(config_dict, **kwargs)
-        except SpeculatorError as error:
-            raise SpeculatorError(f"{folder / checkpoint.CONFIG}: {error}") from error
+        hub = checkpoint.HubOptions(cache_dir, force_download, local_files_only, token, revision)
+        folder = checkpoint.fetch(pretrained_model_name_or_path, [checkpoint.CONFIG], hub)
+        loaded = cls.of_folder(folder, checkpoint.read_config(folder), **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config.name_or_path = str(pretrained_model_name_or_path)
         return loaded
+
+    @classmethod
+    def of_folder(cls, folder: Path, raw: checkpoint.RawConfig, **kwargs: Any) -> Any:
+        """`from_dict` of what ``config.json`` in this folder holds.
+
+        Raises:
+            SpeculatorError: as `from_dict`, with the file's name and the cause.
+        """
+        try:
+            return cls.from_dict(raw, **kwargs)
+        except SpeculatorError as error:
+            raise error.within(folder / checkpoint.CONFIG, "invalid config") from error
+
+    @property
+    def located_verifier(self) -> str | None:
+        """The verifier's name; a folder that is relative to the speculator's as a full path."""
+        name = self.verifier.name_or_path
+        if name is None:
+            return None
+        return checkpoint.locate_verifier(name, beside=self.name_or_path or None)
 
     def to_dict(self) -> dict[str, Any]:
         """The format on disk: every key of ours written out, and no ``model_type``."""

@@ -74,9 +74,9 @@ def write(
     A verifier that was named relative to the folder it was read from stays reachable.
     """
     written = config.to_dict()
-    name, origin = config.verifier.name_or_path, config.name_or_path
-    if name is not None and origin and not Path(name).is_absolute():
-        located = Path(checkpoint.locate_verifier(name, beside=origin))
-        if located.is_dir() and (Path(folder) / name).resolve() != located.resolve():
-            written["speculators_config"]["verifier"]["name_or_path"] = str(located)
+    name, located = config.verifier.name_or_path, config.located_verifier
+    if name is not None and located is not None and not Path(name).is_absolute():
+        is_moved = (Path(folder) / name).resolve() != Path(located).resolve()
+        if Path(located).is_dir() and is_moved:
+            written["speculators_config"]["verifier"]["name_or_path"] = located
     checkpoint.write_checkpoint(folder, written, tensors, max_shard_size)

@@ -81,7 +81,8 @@ class DFlashSpeculatorConfig(FeatureDraftConfig):
         family_of(layer_config, LAYER_TYPES)
         if self.aux_hidden_state_layer_ids is None:
             raise SpeculatorError(
-                "aux_hidden_state_layer_ids is missing: a DFlash draft cannot do without."
+                "aux_hidden_state_layer_ids is missing: a DFlash draft cannot do without.",
+                cause="wrong layer ids",
             )
         check_mask_token(self.mask_token_id, layer_config.vocab_size, "a DFlash draft")
         windows = {sliding_window(layer_config, i) for i in range(layer_config.num_hidden_layers)}

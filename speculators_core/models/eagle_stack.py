@@ -78,7 +78,8 @@ class EagleStackConfig(FeatureDraftConfig):
         if stated != self.num_aux:
             raise SpeculatorError(
                 f"transformer_layer_config.num_aux_hidden_states is {stated}, but there are "
-                f"{self.num_aux} aux layer ids ({self.stated_layer_ids})."
+                f"{self.num_aux} aux layer ids ({self.stated_layer_ids}).",
+                cause="wrong layer ids",
             )
         if self.num_aux != DEFAULT_NUM_AUX:
             layer_config.num_aux_hidden_states = self.num_aux

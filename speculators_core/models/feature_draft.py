@@ -42,7 +42,8 @@ class FeatureDraftConfig(SpeculatorModelConfig):
         if ids is not None and (not ids or ids != sorted(set(ids))):
             raise SpeculatorError(
                 f"aux layer ids {ids} must be ascending without doubles: vLLM sorts them, and fc "
-                "would read its inputs in another order."
+                "would read its inputs in another order.",
+                cause="wrong layer ids",
             )
         vocab_size = self.transformer_layer_config.vocab_size
         if self.draft_vocab_size is None:

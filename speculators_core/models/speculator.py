@@ -67,12 +67,8 @@ class SpeculatorModel(VerifierSide):
         """
         folder = checkpoint.fetch(
             pretrained_model_name_or_path,
-            files=checkpoint.ALL_FILES if state_dict is None else [checkpoint.CONFIG],
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-            revision=revision,
+            checkpoint.ALL_FILES if state_dict is None else [checkpoint.CONFIG],
+            checkpoint.HubOptions(cache_dir, force_download, local_files_only, token, revision),
         )
         if config is None:
             config = SpeculatorModelConfig.from_pretrained(folder)

@@ -8,7 +8,6 @@ from transformers import PreTrainedModel
 
 from speculators_core.batch import Batch
 from speculators_core.errors import SpeculatorError
-from speculators_core.format.checkpoint import locate_verifier
 from speculators_core.format.config import SpeculatorModelConfig
 from speculators_core.verifier.attachment import Attachment, NamedVerifier
 from speculators_core.verifier.fit import check_verifier
@@ -112,9 +111,10 @@ class VerifierSide(PreTrainedModel):
             return verifier
         if verifier is not None:
             return str(verifier)
-        if self.config.verifier.name_or_path is None:
+        located = self.config.located_verifier
+        if located is None:
             raise SpeculatorError("the config names no verifier. Pass verifier=<hub id or folder>.")
-        return locate_verifier(self.config.verifier.name_or_path, beside=self.config.name_or_path)
+        return located
 
     def attach_verifier(
         self,

@@ -13,9 +13,9 @@ from rich.text import Text
 from speculators_core.console import console
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.publishing.settings import PushConfig
-from speculators_core.publishing.upload import Upload, look_at
+from speculators_core.publishing.upload import Upload, plan_upload
 from speculators_core.settings import Settings
-from speculators_core.verifier.fit import check_verifier
+from speculators_core.verifier.pair import Pair
 from speculators_core.verifier.reading import read_verifier_config
 
 HINTS = {
@@ -65,7 +65,7 @@ def push(folder: Path, repo: str, settings: PushConfig | None = None) -> PushRep
             Then nothing has changed on the hub, except that repository or branch may be new.
     """
     settings = settings or PushConfig()
-    upload = look_at(folder, repo, settings.verifier, settings.license)
+    upload = plan_upload(folder, repo, settings.verifier, settings.license)
     report = PushReport(
         repository=repo,
         verifier=upload.verifier,
@@ -91,10 +91,10 @@ def _compare_verifier(upload: Upload) -> tuple[str, ...]:
         SpeculatorError: it is not the verifier that the speculator was made for.
     """
     try:
-        verifier = read_verifier_config(upload.verifier)
+        config = read_verifier_config(upload.verifier)
     except SpeculatorError as error:
         return (f"the verifier was not compared: {error}",)
-    check_verifier(upload.config, verifier, upload.verifier)
+    Pair.join(upload.speculator, upload.verifier, config, has_weights=False)
     return ()
 
 
@@ -125,7 +125,7 @@ def _commit(
     """Sends the files, and returns the report with what came of it."""
     there = [file.rfilename for file in before.siblings or ()]
     removed = tuple(name for name in there if upload.replaces(name))
-    kind = upload.config.speculators_model_type
+    kind = upload.speculator.config.speculators_model_type
     commit = api.create_commit(
         upload.repository,
         [CommitOperationAdd(name, content) for name, content in upload.files.items()]

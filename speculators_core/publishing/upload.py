@@ -12,8 +12,7 @@ from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.files import read_json
 from speculators_core.format import checkpoint
 from speculators_core.format.checkpoint import is_hub_id
-from speculators_core.format.config import SpeculatorModelConfig
-from speculators_core.format.loading import check_checkpoint
+from speculators_core.format.stored_speculator import StoredSpeculator
 from speculators_core.provenance import hash_weights
 from speculators_core.publishing.card import CARD, complete, license_of, make_card, parse, read_text
 from speculators_core.publishing.card_facts import CardFacts
@@ -42,7 +41,7 @@ class Upload:
     """What goes to the hub: files as they lie, or their content where it differs."""
 
     repository: str
-    config: SpeculatorModelConfig
+    speculator: StoredSpeculator
     verifier: str
     files: dict[str, Path | bytes]
     left_out: tuple[str, ...]
@@ -62,7 +61,7 @@ class Upload:
         return was_pushed and name not in self.files
 
 
-def look_at(
+def plan_upload(
     folder: Path, repo: str, verifier: str | None = None, license: str | None = None
 ) -> Upload:
     """What a push would send, from the folder alone.
@@ -75,11 +74,11 @@ def look_at(
             no licence is named, or the hub's id is none.
     """
     _check_id(repo, "owner/name")
-    config = _read_speculator(folder)
-    verifier = _public_verifier(folder, config, verifier)
+    speculator = _open_speculator(folder)
+    verifier = _public_verifier(speculator, verifier)
     files: dict[str, Path | bytes] = dict(_own_files(folder))
-    if verifier != config.verifier.name_or_path:
-        files[checkpoint.CONFIG] = _config_naming(folder, config, verifier)
+    if verifier != speculator.config.verifier.name_or_path:
+        files[checkpoint.CONFIG] = _config_naming(speculator, verifier)
     local = read_text(folder / CARD) if CARD in files else None
     card = _card(folder, local, repo, verifier, license)
     if card != local:
@@ -89,7 +88,7 @@ def look_at(
     others = {path.name: path.is_dir() for path in folder.iterdir() if path.name not in files}
     return Upload(
         repository=repo,
-        config=config,
+        speculator=speculator,
         verifier=verifier,
         files=dict(sorted(files.items())),
         left_out=tuple(f"{name}/" if is_dir else name for name, is_dir in sorted(others.items())),
@@ -106,23 +105,23 @@ def _check_id(name: str, expected: str) -> None:
         raise SpeculatorError(f"{name!r} names no owner; expected {expected}, as `me/{name}`.")
 
 
-def _read_speculator(folder: Path) -> SpeculatorModelConfig:
-    """The config of a folder whose checkpoint is sound."""
+def _open_speculator(folder: Path) -> StoredSpeculator:
+    """A speculator whose tensors are sound."""
     if not folder.is_dir():  # or it would be taken for a hub id
         raise SpeculatorError(f"{folder}: no such folder; expected one that holds a speculator.")
     inner = folder / "speculator"
     if not (folder / checkpoint.CONFIG).exists() and (inner / checkpoint.CONFIG).exists():
         raise SpeculatorError(f"{folder} is the folder of a run. Push its speculator: {inner}.")
-    config = SpeculatorModelConfig.from_pretrained(folder)
-    check_checkpoint(folder, config)
-    return config
+    speculator = StoredSpeculator.open(folder)
+    speculator.check_tensors()
+    return speculator
 
 
-def _public_verifier(folder: Path, config: SpeculatorModelConfig, asked: str | None) -> str:
+def _public_verifier(speculator: StoredSpeculator, asked: str | None) -> str:
     if asked is not None:
         _check_id(asked, "the verifier's")
         return asked
-    name = config.verifier.name_or_path
+    folder, name = speculator.folder, speculator.config.verifier.name_or_path
     if name is None:
         raise SpeculatorError(
             f"{folder / checkpoint.CONFIG} names no verifier. Pass --verifier <its hub id>."
@@ -168,13 +167,12 @@ def _check_record(path: Path) -> None:
         )
 
 
-def _config_naming(folder: Path, config: SpeculatorModelConfig, verifier: str) -> bytes:
-    """``config.json`` with that verifier; all else as it is."""
-    assert config.speculators_config is not None
-    written = checkpoint.read_config(folder)
-    stated = config.speculators_config.model_dump(mode="json")
+def _config_naming(speculator: StoredSpeculator, verifier: str) -> bytes:
+    """``config.json`` with that verifier; the other keys are unchanged."""
+    assert speculator.config.speculators_config is not None
+    stated = speculator.config.speculators_config.model_dump(mode="json")
     stated["verifier"]["name_or_path"] = verifier
-    written["speculators_config"] = stated
+    written = {**speculator.raw, "speculators_config": stated}
     return (json.dumps(written, indent=2, sort_keys=True) + "\n").encode()
 
 

@@ -35,20 +35,23 @@ def check_verifier(
         if found != expected:
             raise SpeculatorError(
                 f"{name}: {what} {found}; the speculator was made for {expected}. "
-                f"Pass the verifier it was trained with ({speculator.verifier.name_or_path})."
+                f"Pass the verifier it was trained with ({speculator.verifier.name_or_path}).",
+                cause="wrong verifier",
             )
     found, expected = verifier.architectures or [], speculator.verifier.architectures
     if text is verifier and found and expected and not set(found) & set(expected):
         raise SpeculatorError(
             f"{name} is a {', '.join(found)}; the speculator was made for {', '.join(expected)}. "
-            f"Pass the verifier it was trained with ({speculator.verifier.name_or_path})."
+            f"Pass the verifier it was trained with ({speculator.verifier.name_or_path}).",
+            cause="wrong verifier",
         )
     speculator.settle(text)
     layer_ids = speculator.aux_layer_ids
     if layer_ids and layer_ids[-1] > text.num_hidden_layers:
         raise SpeculatorError(
             f"aux layer id {layer_ids[-1]} is out of range: {name} has "
-            f"{text.num_hidden_layers} layers."
+            f"{text.num_hidden_layers} layers.",
+            cause="wrong layer ids",
         )
 
 
@@ -94,6 +97,7 @@ def check_tokenizer(
             if served.get(token, token_id) != token_id or by_id.get(token_id, token) != token:
                 raise SpeculatorError(
                     f"{served_with}: token {token_id} is {by_id.get(token_id)!r}; the speculator "
-                    f"was trained with {source}, where it is {token!r}. Pass that tokenizer."
+                    f"was trained with {source}, where it is {token!r}. Pass that tokenizer.",
+                    cause="wrong tokenizer",
                 )
         return

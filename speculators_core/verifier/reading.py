@@ -143,15 +143,17 @@ def read_verifier_head(
 
 
 def read_final_norm(
-    name_or_path: str | PathLike, config: PretrainedConfig, **where: Any
+    name_or_path: str | PathLike,
+    config: PretrainedConfig,
+    hub: checkpoint.HubOptions | None = None,
 ) -> Float[Tensor, "hidden"]:
-    """The weights of the last norm alone; ``where`` are `checkpoint.fetch`'s.
+    """The weights of the last norm alone.
 
     Raises:
         SpeculatorError: they are missing, or not finite.
     """
     model = _without_weights(config, trust_remote_code=False)
-    stored = _stored_weights(name_or_path, model, [decoder_of(model).norm.weight], **where)
+    stored = _stored_weights(name_or_path, model, [decoder_of(model).norm.weight], hub)
     (tensor,) = stored.values()
     return dict(checkpoint.read_tensors({tensor.name: tensor}, [tensor.name]))[tensor.name]
 
@@ -173,23 +175,19 @@ def _stored_weights(
     name_or_path: str | PathLike,
     model: PreTrainedModel,
     weights: Iterable[nn.Parameter],
-    **where: Any,
+    hub: checkpoint.HubOptions | None = None,
 ) -> dict[nn.Parameter, checkpoint.StoredTensor]:
     """Where these weights lie; of a sharded verifier on the hub their shards alone are fetched."""
     wanted = list(weights)
-    folder = checkpoint.fetch(name_or_path, files=checkpoint.HEAD_FILES, **where)
+    folder = checkpoint.fetch(name_or_path, checkpoint.HEAD_FILES, hub)
+    files = {checkpoint.WEIGHTS}
     if (folder / checkpoint.INDEX).exists():
         weight_map = checkpoint.read_weight_map(folder)
         names = _stored_names(model, wanted, weight_map, folder)
-        shards = {weight_map[name] for name in names.values()}
-        files = (*checkpoint.HEAD_FILES, *sorted(shards))
-        folder = checkpoint.fetch(name_or_path, files=files, **where)
-        stored = checkpoint.stored_tensors(folder, shards)
-    else:
-        files = (checkpoint.CONFIG, checkpoint.WEIGHTS)
-        folder = checkpoint.fetch(name_or_path, files=files, **where)
-        stored = checkpoint.stored_tensors(folder)
-        names = _stored_names(model, wanted, stored, folder)
+        files = {weight_map[name] for name in names.values()}
+    folder = checkpoint.fetch(name_or_path, (*checkpoint.HEAD_FILES, *sorted(files)), hub)
+    stored = checkpoint.stored_tensors(folder, files)
+    names = _stored_names(model, wanted, stored, folder)
     return {weight: stored[name] for weight, name in names.items()}
 
 

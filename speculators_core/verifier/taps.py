@@ -27,7 +27,8 @@ def default_aux_layer_ids(num_layers: int) -> list[int]:
     if ids != sorted(set(ids)):
         raise SpeculatorError(
             f"a verifier of {num_layers} layers is too shallow for the default aux layers {ids}. "
-            "Pass layer ids of your own."
+            "Pass layer ids of your own.",
+            cause="wrong layer ids",
         )
     return ids
 

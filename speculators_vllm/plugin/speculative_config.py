@@ -11,11 +11,9 @@ from transformers import PretrainedConfig
 
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.format import checkpoint
-from speculators_core.format.checkpoint import locate_verifier
-from speculators_core.format.config import SpeculatorModelConfig
-from speculators_core.format.loading import check_checkpoint
+from speculators_core.format.checkpoint import HubOptions, locate_verifier
 from speculators_core.registry import MODELS
-from speculators_core.verifier.fit import check_tokenizer, check_verifier
+from speculators_core.verifier.pair import Pair
 from speculators_vllm.plugin.proposers import PROPOSERS
 
 logger = logging.getLogger(__name__)
@@ -65,7 +63,8 @@ def complete(
             {**settings, **by_flag}, verifier, verifier_name, source or Source()
         )
     except SpeculatorError as error:
-        raise SpeculatorError(_one_line(str({**settings, **by_flag}["model"]), error)) from error
+        message = _one_line(str({**settings, **by_flag}["model"]), error)
+        raise SpeculatorError(message, cause=error.cause) from error
     except Exception:  # a fault of ours must not stop a run that vLLM can do alone
         logger.warning("speculators-vllm could not read the speculator", exc_info=True)
         return settings
@@ -89,22 +88,18 @@ def _from_checkpoint(
     name = user.get("model")
     if not isinstance(name, str) or not _may_be_a_speculator(name, user.get("method")):
         return {}
-    where: dict[str, Any] = {
-        "revision": user.get("revision") or "main",
-        "token": source.token,
-        "cache_dir": source.cache_dir,
-    }
+    hub = HubOptions(
+        revision=user.get("revision") or "main", token=source.token, cache_dir=source.cache_dir
+    )
     try:
-        config_dict = checkpoint.read_config(
-            checkpoint.fetch(name, files=[checkpoint.CONFIG], **where)
-        )
+        config_dict = checkpoint.fetch_config(name, hub)
     except SpeculatorError as error:
         if user.get("method") is None and _is_broken_local(name):
             raise
         logger.info("left the draft to vLLM: %s", error)
         return {}
     if config_dict.get("speculators_config") is None:
-        if "speculators_model_type" in config_dict:
+        if checkpoint.is_speculator(config_dict):
             raise SpeculatorError(
                 f"{name}: {checkpoint.CONFIG} has no speculators_config, without which vLLM does "
                 "not know a speculator."
@@ -115,17 +110,18 @@ def _from_checkpoint(
         raise SpeculatorError(f"num_speculative_tokens must be at least 1, found {tokens!r}.")
     check_served(name, config_dict)
     if config_dict["speculators_model_type"] in MODELS.names():
-        files = checkpoint.ALL_FILES if source.has_weights else [checkpoint.CONFIG]
-        folder = checkpoint.fetch(name, files=files, **where)
-        config = SpeculatorModelConfig.from_pretrained(folder)
-        check_verifier(config, verifier, verifier_name)
-        named = config.verifier.name_or_path
-        trained_with = None if named is None else locate_verifier(named, beside=folder)
-        check_tokenizer(folder, trained_with, source.tokenizer or verifier_name)
-        assert config.speculators_config is not None
-        config_dict["speculators_config"] = config.speculators_config.model_dump()
-        if source.has_weights:
-            check_checkpoint(folder, config)
+        pair = Pair.open(
+            name,
+            verifier_name,
+            verifier_config=verifier,
+            tokenizer=source.tokenizer,
+            has_weights=source.has_weights,
+            files=checkpoint.ALL_FILES if source.has_weights else [checkpoint.CONFIG],
+            hub=hub,
+        )
+        completed = pair.speculator.config.speculators_config
+        assert completed is not None
+        config_dict["speculators_config"] = completed.model_dump()
     try:
         settings = vllm_settings(config_dict)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -153,12 +149,14 @@ def check_served(name: str, config_dict: Mapping[str, Any], with_plugin: bool = 
     if kind in PROPOSERS.names() and kind not in served:
         raise SpeculatorError(
             f"{name}: vLLM alone serves no {kind} speculator; it serves {', '.join(served)}. "
-            "Leave the plug-in on: VLLM_PLUGINS has to name it, or be unset."
+            "Leave the plug-in on: VLLM_PLUGINS has to name it, or be unset.",
+            cause="unsupported by vLLM",
         )
     if kind not in served:
         what = "vLLM has no proposer for" if kind in MODELS.names() else "unknown"
         raise SpeculatorError(
-            f"{name}: {what} speculators_model_type {kind!r}; known: {', '.join(served)}."
+            f"{name}: {what} speculators_model_type {kind!r}; known: {', '.join(served)}.",
+            cause="unsupported by vLLM",
         )
     proposer = proposer_of(config_dict)
     if proposer is None:
@@ -166,16 +164,18 @@ def check_served(name: str, config_dict: Mapping[str, Any], with_plugin: bool = 
     try:
         DraftConfig.extract_transformers_pre_trained_config(dict(config_dict))
     except SpeculatorError as error:
-        raise SpeculatorError(f"{name}: {error}") from error
+        raise error.within(name, "unsupported by vLLM") from error
     except (KeyError, ValueError, TypeError) as error:
         raise SpeculatorError(
-            f"{name}: vLLM cannot read its config ({type(error).__name__}: {first_line(error)})."
+            f"{name}: vLLM cannot read its config ({type(error).__name__}: {first_line(error)}).",
+            cause="unsupported by vLLM",
         ) from error
     taken = next((word for word in SNIFFED_WORDS if word in str(name).lower()), None)
     if proposer.method not in UNSNIFFED_METHODS and taken is not None:
         raise SpeculatorError(
             f"{name}: the path holds {taken!r}, from which vLLM would take another method than "
-            f"{proposer.method}. Rename the folder, or link to it under another name."
+            f"{proposer.method}. Rename the folder, or link to it under another name.",
+            cause="unsupported by vLLM",
         )
 
 
@@ -219,8 +219,7 @@ def locate(
             f"vllm serve {located} --speculative-config "
             f'\'{{"model": "{speculator}", "revision": "{revision}"}}\'.'
         )
-    folder = checkpoint.fetch(speculator, files=[checkpoint.CONFIG], token=token)
-    settings = vllm_settings(checkpoint.read_config(folder))
+    settings = vllm_settings(checkpoint.fetch_config(speculator, HubOptions(token=token)))
     return located, {**settings, "model": speculator}
 
 

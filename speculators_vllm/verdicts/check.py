@@ -1,31 +1,59 @@
-"""Does a speculator serve as it was trained? ``speculators check`` says so, or why not.
+"""Checks that a speculator serves as it was trained, or names the cause.
 
-Four questions, in this order: is the folder what the format asks for; would vLLM alone read it, and
-what would it change; does the draft compute in vLLM what it computes in Transformers; and are the
-same tokens kept on both sides. What is wrong is named in one of the words of `errors.Cause`.
+Four questions, in this order: is the folder sound and made for this verifier; would vLLM alone read
+it, and what would it change; does the draft compute in vLLM what it computes in Transformers; and
+do both sides accept the same tokens. What is wrong has one of the names in `errors.Cause`.
 """
 
+import copy
 import gc
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import isfinite
-from pathlib import Path
-from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
-from pydantic import Field
+import torch
+from jinja2 import TemplateError
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+from vllm import SamplingParams
+from vllm.transformers_utils.configs.speculators.base import SpeculatorsConfig
 
-from speculators_core.console import console, result_alone_on_stdout
+from speculators_core.console import console
+from speculators_core.decoding.default_prompts import default_prompts
+from speculators_core.decoding.prompts import read_prompts, tokenize
 from speculators_core.diagnosis.check_report import CheckReport, Counts, Severity
-from speculators_core.errors import Cause, SpeculatorError
-from speculators_core.settings import Settings
+from speculators_core.diagnosis.replay import see
+from speculators_core.diagnosis.suspects import DEAD_BELOW, Diagnosis, diagnose
+from speculators_core.errors import SpeculatorError
+from speculators_core.format import checkpoint
+from speculators_core.format.checkpoint import RawConfig
+from speculators_core.format.stored_speculator import StoredSpeculator
+from speculators_core.provenance import versions
+from speculators_core.verifier.pair import Pair
+from speculators_core.verifier.reading import read_tokenizer
 from speculators_vllm import offline
+from speculators_vllm.plugin.draft_config import DraftConfig
+from speculators_vllm.plugin.speculative_config import check_served, vllm_settings
+from speculators_vllm.verdicts.reference import decode, first_difference, load_reference, pool
+from speculators_vllm.verdicts.settings import Arguments, CheckConfig, Dtype
+from speculators_vllm.verdicts.traces import (
+    Stage,
+    Trace,
+    compare,
+    trace_reference,
+    trace_served,
+)
 
-NOT_FIT_EXIT = 1
 TRACED_TOKENS = 64
-"""Tokens of the prompt on which tensors are compared, at most."""
+"""Maximum number of tokens of the prompt on which tensors are compared."""
 
+TEMPLATE = "chat_template.jinja"
+CONVERSATION = [
+    {"role": "user", "content": "What is it?"},
+    {"role": "assistant", "content": "This."},
+    {"role": "user", "content": "And that?"},
+]
+"""Rendered in both chat templates."""
 MARKS: dict[Severity, str] = {
     "fault": "[red]fault[/]",
     "warning": "[yellow]warning[/]",
@@ -33,110 +61,52 @@ MARKS: dict[Severity, str] = {
 }
 
 
-class CheckConfig(Settings):
-    """What is checked, and on what."""
-
-    verifier: str | None = None
-    """Verifier; the one that the speculator names where none is given."""
-    prompts: str | None = None
-    """A JSONL file or a hub data set; a dozen general prompts where none is given."""
-    limit_per_category: int | None = Field(None, ge=1)
-    """Prompts of each category, at most."""
-    max_tokens: int = Field(48, ge=8)
-    """New tokens for each prompt."""
-    k: int | None = Field(None, ge=1)
-    """Speculative tokens; the checkpoint's own number where none is given."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """Of both models; float32 on a CPU and auto on a GPU where none is given."""
-    engine_args: dict[str, Any] = Field(default_factory=dict)
-    """More arguments of vLLM's `LLM`, as JSON."""
-    verbose: Annotated[bool, Parameter(negative=())] = False
-    """Print what vLLM prints while it starts, instead of writing it to a log file."""
-    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False
-    """Print the report as JSON."""
-
-
-def run(
-    speculator: str,
-    /,
-    *,
-    settings: Annotated[CheckConfig | None, Parameter(name="*")] = None,
-) -> None:
-    """Checks that a speculator serves as it was trained, or names what is wrong.
-
-    Exit code 0: fit to serve; 1: not, with the cause; 2: it could not be checked.
-
-    Parameters
-    ----------
-    speculator
-        Folder or hub id.
-    """
-    settings = settings or CheckConfig()
-    if settings.as_json:
-        with result_alone_on_stdout():
-            report = check(speculator, settings)
-        print(report.model_dump_json(indent=2))
-    else:
-        report = check(speculator, settings)
-        print_report(report)
-    if not report.is_fit:
-        sys.exit(NOT_FIT_EXIT)
-
-
-def check(speculator: str, settings: CheckConfig) -> CheckReport:
-    """The report on a speculator.
+def check(speculator: str, config: CheckConfig) -> CheckReport:
+    """The report on a speculator; call `offline.prepare` first.
 
     Raises:
-        SpeculatorError: there is no such speculator, or verifier or prompts are at fault.
+        SpeculatorError: there is no such speculator, or an option, the verifier or the prompts are
+            at fault.
     """
-    offline.prepare(settings.verbose)
-    engine_args = offline.check_names("--engine-args", settings.engine_args, offline.DECIDED)
-    settings = settings.model_copy(update={"engine_args": engine_args})
-    from speculators_core.format import checkpoint
-    from speculators_core.format.checkpoint import locate_verifier
-    from speculators_core.provenance import versions
-    from speculators_core.verifier.reading import read_tokenizer, read_verifier_config
-
-    report = CheckReport(speculator=speculator, versions=versions())
-    folder = checkpoint.fetch(speculator, files=checkpoint.ALL_FILES + checkpoint.TEXT_FILES)
-    raw = checkpoint.read_config(folder)
-    config = _check_checkpoint(report, speculator, folder, raw)
-    if config is None:
+    engine_args = offline.check_names("--engine-args", config.engine_args, offline.DECIDED)
+    report = CheckReport(speculator=speculator, verifier=config.verifier, versions=versions())
+    try:
+        pair = Pair.open(
+            speculator, config.verifier, files=checkpoint.ALL_FILES + checkpoint.TEXT_FILES
+        )
+        report.verifier = pair.verifier
+        with offline.quiet():
+            check_served(speculator, pair.speculator.raw)
+    except SpeculatorError as error:
+        if error.cause is None:
+            raise
+        report.add("fault", "checkpoint", str(error), error.cause)
         return report
-    name = settings.verifier or config.verifier.name_or_path
-    if name is None:
-        raise SpeculatorError(f"{speculator} names no verifier. Pass --verifier.")
-    report.verifier = settings.verifier or locate_verifier(name, beside=folder)
+    _warn_of_config(report, pair.speculator)
     with offline.quiet():
-        _check_served(report, speculator, folder, config, read_verifier_config(report.verifier))
-        if not report.is_fit:
-            return report
-        _ask_stock_vllm(report, raw)
-    tokenizer = read_tokenizer(report.verifier)
-    _compare_templates(report, folder, tokenizer)
-    report.speculative_tokens = settings.k or config.proposal.speculative_tokens
-    longest = offline.longest_text(read_verifier_config(report.verifier), settings.engine_args)
-    prompts = _prompts(settings, tokenizer, longest - settings.max_tokens)
-    _compare_sides(report, settings, folder, prompts)
+        _ask_stock_vllm(report, pair.speculator.raw)
+    tokenizer = read_tokenizer(pair.verifier)
+    _compare_templates(report, pair.speculator, tokenizer)
+    longest = offline.longest_text(pair.verifier_config, engine_args) - config.max_tokens
+    plan = _Plan(
+        pair=pair,
+        prompts=_prompts(config, tokenizer, longest),
+        num_tokens=config.k or pair.speculator.config.proposal.speculative_tokens,
+        max_tokens=config.max_tokens,
+        dtype=config.dtype or ("auto" if offline.has_gpu() else "float32"),
+        engine_args=engine_args,
+    )
+    report.speculative_tokens = plan.num_tokens
+    _compare_sides(report, plan)
     return report
 
 
 # ---- the folder ----
 
 
-def _check_checkpoint(
-    report: CheckReport, speculator: str, folder: Path, raw: dict[str, Any]
-) -> Any:
-    """The config, or None where folder and format disagree so far that nothing can be run."""
-    from speculators_core.format.config import SpeculatorModelConfig
-    from speculators_core.format.loading import check_checkpoint
-
-    try:
-        config = SpeculatorModelConfig.from_pretrained(folder)
-        check_checkpoint(folder, config)
-    except SpeculatorError as error:
-        report.add("fault", "checkpoint", str(error), _cause_of(str(error)))
-        return None
+def _warn_of_config(report: CheckReport, speculator: StoredSpeculator) -> None:
+    """What other readers of the format could take otherwise."""
+    config, raw = speculator.config, speculator.raw
     for key, value in config.norm_options.items():
         if key not in raw:
             report.add(
@@ -151,93 +121,69 @@ def _check_checkpoint(
             "checkpoint",
             "aux layer ids are not written; every reader takes its own default.",
         )
-    for key, value in config.proposal.lossy_options.items():
+    for key, setting in config.proposal.lossy_options.items():
         report.add(
             "warning",
             "checkpoint",
-            f"{key} is {value}: vLLM verifies exactly and ignores it.",
+            f"{key} is {setting}: vLLM verifies exactly and ignores it.",
         )
-    if (folder / "config.py").exists() or "auto_map" in raw:
+    if (speculator.folder / "config.py").exists() or "auto_map" in raw:
         report.add("note", "checkpoint", "it ships Python code, which is never run.")
-    return config
 
 
-def _cause_of(message: str) -> Cause:
-    """The word for what makes a checkpoint unreadable."""
-    if "d2t" in message or "t2d" in message:
-        return "d2t offset"
-    if "layer id" in message or "layer_ids" in message:
-        return "wrong layer ids"
-    if "norm" in message and ("missing" in message or "has no place" in message):
-        return "missing norm"
-    return "damaged checkpoint"
-
-
-def _check_served(
-    report: CheckReport, speculator: str, folder: Path, config: Any, verifier: Any
+def _compare_templates(
+    report: CheckReport, speculator: StoredSpeculator, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Whether the plug-in would let vLLM have it, with this verifier."""
-    from speculators_core.format import checkpoint
-    from speculators_core.format.checkpoint import locate_verifier
-    from speculators_core.verifier.fit import check_tokenizer, check_verifier
-    from speculators_vllm.plugin.speculative_config import check_served
-
-    try:
-        check_verifier(config, verifier)
-        named = config.verifier.name_or_path
-        trained_with = None if named is None else locate_verifier(named, beside=folder)
-        check_tokenizer(folder, trained_with, str(report.verifier))
-        check_served(speculator, checkpoint.read_config(folder))
-    except SpeculatorError as error:
-        report.add("fault", "checkpoint", str(error), _cause_of(str(error)))
-
-
-def _compare_templates(report: CheckReport, folder: Path, tokenizer: Any) -> None:
-    """A chat template beside the draft is the one that it was trained with."""
-    from jinja2 import TemplateError
-
-    from speculators_core.verifier.reading import read_tokenizer
-
-    has_own = (folder / "chat_template.jinja").exists()
-    if not has_own and not (folder / "tokenizer_config.json").exists():
+    """Compares a chat template beside the draft, with which it was trained, with the verifier's."""
+    trained = _template_beside(speculator)
+    if trained is None:
         return
-    own = read_tokenizer(folder).chat_template if not has_own else None
-    try:
-        template = (folder / "chat_template.jinja").read_text("utf-8") if has_own else own
-    except UnicodeDecodeError as error:
-        raise SpeculatorError(f"{folder}: chat_template.jinja is no text ({error}).") from error
-    if template is None:
-        return
-    messages = [
-        {"role": "user", "content": "What is it?"},
-        {"role": "assistant", "content": "This."},
-        {"role": "user", "content": "And that?"},
-    ]
-
-    def render(chosen: str | None) -> str | None:
-        if chosen is None:
-            return None
-        try:
-            return tokenizer.apply_chat_template(
-                messages, chat_template=chosen, tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise SpeculatorError(f"a chat template cannot be rendered: {error}.") from error
-
-    trained, served = render(template), render(tokenizer.chat_template)
-    if trained != served:
+    trained_text, served_text = (
+        _render(tokenizer, template) for template in (trained, tokenizer.chat_template)
+    )
+    if trained_text != served_text:
         report.add(
             "fault",
             "checkpoint",
-            f"the chat template beside the speculator renders {_excerpt(trained, served)}; the "
-            f"verifier's renders {_excerpt(served, trained)}. Serve with --chat-template "
-            f"{folder / 'chat_template.jinja'}, or train with the verifier's.",
+            "the chat template beside the speculator renders "
+            f"{_excerpt(trained_text, served_text)}; the verifier's renders "
+            f"{_excerpt(served_text, trained_text)}. Serve with --chat-template "
+            f"{speculator.folder / TEMPLATE}, or train with the verifier's.",
             "chat template",
         )
 
 
+def _template_beside(speculator: StoredSpeculator) -> str | None:
+    folder = speculator.folder
+    if (folder / TEMPLATE).exists():
+        try:
+            return (folder / TEMPLATE).read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise SpeculatorError(
+                f"{folder / TEMPLATE} is not UTF-8 text ({error}). Copy it again, or remove it."
+            ) from error
+    if (folder / "tokenizer_config.json").exists():
+        return read_tokenizer(folder).chat_template
+    return None
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | None:
+    """A short conversation in a template; None without one."""
+    if template is None:
+        return None
+    try:
+        return tokenizer.apply_chat_template(
+            CONVERSATION, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise SpeculatorError(
+            f"a chat template cannot be rendered: {error}. Repair the one beside the speculator "
+            "or the verifier's."
+        ) from error
+
+
 def _excerpt(text: str | None, other: str | None, span: int = 40) -> str:
-    """What a text says from where it first differs from another."""
+    """The text around the place where it first differs from another."""
     if text is None:
         return "nothing"
     start = next(
@@ -250,15 +196,8 @@ def _excerpt(text: str | None, other: str | None, span: int = 40) -> str:
 # ---- stock vLLM ----
 
 
-def _ask_stock_vllm(report: CheckReport, raw: dict[str, Any]) -> None:
-    """What vLLM without the plug-in would do with such a checkpoint."""
-    import copy
-
-    from vllm.transformers_utils.configs.speculators.base import SpeculatorsConfig
-
-    from speculators_vllm.plugin.draft_config import DraftConfig
-    from speculators_vllm.plugin.speculative_config import vllm_settings
-
+def _ask_stock_vllm(report: CheckReport, raw: RawConfig) -> None:
+    """Notes how vLLM without the plug-in would read the checkpoint."""
     try:
         stock = SpeculatorsConfig.extract_transformers_pre_trained_config(copy.deepcopy(raw))
         settings = SpeculatorsConfig.extract_vllm_speculative_config(copy.deepcopy(raw))
@@ -286,71 +225,97 @@ def _ask_stock_vllm(report: CheckReport, raw: dict[str, Any]) -> None:
             report.add(
                 "note",
                 "stock vLLM",
-                f"takes {key} {settings.get(key)!r} without a word, of the first proposal method; "
-                f"the default one says {value!r}.",
+                f"takes {key} {settings.get(key)!r} of the first proposal method without a word; "
+                f"the default method has {value!r}.",
             )
 
 
 # ---- both sides ----
 
 
-def _compare_sides(
-    report: CheckReport, settings: CheckConfig, folder: Path, prompts: Sequence[list[int]]
-) -> None:
+@dataclass(frozen=True)
+class _Plan:
+    """What both sides run."""
+
+    pair: Pair
+    prompts: Sequence[list[int]]
+    num_tokens: int
+    max_tokens: int
+    dtype: Dtype
+    engine_args: Arguments
+
+    @property
+    def traced(self) -> list[int]:
+        """The prompt on which tensors are compared."""
+        return self.prompts[0][:TRACED_TOKENS]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """What one side gave."""
+
+    continuations: list[offline.Continuation]
+    trace: Trace
+
+    def counts(self, num_tokens: int) -> Counts:
+        pooled = pool([one.accepted for one in self.continuations], num_tokens)
+        return Counts(
+            num_drafts=pooled.num_drafts,
+            accepted_per_position=pooled.accepted_per_position,
+            acceptance_length=pooled.acceptance_length,
+        )
+
+
+def _compare_sides(report: CheckReport, plan: _Plan) -> None:
     """Runs the prompts through the reference decoder and through vLLM."""
-    import torch
+    reference, dtype, diagnosis = _run_reference(plan)
+    gc.collect()  # vLLM takes the memory that the reference had
+    torch.cuda.empty_cache()
+    served = _run_vllm(plan, dtype)
+    report.reference = reference.counts(plan.num_tokens)
+    report.served = served.counts(plan.num_tokens)
+    _compare_tensors(report, compare(reference.trace, served.trace, dtype))
+    _compare_counts(report, plan.num_tokens, reference, served, dtype == torch.float32)
+    _explain(report, report.reference, diagnosis)
 
-    from speculators_core.diagnosis.replay import see
-    from speculators_core.diagnosis.suspects import DEAD_BELOW, diagnose
-    from speculators_core.format.checkpoint import as_dtype
-    from speculators_core.models.speculator import SpeculatorModel
-    from speculators_core.verifier.reading import load_verifier
-    from speculators_vllm.verdicts.reference import decode, pool
-    from speculators_vllm.verdicts.traces import compare, trace_reference, trace_served
 
-    assert report.verifier is not None and report.speculative_tokens is not None
-    device = "cuda" if offline.has_gpu() else "cpu"
-    stated = settings.dtype or ("auto" if offline.has_gpu() else "float32")
-    verifier: Any = load_verifier(
-        report.verifier, None if stated == "auto" else as_dtype(stated)
-    ).to(device)
-    dtype: torch.dtype = verifier.dtype
-    model: Any = SpeculatorModel.from_pretrained(folder, verifier=verifier, dtype=dtype).to(device)
-    num_tokens = report.speculative_tokens
-
-    decoded = [decode(model, prompt, settings.max_tokens, num_tokens) for prompt in prompts]
-    report.reference = _counts(pool([one.accepted for one in decoded], num_tokens))
+def _run_reference(plan: _Plan) -> tuple[_Side, torch.dtype, Diagnosis]:
+    model = load_reference(plan.pair, plan.dtype)
+    verifier, num_tokens = model.verifier, plan.num_tokens
+    decoded = [decode(model, prompt, plan.max_tokens, num_tokens) for prompt in plan.prompts]
     texts = [
-        see(verifier, prompt, done.token_ids) for prompt, done in zip(prompts, decoded, strict=True)
+        see(verifier, prompt, done.token_ids)
+        for prompt, done in zip(plan.prompts, decoded, strict=True)
     ]
     diagnosis = diagnose(model, verifier, texts, num_tokens)
-    traced = prompts[0][:TRACED_TOKENS]
-    seen = see(verifier, traced, decode(model, traced, 1, num_tokens).token_ids)
-    reference_trace = {k: v.cpu() for k, v in trace_reference(model, seen, num_tokens).items()}
-    del verifier, model, texts, seen
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    seen = see(verifier, plan.traced, decode(model, plan.traced, 1, num_tokens).token_ids)
+    trace = {name: found.cpu() for name, found in trace_reference(model, seen, num_tokens).items()}
+    return _Side(decoded, trace), verifier.dtype, diagnosis
 
-    from vllm import SamplingParams
 
+def _run_vllm(plan: _Plan, dtype: torch.dtype) -> _Side:
+    speculative = {
+        "model": plan.pair.speculator.name,
+        "num_speculative_tokens": plan.num_tokens,
+    }
     arguments = {
-        "model": report.verifier,
+        "model": plan.pair.verifier,
         "dtype": str(dtype).removeprefix("torch."),
         "max_num_seqs": 1,
-        "enforce_eager": True,  # compiled passes cannot be listened to
-        "speculative_config": {"model": report.speculator, "num_speculative_tokens": num_tokens},
-        **settings.engine_args,  # none of those above, but for enforce_eager and max_num_seqs
+        "enforce_eager": True,  # hooks see nothing of compiled passes
+        "speculative_config": speculative,
+        **plan.engine_args,  # none of those above, but for enforce_eager and max_num_seqs
     }
     with offline.loaded(**arguments) as llm:
-        stages = compare(reference_trace, trace_served(llm, traced), dtype)
-        parameters = SamplingParams(temperature=0, max_tokens=settings.max_tokens, ignore_eos=True)
-        served = offline.continue_all(llm, prompts, parameters)
-    report.served = _counts(pool([one.accepted for one in served], num_tokens))
+        trace = trace_served(llm, plan.traced)
+        parameters = SamplingParams(temperature=0, max_tokens=plan.max_tokens, ignore_eos=True)
+        return _Side(offline.continue_all(llm, plan.prompts, parameters), trace)
+
+
+def _compare_tensors(report: CheckReport, stages: Sequence[Stage]) -> None:
     report.stages = [
         (stage.name, stage.difference if isfinite(stage.difference) else None) for stage in stages
     ]
-
     different = next((stage for stage in stages if not stage.is_equal), None)
     if different is not None:
         report.add(
@@ -362,7 +327,36 @@ def _compare_sides(
         )
     elif not stages:
         report.add("note", "tensors", "vLLM runs the draft in another process: not compared.")
-    _compare_counts(report, decoded, served, dtype == torch.float32)
+
+
+def _compare_counts(
+    report: CheckReport, num_tokens: int, reference: _Side, served: _Side, is_exact: bool
+) -> None:
+    """Texts and counts of both sides; below float32 of the requests whose texts agree."""
+    pairs = list(zip(reference.continuations, served.continuations, strict=True))
+    same = [pair for pair in pairs if pair[0].token_ids == pair[1].token_ids]
+    if len(same) < len(pairs):
+        text = f"{len(pairs) - len(same)} of {len(pairs)} texts differ between the two sides"
+        if is_exact:
+            report.add("fault", "acceptance", f"{text}.", "served otherwise")
+        else:
+            report.add("note", "acceptance", f"{text}: below float32 near ties may fall otherwise.")
+    ours = pool([one.accepted for one, _ in same], num_tokens)
+    theirs = pool([one.accepted for _, one in same], num_tokens)
+    place = first_difference(ours, theirs)
+    if place is not None:
+        found, expected = (c.accepted_per_position[place - 1] for c in (theirs, ours))
+        report.add(
+            "fault" if is_exact else "warning",
+            "acceptance",
+            f"position {place}: vLLM accepts {found} tokens of {theirs.num_drafts} drafts, the "
+            f"reference decoder {expected} of {ours.num_drafts}.",
+            "served otherwise" if is_exact else None,
+        )
+
+
+def _explain(report: CheckReport, reference: Counts, diagnosis: Diagnosis) -> None:
+    """Names the reading of the weights that would do better, or a draft that none helps."""
     likely = diagnosis.likely_cause
     if likely is not None:
         report.add(
@@ -372,66 +366,25 @@ def _compare_sides(
             f"{diagnosis.acceptance_length:.2f}.",
             likely.cause,
         )
-    elif report.reference.acceptance_length < DEAD_BELOW:
+    elif reference.acceptance_length < DEAD_BELOW:
         report.add(
             "fault",
             "reading",
-            f"tau is {report.reference.acceptance_length:.2f} in the reference decoder too, and "
-            "no other way to read the weights does better: the draft was not trained for this "
-            "verifier, or not at all.",
+            f"tau is {reference.acceptance_length:.2f} in the reference decoder too, and no other "
+            "way to read the weights does better: the draft was not trained for this verifier, or "
+            "not at all.",
             "dead draft",
         )
 
 
-def _prompts(settings: CheckConfig, tokenizer: Any, longest: int) -> list[list[int]]:
-    from speculators_core.decoding.default_prompts import default_prompts
-    from speculators_core.decoding.prompts import read_prompts, tokenize
-
-    if settings.prompts is None:
+def _prompts(
+    config: CheckConfig, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> list[list[int]]:
+    if config.prompts is None:
         prompts = default_prompts(tokenizer)
     else:
-        prompts = read_prompts(settings.prompts, settings.limit_per_category)
+        prompts = read_prompts(config.prompts, config.limit_per_category)
     return [prompt.token_ids for prompt in tokenize(prompts, tokenizer, longest)]
-
-
-def _counts(counts: Any) -> Counts:
-    return Counts(
-        num_drafts=counts.num_drafts,
-        accepted_per_position=counts.accepted_per_position,
-        acceptance_length=counts.acceptance_length,
-    )
-
-
-def _compare_counts(
-    report: CheckReport,
-    decoded: Sequence[offline.Continuation],
-    served: Sequence[offline.Continuation],
-    is_exact: bool,
-) -> None:
-    """Texts and counts of both sides; below float32 of the requests whose texts agree."""
-    from speculators_vllm.verdicts.reference import first_difference, pool
-
-    pairs = list(zip(decoded, served, strict=True))
-    same = [pair for pair in pairs if pair[0].token_ids == pair[1].token_ids]
-    if len(same) < len(pairs):
-        text = f"{len(pairs) - len(same)} of {len(pairs)} texts differ between the two sides"
-        if is_exact:
-            report.add("fault", "acceptance", f"{text}.", "served otherwise")
-        else:
-            report.add("note", "acceptance", f"{text}: below float32 near ties may fall otherwise.")
-    assert report.speculative_tokens is not None
-    ours = pool([one.accepted for one, _ in same], report.speculative_tokens)
-    theirs = pool([one.accepted for _, one in same], report.speculative_tokens)
-    place = first_difference(ours, theirs)
-    if place is not None:
-        found, expected = (c.accepted_per_position[place - 1] for c in (theirs, ours))
-        report.add(
-            "fault" if is_exact else "warning",
-            "acceptance",
-            f"position {place}: vLLM keeps {found} tokens of {theirs.num_drafts} drafts, the "
-            f"reference decoder {expected} of {ours.num_drafts}.",
-            "served otherwise" if is_exact else None,
-        )
 
 
 # ---- what is printed ----
@@ -443,13 +396,13 @@ def print_report(report: CheckReport) -> None:
     if report.verifier:
         console.print(f"verifier   {report.verifier}")
     if report.reference and report.served:
-        table = Table(title="kept by position", title_justify="left")
+        table = Table(title="accepted by position", title_justify="left")
         columns = range(1, (report.speculative_tokens or 0) + 1)
         for column in ("", "tau", "drafts", *map(str, columns)):
             table.add_column(column)
         for name, side in (("reference decoder", report.reference), ("vLLM", report.served)):
-            kept = map(str, side.accepted_per_position)
-            table.add_row(name, f"{side.acceptance_length:.3f}", str(side.num_drafts), *kept)
+            accepted = map(str, side.accepted_per_position)
+            table.add_row(name, f"{side.acceptance_length:.3f}", str(side.num_drafts), *accepted)
         console.print(table)
     finite = [(name, difference) for name, difference in report.stages if difference is not None]
     if finite:

@@ -1,20 +1,35 @@
 """The reference decoder beside vLLM: the same prompts, greedily, and what was kept."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from speculators_core.decoding.acceptance import AcceptanceCounts
 from speculators_core.decoding.sequences import until_end
+from speculators_core.format.checkpoint import as_dtype
+from speculators_core.models.speculator import SpeculatorModel
+from speculators_core.verifier.pair import Pair
+from speculators_core.verifier.reading import load_verifier
+from speculators_vllm import offline
 from speculators_vllm.offline import Continuation
 
 COUNT_TOLERANCE = 0.01
 """Share of drafts by which two sides may differ at a position and be called equal."""
 
 
+def load_reference(pair: Pair, dtype: str) -> SpeculatorModel:
+    """The speculator on Transformers with its verifier attached; auto is the verifier's dtype."""
+    device = torch.device("cuda" if offline.has_gpu() else "cpu")
+    verifier = load_verifier(pair.verifier, None if dtype == "auto" else as_dtype(dtype))
+    speculator = SpeculatorModel.from_pretrained(
+        pair.speculator.folder, verifier=verifier, dtype=verifier.dtype
+    )
+    speculator.move_verifier(device)
+    return speculator.to(device)
+
+
 def decode(
-    model: Any,
+    model: SpeculatorModel,
     prompt: Sequence[int],
     max_tokens: int,
     num_tokens: int,

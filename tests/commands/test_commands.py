@@ -13,7 +13,7 @@ from speculators_core.registry import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "vllm", "datasets", "pyarrow", "huggingface_hub")
-HEAVY_STILL = {"acceptance", "certify", "check"}
+HEAVY_STILL = {"acceptance"}
 
 
 def in_a_process(code: str) -> str:

@@ -31,6 +31,7 @@ from vllm.model_executor.models.utils import (
 )
 
 from speculators_core.errors import SpeculatorError
+from speculators_core.format.checkpoint import HubOptions
 from speculators_core.verifier.reading import read_final_norm
 
 if TYPE_CHECKING:
@@ -144,11 +145,11 @@ class MTPForCausalLM(nn.Module):
         self.config = vllm_config.speculative_config.draft_model_config.hf_config
         self.verifier = vllm_config.model_config.model
         self.verifier_config = vllm_config.model_config.hf_config
-        self.verifier_source = {
-            "revision": vllm_config.model_config.revision or "main",
-            "token": vllm_config.model_config.hf_token,
-            "cache_dir": vllm_config.load_config.download_dir,
-        }
+        self.verifier_hub = HubOptions(
+            revision=vllm_config.model_config.revision or "main",
+            token=vllm_config.model_config.hf_token,
+            cache_dir=vllm_config.load_config.download_dir,
+        )
         self.model = MTPNetwork(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "mtp"))
         self.lm_head = ParallelLMHead(
             self.config.vocab_size,
@@ -200,7 +201,7 @@ class MTPForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
         if self.verifier_norm is not None:
-            norm = read_final_norm(self.verifier, self.verifier_config, **self.verifier_source)
+            norm = read_final_norm(self.verifier, self.verifier_config, self.verifier_hub)
             if (norm == 0).any():
                 raise SpeculatorError(
                     f"{self.verifier}: its final norm has weights of zero; expected none, since "

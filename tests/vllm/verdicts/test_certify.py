@@ -10,9 +10,10 @@ from benchmarks import playground
 from speculators_core.cli import run_function
 from speculators_core.errors import SpeculatorError
 from speculators_vllm import offline
-from speculators_vllm.verdicts import certify as command
+from speculators_vllm.commands import certify as command
 from speculators_vllm.verdicts.certificate import Certificate, write_certificate
-from speculators_vllm.verdicts.certify import CertifyConfig, certify
+from speculators_vllm.verdicts.certify import certify
+from speculators_vllm.verdicts.settings import CertifyConfig
 from tests.conftest import make_verifier
 
 pytestmark = pytest.mark.vllm
@@ -211,7 +212,7 @@ REFUSED = {
     "nowhere.jsonl: no readable prompt file": {"prompts": "nowhere.jsonl"},
     "holds no prompts": {"prompts": "empty.jsonl"},
     "the verifier takes 4": {"max_tokens": 60, "engine_args": {"max_model_len": 64}},
-    "file: cannot write a certificate there": {"output": Path("file")},
+    "--output file: a certificate cannot be written there": {"output": Path("file")},
 }
 
 

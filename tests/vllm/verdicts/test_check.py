@@ -17,7 +17,9 @@ from benchmarks import playground
 from speculators_core.errors import SpeculatorError
 from speculators_core.format.vocabulary import choose_draft_vocabulary
 from speculators_vllm import offline
-from speculators_vllm.verdicts.check import CheckConfig, check, run
+from speculators_vllm.commands.check import run
+from speculators_vllm.verdicts.check import check
+from speculators_vllm.verdicts.settings import CheckConfig
 from speculators_vllm.verdicts.traces import compare
 from tests.conftest import DRAFTS, make_verifier
 from tests.vllm.serving import SMALL, fit, write_tokenizer
@@ -184,6 +186,20 @@ DAMAGE = {
         {"tensors": lambda t: t["fc.weight"].fill_(float("nan"))},
         "holds a NaN",
     ),
+    "invalid config": (
+        "eagle3",
+        {"config": lambda c: c.update(eagle_aux_hidden_state_layer_idz=[1, 2, 3])},
+        "unknown key 'eagle_aux_hidden_state_layer_idz'",
+    ),
+    "wrong verifier": (
+        "eagle3",
+        {
+            "config": lambda c: c["speculators_config"]["verifier"].update(
+                architectures=["LlamaForCausalLM"]
+            )
+        },
+        "is a Qwen3ForCausalLM; the speculator was made for LlamaForCausalLM",
+    ),
 }
 
 
@@ -194,6 +210,18 @@ def test_a_damaged_folder_is_named_before_anything_runs(fitted, broken, cause):
     assert report.verdict == f"not fit to serve: {cause}"
     assert words in report.faults[0].text
     assert report.reference is None and report.served is None
+
+
+@pytest.mark.parametrize("cause", DAMAGE)
+def test_a_reworded_message_changes_no_verdict(fitted, broken, monkeypatch, cause):
+    def say(self, message, *, cause=None):
+        ValueError.__init__(self, "something is wrong with the norm: d2t, t2d, layer ids missing")
+        self.cause = cause
+
+    name, edits, _ = DAMAGE[cause]
+    folder = broken(name, **edits)
+    monkeypatch.setattr(SpeculatorError, "__init__", say)
+    assert checked(folder, fitted).verdict == f"not fit to serve: {cause}"
 
 
 def test_another_chat_template_beside_the_draft_is_named(fitted, broken):
@@ -252,6 +280,7 @@ def test_a_draft_that_vllm_cannot_serve_is_a_fault(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"sample_from_anchor": True}))
     report = check(str(folder), CheckConfig(verifier=str(playground.VERIFIER)))
     assert "sample_from_anchor is true, which vLLM 0.32 does not serve" in report.faults[0].text
+    assert report.verdict == "not fit to serve: unsupported by vLLM"
 
 
 def test_tensors_without_the_same_numbers_are_unequal():

@@ -1,0 +1,68 @@
+"""A speculator's folder: fetched and read once."""
+
+from collections.abc import Collection
+from copy import deepcopy
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Self
+
+from speculators_core.errors import SpeculatorError
+from speculators_core.format import checkpoint
+from speculators_core.format.checkpoint import HubOptions, RawConfig
+from speculators_core.format.config import SpeculatorModelConfig
+from speculators_core.format.loading import check_checkpoint
+
+
+@dataclass(frozen=True)
+class StoredSpeculator:
+    """A speculator on disk, with its config as written and as checked."""
+
+    name: str
+    """Folder or hub id that it was opened by."""
+    folder: Path
+    raw: RawConfig
+    config: SpeculatorModelConfig
+
+    @classmethod
+    def open(
+        cls,
+        name: str | PathLike,
+        files: Collection[str] = checkpoint.ALL_FILES,
+        hub: HubOptions | None = None,
+    ) -> Self:
+        """Fetches a speculator's files and reads its config; no tensor is read.
+
+        Raises:
+            SpeculatorError: there is no such speculator within reach, or its config is invalid.
+        """
+        folder = checkpoint.fetch(name, files, hub)
+        raw = checkpoint.read_config(folder)
+        config = SpeculatorModelConfig.of_folder(folder, deepcopy(raw))
+        config.name_or_path = str(folder)
+        return cls(str(name), folder, raw, config)
+
+    @property
+    def verifier(self) -> str:
+        """The verifier that the config names; a folder beside the speculator as a full path.
+
+        Raises:
+            SpeculatorError: the config names none.
+        """
+        located = self.config.located_verifier
+        if located is None:
+            raise SpeculatorError(f"{self.name} names no verifier. Pass --verifier.")
+        return located
+
+    def check_tensors(self) -> None:
+        """Reads every tensor once and keeps none.
+
+        Raises:
+            SpeculatorError: a file or a tensor is missing, of another shape, or not finite; or
+                tensors contradict each other.
+        """
+        try:
+            check_checkpoint(self.folder, self.config)
+        except SpeculatorError as error:
+            error.cause = error.cause or "damaged checkpoint"
+            raise
