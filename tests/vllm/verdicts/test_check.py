@@ -247,7 +247,7 @@ def test_what_stock_vllm_would_do_is_said(fitted, broken):
 
     report = checked(broken("eagle3", config=second_method), fitted)
     texts = " ".join(f.text for f in report.findings if f.part == "stock vLLM")
-    assert "takes num_speculative_tokens 3 without a word" in texts
+    assert "takes num_speculative_tokens 3 of the first proposal method" in texts
     assert report.speculative_tokens == 2
 
 
