@@ -1,9 +1,9 @@
-"""The lines of a run of ``speculators regenerate``, gone on with after it was stopped.
+"""Files that a run of ``speculators regenerate`` writes.
 
-answers.jsonl                    what was answered, a conversation a line
+answers.jsonl                    answered conversations, one per line
 answers.jsonl.set_aside.jsonl    keys of the others, with the reason
 answers.jsonl.yaml               options and versions
-answers.jsonl.log                how it came along
+answers.jsonl.log                progress
 """
 
 import json
@@ -28,7 +28,7 @@ class _Line(BaseModel):
 
 
 class AnswerFile:
-    """Keeps dialogues that have ended; what was kept before is in ``done``."""
+    """Keeps dialogues that have ended; ``done`` has those of earlier runs."""
 
     def __init__(
         self,
@@ -37,16 +37,16 @@ class AnswerFile:
         run: Mapping[str, JsonValue],
         resume: bool,
     ) -> None:
-        """``options`` decide the answers: a run that goes on has the same, but for those of
-        ``run``.
+        """``options`` decide the answers: a resumed run must have the same ones. Those of ``run``
+        may differ.
 
         Raises:
-            SpeculatorError: there is an output, and it is not to be gone on with, was made with
-                other options, or is not what such a run writes; or another run is writing it.
+            SpeculatorError: there is an output and ``resume`` is not set, or it was made with other
+                options or by something else, or another run is writing it.
         """
         self.path = path
         self.done: set[str] = set()
-        """Keys of what was kept or set aside."""
+        """Keys of dialogues that were kept or set aside."""
         stated, aside = beside(path, "yaml"), beside(path, "set_aside.jsonl")
         with ExitStack() as opened, _told(path):
             make_folder(path.parent)
@@ -57,7 +57,8 @@ class AnswerFile:
             if path.stat().st_size or aside.stat().st_size:
                 if not resume:
                     raise SpeculatorError(
-                        f"{path} is there already. Go on behind it with --resume, or name another."
+                        f"{path} already exists. Pass --resume to append to it, or choose another "
+                        "path."
                     )
                 _compare(stated, options)
             content = {"options": dict(options), "run": dict(run), "versions": versions()}
@@ -103,10 +104,10 @@ def beside(path: Path, what: str) -> Path:
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[str]:
-    """Keys of the lines; a last line that was not finished is removed, and what follows zeros.
+    """Keys of the lines. An unfinished last line is removed, and everything from zero bytes on.
 
     Raises:
-        SpeculatorError: a line is none of ours.
+        SpeculatorError: a line is not a record of a dialogue.
     """
     end = 0
     with open(file.name, "rb") as lines:
@@ -129,11 +130,11 @@ def _compare(stated: Path, options: Mapping[str, JsonValue]) -> None:
         before, now = flat(earlier), flat(options)
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise SpeculatorError(
-            f"{stated} does not say with which options its output was made; name another output."
+            f"{stated} does not state the options of its output; choose another --output."
         ) from error
     for name in now | before:
         if before.get(name) != now.get(name):
             raise SpeculatorError(
                 f"{stated}: made with {name} {before.get(name)!r}, now {now.get(name)!r}. "
-                "Go on with the same options, or name another output."
+                "Resume with the same options, or choose another --output."
             )

@@ -1,4 +1,4 @@
-"""Conversations on their way: the verifier's answers take the place of the assistant's turns.
+"""Conversations, answered turn by turn by the verifier.
 
 original    user  assistant  user  assistant(call)  tool  assistant
 asked for         ^1               ^2                     ^3 if 2 calls what the tool answers
@@ -67,9 +67,9 @@ class Answer:
 class Dialogue:
     """One conversation, answered turn after turn.
 
-    What the assistant says before anybody has asked is left out, and turns of it in a row are one.
-    A conversation that ends with another's turn is answered there as well. It ends early behind an
-    answer that does not fit what comes next: tool calls other than those that have results.
+    The assistant's turns before the first question are left out, and consecutive ones are one. A
+    conversation that ends with another's turn is answered there as well. It ends early after an
+    answer that does not fit the next turns: tool calls other than those that have results.
     """
 
     def __init__(

@@ -552,7 +552,7 @@ def test_a_killed_run_goes_on_to_the_same_file(run, server):
 def test_an_output_that_is_there_is_refused_and_with_resume_gone_on_with(run, server):
     rows = chats(6)
     run(rows, server.url, data={"limit": 4})
-    with pytest.raises(SpeculatorError, match="is there already. Go on behind it with --resume"):
+    with pytest.raises(SpeculatorError, match="already exists. Pass --resume to append"):
         run(rows, server.url)
     report = run(rows, server.url, resume=True)
     assert len(run.lines()) == 6 and (report.num_conversations, report.num_of_earlier_runs) == (
@@ -592,7 +592,7 @@ def test_a_file_that_is_none_of_ours_is_refused(run, server, what):
     with pytest.raises(SpeculatorError, match=rf"{what}, line \d: expected a JSON object"):
         run(None, server.url, resume=True)
     (run.folder / "answers.jsonl.yaml").write_text("3")
-    with pytest.raises(SpeculatorError, match="does not say with which options"):
+    with pytest.raises(SpeculatorError, match="does not state the options"):
         run(None, server.url, resume=True)
 
 
