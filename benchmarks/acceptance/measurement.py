@@ -8,67 +8,24 @@ run already.
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
-from pydantic import Field
-
-from benchmarks.acceptance.wire import ServerConfig
+from benchmarks.acceptance.settings import AcceptanceConfig
 from speculators_core.errors import SpeculatorError
-from speculators_core.flags import Several
-from speculators_core.settings import Settings
 from speculators_vllm import offline
 
 if TYPE_CHECKING:
     from benchmarks.acceptance.drafts import FoundDraft
 
 
-class AcceptanceConfig(Settings):
-    """What is measured, and on what."""
+def measure_and_write(settings: AcceptanceConfig) -> None:
+    """Measures, prints the report and writes it to ``settings.output``.
 
-    model: Annotated[tuple[str, ...], Several] = ()
-    """Drafts to compare: speculators or language models (folders or hub ids), prompt-lookup, and
-    assisted (Transformers' own prompt lookup); the playground's speculators where none is given.
-    With --base-url, the name of what that server runs."""
-    verifier: str | None = None
-    """Verifier; the one that the speculator or the server names where none is given."""
-    engine: Literal["vllm", "transformers"] = "vllm"
-    """vLLM, or the reference decoder."""
-    prompts: str = "playground"
-    """The word playground, a JSONL file, or a hub data set."""
-    k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Several] = ()
-    """Numbers of speculative tokens to measure; the checkpoint's own where none is given."""
-    temperature: float = Field(0.0, ge=0.0)
-    """0 is greedy; above it outputs are sampled and not compared."""
-    max_tokens: int = Field(128, ge=1)
-    """New tokens for each prompt, at most."""
-    limit_per_category: int | None = Field(None, ge=1)
-    """Prompts of each category, at most."""
-    runs: int = Field(1, ge=1)
-    """Repetitions of everything; speeds are medians."""
-    concurrency: int = Field(1, ge=1)
-    """Requests at one time."""
-    seed: int = 0
-    """Of sampling; each further run adds one."""
-    ignore_eos: bool = False
-    """Go on past the end of a text, up to max_tokens."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """Of both models; float32 on a CPU and auto on a GPU where none is given."""
-    engine_args: dict[str, Any] = Field(default_factory=dict)
-    """More arguments of vLLM's `LLM`, as JSON."""
-    server: Annotated[ServerConfig, Parameter(name="*")] = ServerConfig()
-    """Measured instead of an engine in this process."""
-    output: Path | None = None
-    """Folder for report.json and acceptance.png."""
-    verbose: Annotated[bool, Parameter(negative=())] = False
-    """Print vLLM's output while it starts, instead of writing it to a log file."""
-
-
-def run(*, settings: Annotated[AcceptanceConfig | None, Parameter(name="*")] = None) -> None:
-    """Measures the acceptance and speed of drafts beside their verifier alone."""
+    Raises:
+        SpeculatorError: as `measure`, or the output cannot be written.
+    """
     from benchmarks.acceptance.report import print_report, write_report
 
-    settings = settings or AcceptanceConfig()
     if settings.output is not None:
         _make_writable(settings.output)
     report = measure(settings)
@@ -95,6 +52,7 @@ def measure(settings: AcceptanceConfig) -> Any:
     _check_options(settings)
     if settings.engine == "vllm" and not settings.server.base_url:
         offline.prepare(settings.verbose)
+    # After `prepare`: these import torch.
     from benchmarks.acceptance.engines import Draft
     from benchmarks.acceptance.report import report_k
     from benchmarks.acceptance.statistics import latency, tokens_per_second

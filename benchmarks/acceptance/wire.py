@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
 
 class ServerConfig(Settings):
-    """Which servers are asked."""
+    """Running servers to measure, instead of an engine in this process."""
 
     base_url: str | None = None
-    """A running vLLM server with a speculator, http://host:port; it decides draft, K and dtype."""
+    """URL of a vLLM server with a speculator, http://host:port; it decides draft, K and dtype."""
     baseline_url: str | None = None
-    """The same server without speculation: what speed and outputs are compared with."""
+    """URL of the same server without speculation, to compare speed and outputs with."""
     api_key: str | None = Field(None, exclude=True, repr=False)
-    """API key of the servers; OPENAI_API_KEY where none is given."""
+    """API key of the servers; the variable `OPENAI_API_KEY` if not set."""
     timeout_s: float = Field(300.0, gt=0)
-    """Longest silence of a server before a request counts as failed."""
+    """Longest silence of a server, in seconds, before a request counts as failed."""
 
     def access(self, url: str, connections: int = 1) -> "Access":
         from speculators_core.http import Access  # httpx is for those who ask a server alone

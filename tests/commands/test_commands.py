@@ -13,7 +13,6 @@ from speculators_core.registry import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "vllm", "datasets", "pyarrow", "huggingface_hub")
-HEAVY_STILL = {"acceptance"}
 
 
 def in_a_process(code: str) -> str:
@@ -42,7 +41,7 @@ def test_every_command_has_a_line_of_help_and_none_is_imported_for_it():
         assert line.split()[2:5] == words[:3], name
 
 
-@pytest.mark.parametrize("name", sorted(set(COMMANDS.names()) - HEAVY_STILL))
+@pytest.mark.parametrize("name", COMMANDS.names())
 def test_help_of_a_command_loads_nothing_heavy(name):
     code = (
         "import sys\n"

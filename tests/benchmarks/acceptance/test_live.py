@@ -11,8 +11,9 @@ import pytest
 
 from benchmarks import playground
 from benchmarks.acceptance.live import read_counters
-from benchmarks.acceptance.measurement import AcceptanceConfig, measure
+from benchmarks.acceptance.measurement import measure
 from benchmarks.acceptance.report import print_report, write_report
+from benchmarks.acceptance.settings import AcceptanceConfig
 from benchmarks.acceptance.statistics import latency, tokens_per_second
 from benchmarks.acceptance.wire import ServerConfig
 from speculators_core.cli import main

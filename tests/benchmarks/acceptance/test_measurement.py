@@ -5,9 +5,10 @@ import pytest
 
 from benchmarks import playground
 from benchmarks.acceptance.engines import Draft, _TransformersRunner
-from benchmarks.acceptance.measurement import AcceptanceConfig, measure
+from benchmarks.acceptance.measurement import measure
 from benchmarks.acceptance.records import Decoding
 from benchmarks.acceptance.report import print_report, report_k, write_report
+from benchmarks.acceptance.settings import AcceptanceConfig
 from speculators_core.console import console
 from speculators_core.decoding.independent import LanguageModelDraft
 from speculators_core.decoding.prompts import TokenizedPrompt
