@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
@@ -65,9 +66,10 @@ def configuration_page() -> str:
     """Every option of the two configuration files, and of each algorithm."""
     parts = [
         "# Configuration files",
-        "Two commands read YAML. Each option is also a flag of the command "
-        "(`--engine.batch-size 8`), and flags take precedence over the file. An unknown key or a "
-        "value out of bounds is an error that names the key.",
+        "Two commands read YAML. All sections of `train`, and `engine`, `sync` and `run` of "
+        "`generate-data`, are flags of the command too (`--engine.batch-size 8`), and flags take "
+        "precedence over the file. An unknown key or a value out of bounds is an error that names "
+        "the key.",
         "## `speculators generate-data --config`",
         *_sections(GenerationPlan),
         "## `speculators train --config`",
@@ -108,7 +110,7 @@ def _records(annotation: Any) -> list[type[BaseModel]]:
 def _table(settings: type[BaseModel], prefix: str = "") -> str:
     rows = ["| option | meaning |", "|---|---|"]
     for name, field in settings.model_fields.items():
-        default = "required" if field.is_required() else f"default {_default(field)}"
+        default = "required" if field.is_required() else _default(field)
         option = f"`{prefix}{name}`<br><small>{_type(field)}; {default}</small>"
         cells = (option, _prose(field.description))
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
@@ -121,9 +123,11 @@ def _prose(text: str | None) -> str:
 
 def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
+    if value is None:
+        return "optional"
     if isinstance(value, BaseModel):
         return "see below"
-    return f"`{list(value) if isinstance(value, tuple) else value}`"
+    return f"default `{yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}`"
 
 
 def _type(field: FieldInfo) -> str:
@@ -146,7 +150,7 @@ def _type_name(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_type_name(part) for part in parts if part is not type(None))
     if origin in (tuple, list):
-        return f"list of {_type_name(parts[0])}"
+        return "sections" if _records(parts[0]) else f"list of {_type_name(parts[0])}"
     if origin is not None or annotation is Any:
         return "mapping" if origin is dict else "any"
     if issubclass(annotation, BaseModel):
