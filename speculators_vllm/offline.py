@@ -22,7 +22,7 @@ from speculators_vllm import engine_log, openmp
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm import LLM, CompletionOutput, SamplingParams, TokensPrompt
 
 CPU_KV_CACHE_GIB = "1"
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
@@ -208,10 +208,10 @@ def continue_all(
     asked: list[TokensPrompt] = [{"prompt_token_ids": token_ids} for token_ids in prompts]
     outputs = llm.generate(asked, parameters, use_tqdm=False)
     completions = [output.outputs[0] for output in outputs]
-    return [
-        Continuation(
-            list(done.token_ids),
-            list(done.spec_decode_metrics.per_step_accepted) if done.spec_decode_metrics else [],
-        )
-        for done in completions
-    ]
+    return [Continuation(list(done.token_ids), accepted_of(done)) for done in completions]
+
+
+def accepted_of(completion: "CompletionOutput") -> list[int]:
+    """Tokens kept of each draft of a request, in order; empty without speculation."""
+    metrics = completion.spec_decode_metrics
+    return [] if metrics is None else list(metrics.per_step_accepted)

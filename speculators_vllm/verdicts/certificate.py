@@ -2,9 +2,9 @@
 
 import io
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, computed_field
+from pydantic import BaseModel, JsonValue, computed_field
 from rich.console import Console
 from rich.table import Table
 
@@ -27,10 +27,13 @@ pre {{ font-family: Menlo, Consolas, 'DejaVu Sans Mono', monospace; }}
 """
 
 
-class FlagSet(BaseModel):
-    """vLLM's arguments that a test runs with, and how many requests at one time."""
+Kind = Literal["with speculation", "without"]
 
-    engine_args: dict[str, Any]
+
+class FlagSet(BaseModel):
+    """vLLM's arguments for a test, and the number of requests at one time."""
+
+    engine_args: dict[str, JsonValue]
     concurrency: int
 
     @property
@@ -42,19 +45,19 @@ class FlagSet(BaseModel):
 
 
 class Divergence(BaseModel):
-    """Where a greedy output with speculation first left the verifier's own."""
+    """Where a greedy output with speculation first differs from the verifier's."""
 
     prompt: int
     position: int
-    """Of the output, from 0."""
+    """Position in the output, from 0."""
     verifier_token: int | None
-    """None where the output had ended."""
+    """Token of the verifier; None where its output had ended."""
     speculated_token: int | None
     gap: float | None
     """Verifier's best logit over the speculated token's, scored by the verifier alone."""
     largest_later_gap: float | None
-    """The same of the worst token after it, each scored after those before it; so nothing goes
-    unexamined because the outputs parted."""
+    """The same gap of the worst token after it, each scored after the tokens before it, so that
+    the rest of the output is examined too."""
 
     def is_near_tie(self, bound: float) -> bool:
         gaps = (self.gap, self.largest_later_gap)
@@ -67,14 +70,14 @@ class GreedyTest(BaseModel):
     dtype: str
     flags: FlagSet
     near_tie_bound: float | None
-    """None where outputs must be equal."""
+    """Largest gap of a near tie; None where outputs must be equal."""
     alone: list[list[int]]
     """Outputs without speculation, one a prompt."""
     speculated: list[list[int]]
     accepted: list[list[int]]
-    """Tokens kept of each draft, one list a prompt."""
+    """Accepted tokens of each draft, one list a prompt."""
     num_near_ties: int
-    """Positions of the outputs without speculation where the two best logits are so close."""
+    """Positions of the outputs without speculation whose two best logits are within the bound."""
     divergences: list[Divergence]
 
     @property
@@ -91,30 +94,30 @@ class GreedyTest(BaseModel):
         where = f"greedy, {self.dtype}, {self.flags.name}"
         if not any(map(len, self.accepted)):
             return [f"{where}: nothing was drafted, so nothing was tested"]
-        return [f"{where}: {self._tell(divergence)}" for divergence in self.lossy]
+        return [f"{where}: {self._describe(divergence)}" for divergence in self.lossy]
 
-    def _tell(self, divergence: Divergence) -> str:
+    def _describe(self, divergence: Divergence) -> str:
         gap, later = divergence.gap, divergence.largest_later_gap
-        told = f"gap {_figure(gap)}, largest after it {_figure(later)}"
+        figures = f"gap {_figure(gap)}, largest after it {_figure(later)}"
         if self.near_tie_bound is not None:
-            told += f", bound {self.near_tie_bound:g}"
+            figures += f", bound {self.near_tie_bound:g}"
         return (
             f"prompt {divergence.prompt + 1} differs at token {divergence.position + 1}: "
             f"verifier {divergence.verifier_token}, speculated {divergence.speculated_token} "
-            f"({told})"
+            f"({figures})"
         )
 
 
 class SampledTest(BaseModel):
-    """Continuations drawn at temperature 1 beside the verifier's own law."""
+    """Continuations drawn at temperature 1 beside the verifier's law."""
 
     dtype: str
     flags: FlagSet
-    drawn: Literal["with speculation", "without"]
+    drawn: Kind
     num_tokens: int
-    """Of each draw; the first comes from the prefill and is not tested."""
+    """Tokens of each draw; the first comes from the prefill and is not tested."""
     significance: float
-    """A smaller p-value is a fault."""
+    """Bound on the p-value; a smaller one is a fault."""
     prompts: list[LawTest]
 
     @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorated property
@@ -133,30 +136,31 @@ class SampledTest(BaseModel):
             return [f"{where}: no prefix was drawn often enough to test; raise --draws"]
         if self.p_value >= self.significance:
             return []
-        told = f"p {_chance(self.p_value)}, bound {self.significance:.2g}"
+        fault = f"{where}: p {_chance(self.p_value)}, bound {self.significance:.2g}"
         if self.drawn == "without":
-            told += "; the verifier alone leaves its own law, so the test cannot be believed"
-        return [f"{where}: {told}"]
+            fault += "; the verifier alone does not follow its law, so the test proves nothing"
+        return [fault]
 
 
 class Certificate(BaseModel):
-    """Everything that a verdict rests on; `verdict` and p-values follow from the raw counts."""
+    """All counts of a certificate; `verdict` and p-values are computed from them."""
 
-    settings: dict[str, Any]
+    settings: dict[str, JsonValue]
     speculator: str
     speculator_sha256: str | None
     verifier: str
     verifier_sha256: str | None
-    speculative_config: dict[str, Any]
-    """As vLLM took it: the user's keys over the checkpoint's."""
+    speculative_config: dict[str, JsonValue]
+    """Speculative config given to vLLM: the user's keys over the checkpoint's."""
+    speculative_tokens: int
     environment: dict[str, str]
     prompts_sha256: str
     num_prompts: int
     greedy: list[GreedyTest]
     sampled: list[SampledTest]
     reference_accepted: list[list[int]] | None
-    """What the reference decoder kept of each draft of the first float32 test, one list a prompt;
-    None where there is none."""
+    """Tokens that the reference decoder accepted of each draft of the first float32 test, one list
+    a prompt; None without such a test."""
     seconds: float
 
     @computed_field  # type: ignore[prop-decorator]
@@ -168,10 +172,10 @@ class Certificate(BaseModel):
 
     @property
     def served(self) -> tuple[AcceptanceCounts, AcceptanceCounts] | None:
-        """What the reference decoder kept, and vLLM, of the same prompts in float32."""
+        """Counts of the reference decoder, and of vLLM, on the same prompts in float32."""
         if self.reference_accepted is None:
             return None
-        num_tokens = self.speculative_config["num_speculative_tokens"]
+        num_tokens = self.speculative_tokens
         test = next(test for test in self.greedy if test.dtype == "float32")
         return pool(self.reference_accepted, num_tokens), pool(test.accepted, num_tokens)
 
@@ -179,10 +183,10 @@ class Certificate(BaseModel):
     def acceptance_fault(self) -> str | None:
         if self.served is None or (place := first_difference(*self.served)) is None:
             return None
-        kept = [side.accepted_per_position[place - 1] for side in self.served]
+        accepted = [side.accepted_per_position[place - 1] for side in self.served]
         return (
-            f"acceptance: at position {place} the reference decoder keeps {kept[0]} tokens and "
-            f"vLLM {kept[1]}; speculators check says where the two part"
+            f"acceptance: at position {place} the reference decoder accepts {accepted[0]} tokens "
+            f"and vLLM {accepted[1]}; run speculators check to see where they begin to differ"
         )
 
     @computed_field  # type: ignore[prop-decorator]
@@ -202,12 +206,12 @@ def print_certificate(certificate: Certificate, console: Console) -> None:
         console.print(divergences)
     console.print(_sampled_table(certificate))
     console.print(
-        "greedy: float32 outputs must be equal, token for token. In other dtypes one may differ at "
-        "a near tie: every token from there on lies within the bound of the best logit that the "
-        "verifier alone gives; lossy ones do not. close: positions whose two best logits are so "
-        "near.\nsampled: tokens after the first, at temperature 1, against the verifier's exact "
-        "law; a p below the bound is a fault. rare: tokens of which too few are expected for a "
-        "chi-square.",
+        "greedy: float32 outputs must be equal, token for token. In other dtypes an output may "
+        "differ at a near tie: every token from there on lies within the bound of the best logit "
+        "that the verifier alone gives; those of a lossy output do not. close: positions whose two "
+        "best logits are within the bound.\nsampled: tokens after the first, at temperature 1, "
+        "against the verifier's exact law; a p below the bound is a fault. rare: tokens of which "
+        "too few are expected for a chi-square.",
         markup=False,
         highlight=False,
     )
@@ -241,7 +245,15 @@ def _subject(certificate: Certificate) -> Table:
 
 def _greedy_table(certificate: Certificate) -> Table:
     table = _table(
-        "greedy", "dtype", "identical", "tokens", "drafts", "kept", "near ties", "lossy", "close"
+        "greedy",
+        "dtype",
+        "identical",
+        "tokens",
+        "drafts",
+        "accepted",
+        "near ties",
+        "lossy",
+        "close",
     )
     table.add_column("flags")
     for test in certificate.greedy:
@@ -263,10 +275,10 @@ def _greedy_table(certificate: Certificate) -> Table:
 
 def _served_table(reference: AcceptanceCounts, served: AcceptanceCounts) -> Table:
     positions = map(str, range(1, reference.speculative_tokens + 1))
-    table = _table("kept by position, float32", "", "tau", "drafts", *positions)
+    table = _table("accepted by position, float32", "", "tau", "drafts", *positions)
     for name, side in (("reference decoder", reference), ("vLLM", served)):
-        kept = map(str, side.accepted_per_position)
-        table.add_row(name, f"{side.acceptance_length:.3f}", str(side.num_drafts), *kept)
+        accepted = map(str, side.accepted_per_position)
+        table.add_row(name, f"{side.acceptance_length:.3f}", str(side.num_drafts), *accepted)
     return table
 
 

@@ -36,8 +36,15 @@ from speculators_core.verifier.pair import Pair
 from speculators_core.verifier.reading import read_tokenizer
 from speculators_vllm import offline
 from speculators_vllm.plugin.speculative_config import check_served, vllm_settings
-from speculators_vllm.verdicts.certificate import Certificate, FlagSet, GreedyTest, SampledTest
+from speculators_vllm.verdicts.certificate import (
+    Certificate,
+    FlagSet,
+    GreedyTest,
+    Kind,
+    SampledTest,
+)
 from speculators_vllm.verdicts.comparison import (
+    Draws,
     compare_draws,
     compare_greedy,
     continue_greedily,
@@ -80,6 +87,7 @@ def certify(speculator: str, config: CertifyConfig) -> Certificate:
         verifier=plan.pair.verifier,
         verifier_sha256=hash_weights(checkpoint.fetch(plan.pair.verifier)),
         speculative_config=plan.speculative_config,
+        speculative_tokens=plan.num_tokens,
         environment=environment(),
         prompts_sha256=hash_prompts(plan.prompts),
         num_prompts=len(plan.prompts),
@@ -279,7 +287,7 @@ def _test_group(
     max_tokens = plan.config.max_tokens
     with offline.loaded(**plan.speculating(dtype, group[0])) as llm:
         speculated = [continue_greedily(llm, prompts, flags, max_tokens) for flags in group]
-        drawn = {"with speculation": draw(llm, contexts, num_draws, num_tokens)}
+        drawn: dict[Kind, Draws] = {"with speculation": draw(llm, contexts, num_draws, num_tokens)}
         done(dtype)
     with offline.loaded(**plan.arguments(dtype, group[0])) as llm:
         greedy = [

@@ -1,7 +1,8 @@
-"""Do drawn continuations follow a law that is known exactly? After every prefix drawn often enough.
+"""A test that drawn continuations follow a known law.
 
-The joint law of a continuation is a product of one-token laws, so it holds if after every prefix
-the next token's law does. Draws that share a prefix are set against the law there:
+The joint law of a continuation is a product of one-token laws, so it holds if the next token's law
+holds after every prefix. After each prefix that was drawn often enough, the next tokens are
+compared with the law there:
 
     drawn    a b c     prefix a      4 draws, next b b b d    law b .7, d .2, others .1
              a b e     prefix a b    3 draws, next c e c      law c .5, e .4, others .1
@@ -9,12 +10,12 @@ the next token's law does. Draws that share a prefix are set against the law the
              a d f     prefix -      the first token, which no draft touches
 
 Given the prefixes the counts are multinomial and independent of each other: chi-squares add up. A
-token has a cell of its own where 5 draws are expected of it, and so have all others together.
-Where fewer are expected of the others, their counts are added up over all prefixes and held
-against a Poisson law, so that a token which the law hardly knows is noticed anywhere.
+token has its own cell if 5 draws are expected of it, and so have all others together. If fewer are
+expected of the others, their counts are added up over all prefixes and compared with a Poisson law,
+so that a token to which the law gives almost no probability is noticed after any prefix.
 
-A known law costs one short request a prefix, and has no chance in it: a test against a second set
-of draws needs twice as many draws on each side to see as much.
+A known law costs one short request a prefix and has no randomness: a test against a second set of
+draws needs twice as many draws on each side for the same power.
 """
 
 import math
@@ -26,22 +27,22 @@ from pydantic import BaseModel, computed_field
 
 MIN_EXPECTED = 5.0
 MIN_DRAWS = 2 * int(MIN_EXPECTED)
-"""Fewer leave no two cells."""
+"""With fewer draws there are no two cells."""
 ROUNDING = 1e-6
-"""What float32 probabilities that should add up to one leave over."""
+"""Remainder of float32 probabilities that should add up to one."""
 
 Law = Mapping[int, float]
-"""Probabilities of the likeliest tokens; the rest is the others'."""
+"""Probabilities of the likeliest tokens; all others share the rest."""
 
 
 class PrefixCounts(BaseModel):
-    """What followed one prefix, and what the law expects."""
+    """Counts of the tokens after one prefix, and the counts that the law expects."""
 
     prefix: list[int]
     token_ids: list[int]
-    """Those with a cell of their own."""
+    """Tokens with their own cell."""
     counts: list[int]
-    """Of each of them, and last of all others."""
+    """Draws of each of these tokens, and at the end of all others."""
     expected: list[float]
 
     @property
@@ -50,7 +51,7 @@ class PrefixCounts(BaseModel):
 
     @property
     def chi_square(self) -> float:
-        """Without a cell of the others the draws that fell on them are left out."""
+        """Chi-square over the cells; without one for the others their draws are left out."""
         cells = len(self.counts) if self.has_cell_of_others else len(self.token_ids)
         counts, expected = self.counts[:cells], self.expected[:cells]
         if cells < 2:
@@ -84,7 +85,7 @@ class LawTest(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def num_rare(self) -> int:
-        """Draws of tokens that the law expects too seldom for a cell."""
+        """Draws of tokens for which the law expects too few for a cell."""
         return sum(p.counts[-1] for p in self.prefixes if not p.has_cell_of_others)
 
     @computed_field  # type: ignore[prop-decorator]
@@ -95,7 +96,7 @@ class LawTest(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def p_value(self) -> float:
-        """Chance of counts as far from the law as these, or further, if it holds."""
+        """Probability of counts as far from the law as these, or further, if it holds."""
         rare = poisson_tail(self.num_rare, self.expected_rare)
         if self.degrees == 0:
             return rare
@@ -103,7 +104,7 @@ class LawTest(BaseModel):
 
 
 def count_prefixes(draws: Iterable[Sequence[int]]) -> dict[tuple[int, ...], Counter[int]]:
-    """What followed every prefix of at least one token that was drawn often enough."""
+    """Next tokens after every prefix of at least one token that was drawn often enough."""
     followed: dict[tuple[int, ...], Counter[int]] = {}
     for tokens in draws:
         for length in range(1, len(tokens)):
@@ -115,7 +116,7 @@ def count_prefixes(draws: Iterable[Sequence[int]]) -> dict[tuple[int, ...], Coun
 def compare(
     prompt: int, draws: Sequence[Sequence[int]], laws: Mapping[tuple[int, ...], Law]
 ) -> LawTest:
-    """Counts of the draws beside what the law after each prefix expects.
+    """Counts of the draws beside the counts that the law after each prefix expects.
 
     A law names at least the tokens of which 5 draws are expected.
     """
@@ -143,13 +144,13 @@ def _compare_prefix(prefix: tuple[int, ...], nexts: Counter[int], law: Law) -> P
 
 
 def chi_square_tail(chi_square: float, degrees: int) -> float:
-    """Chance of at least this much with so many degrees of freedom."""
+    """Probability of at least this chi-square with so many degrees of freedom."""
     half = torch.tensor([degrees / 2, chi_square / 2], dtype=torch.float64)
     return torch.special.gammaincc(half[0], half[1]).item()
 
 
 def poisson_tail(count: int, expected: float) -> float:
-    """Chance of at least this count where so much is expected."""
+    """Probability of at least this count if ``expected`` is its mean."""
     if count == 0:
         return 1.0
     both = torch.tensor([count, expected], dtype=torch.float64)
@@ -157,6 +158,6 @@ def poisson_tail(count: int, expected: float) -> float:
 
 
 def combine(p_values: Sequence[float]) -> float:
-    """One p-value of several independent ones, by Fisher's method."""
+    """Several independent p-values as one, by Fisher's method."""
     logs = [math.log(max(p, 1e-300)) for p in p_values]
     return chi_square_tail(-2 * sum(logs), 2 * len(logs))

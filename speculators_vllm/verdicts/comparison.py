@@ -1,42 +1,45 @@
-"""What vLLM says with speculation beside what it says without: greedily, and by chance."""
+"""vLLM's outputs with speculation beside those without."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from vllm import SamplingParams
+from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams, TokensPrompt
+from vllm.logprobs import Logprob
 
-from speculators_vllm.verdicts.certificate import Divergence, FlagSet, GreedyTest
+from speculators_vllm import offline
+from speculators_vllm.verdicts.certificate import Divergence, FlagSet, GreedyTest, Kind
 from speculators_vllm.verdicts.chi_square import LawTest, compare, count_prefixes
 
 Draws = Mapping[int, list[list[int]]]
 """Sampled continuations, by number of the prompt."""
 
 
-def _generate(llm: Any, texts: Sequence[list[int]], parameters: SamplingParams) -> list[Any]:
-    inputs = [{"prompt_token_ids": token_ids} for token_ids in texts]
+def _generate(
+    llm: LLM, texts: Sequence[list[int]], parameters: SamplingParams
+) -> list[RequestOutput]:
+    inputs: list[TokensPrompt] = [{"prompt_token_ids": token_ids} for token_ids in texts]
     return llm.generate(inputs, parameters, use_tqdm=False) if inputs else []
 
 
 def continue_greedily(
-    llm: Any,
+    llm: LLM,
     prompts: Sequence[list[int]],
     flags: FlagSet,
     max_tokens: int,
     logprobs: int | None = None,
-) -> list[Any]:
+) -> list[CompletionOutput]:
     """vLLM's greedy completion of each prompt, ``flags.concurrency`` at one time."""
     parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=logprobs)
-    outputs = []
+    outputs: list[RequestOutput] = []
     for first in range(0, len(prompts), flags.concurrency):
         outputs += _generate(llm, prompts[first : first + flags.concurrency], parameters)
     return [output.outputs[0] for output in outputs]
 
 
 def compare_greedy(
-    llm: Any,
+    llm: LLM,
     prompts: Sequence[list[int]],
-    speculated: Sequence[Any],
+    speculated: Sequence[CompletionOutput],
     dtype: str,
     flags: FlagSet,
     max_tokens: int,
@@ -46,26 +49,26 @@ def compare_greedy(
     alone = continue_greedily(llm, prompts, flags, max_tokens, logprobs=2)
     alone_ids = [list(output.token_ids) for output in alone]
     ids = [list(output.token_ids) for output in speculated]
-    gaps = [_gap_of_best_two(position) for output in alone for position in output.logprobs]
+    gaps = [_gap_of_best_two(position) for output in alone for position in output.logprobs or ()]
     return GreedyTest(
         dtype=dtype,
         flags=flags,
         near_tie_bound=near_tie_bound,
         alone=alone_ids,
         speculated=ids,
-        accepted=[list(output.spec_decode_metrics.per_step_accepted) for output in speculated],
+        accepted=[offline.accepted_of(output) for output in speculated],
         num_near_ties=sum(gap <= (near_tie_bound or 0.0) for gap in gaps),
         divergences=find_divergences(llm, prompts, alone_ids, ids),
     )
 
 
-def _gap_of_best_two(scores: Mapping[int, Any]) -> float:
+def _gap_of_best_two(scores: Mapping[int, Logprob]) -> float:
     best, second = sorted((entry.logprob for entry in scores.values()), reverse=True)[:2]
     return best - second
 
 
 def find_divergences(
-    llm: Any,
+    llm: LLM,
     prompts: Sequence[list[int]],
     alone: Sequence[list[int]],
     speculated: Sequence[list[int]],
@@ -83,8 +86,9 @@ def find_divergences(
         pairs = enumerate(zip(ours, theirs, strict=False))
         shorter = min(len(ours), len(theirs))
         position = next((i for i, (a, b) in pairs if a != b), shorter)
+        assert output.prompt_logprobs is not None
         scores = output.prompt_logprobs[len(prompts[number]) :]
-        gaps = [_gap_to_best(token, s) for token, s in zip(ours, scores, strict=True)]
+        gaps = [_gap_to_best(token, s or {}) for token, s in zip(ours, scores, strict=True)]
         found.append(
             Divergence(
                 prompt=number,
@@ -98,14 +102,14 @@ def find_divergences(
     return found
 
 
-def _gap_to_best(token: int, scores: Mapping[int, Any]) -> float:
+def _gap_to_best(token: int, scores: Mapping[int, Logprob]) -> float:
     return max(entry.logprob for entry in scores.values()) - scores[token].logprob
 
 
 def draw(
-    llm: Any, contexts: Mapping[int, list[int]], num_draws: int, num_tokens: int
+    llm: LLM, contexts: Mapping[int, list[int]], num_draws: int, num_tokens: int
 ) -> dict[int, list[list[int]]]:
-    """Continuations of each context, without a seed of their own, as most requests are."""
+    """Continuations of each context, sampled without a seed for each, as most requests are."""
     parameters = SamplingParams(
         n=num_draws, temperature=1.0, max_tokens=num_tokens, ignore_eos=True
     )
@@ -117,8 +121,8 @@ def draw(
 
 
 def compare_draws(
-    llm: Any, contexts: Mapping[int, list[int]], by_kind: Mapping[str, Draws], num_logprobs: int
-) -> dict[str, list[LawTest]]:
+    llm: LLM, contexts: Mapping[int, list[int]], by_kind: Mapping[Kind, Draws], num_logprobs: int
+) -> dict[Kind, list[LawTest]]:
     """Each kind's tests, one a prompt, against the law of ``llm``, which does not speculate."""
     prefixes = sorted(
         {
@@ -138,11 +142,12 @@ def compare_draws(
     }
 
 
-def _read_laws(llm: Any, texts: Sequence[list[int]], num_logprobs: int) -> list[dict[int, float]]:
+def _read_laws(llm: LLM, texts: Sequence[list[int]], num_logprobs: int) -> list[dict[int, float]]:
     """Probabilities of the likeliest next tokens of each text, at temperature 1."""
     parameters = SamplingParams(temperature=1.0, max_tokens=1, logprobs=num_logprobs)
-    outputs = _generate(llm, texts, parameters)
+    scores = [output.outputs[0].logprobs for output in _generate(llm, texts, parameters)]
     return [
-        {token: math.exp(entry.logprob) for token, entry in output.outputs[0].logprobs[0].items()}
-        for output in outputs
+        {token: math.exp(entry.logprob) for token, entry in positions[0].items()}
+        for positions in scores
+        if positions  # vLLM was asked for them
     ]

@@ -1,4 +1,4 @@
-"""The reference decoder beside vLLM: the same prompts, greedily, and what was kept."""
+"""The reference decoder, to compare vLLM with."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from speculators_vllm import offline
 from speculators_vllm.offline import Continuation
 
 COUNT_TOLERANCE = 0.01
-"""Share of drafts by which two sides may differ at a position and be called equal."""
+"""Share of drafts by which two sides may differ at a position and still count as equal."""
 
 
 def load_reference(pair: Pair, dtype: str) -> SpeculatorModel:
@@ -57,7 +57,7 @@ def pool(accepted: Sequence[Sequence[int]], num_tokens: int) -> AcceptanceCounts
 
 
 def first_difference(expected: AcceptanceCounts, found: AcceptanceCounts) -> int | None:
-    """The first position, from 1, at which two sides keep unequal numbers of tokens."""
+    """The first position, from 1, at which two sides accept different numbers of tokens."""
     tolerance = COUNT_TOLERANCE * max(1, expected.num_drafts)
     pairs = zip(expected.accepted_per_position, found.accepted_per_position, strict=True)
     return next((at for at, (a, b) in enumerate(pairs, start=1) if abs(a - b) > tolerance), None)

@@ -1,15 +1,18 @@
-"""The tensors of a draft's first pass, by name, in Transformers and in vLLM.
+"""The tensors of a draft's first pass, in Transformers and in vLLM.
 
-Both run the same prompt. What has the same name in both is compared in the order in which it is
-computed, so that the first difference is where the two part.
+Both run the same prompt. Tensors with the same name in both are compared in the order in which they
+are computed, so that the first difference is where the two begin to differ.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.v1.engine.core_client import InprocClient
 
 from speculators_core.decoding.drafter import Chooser, Confirmed, Proposal
 from speculators_core.diagnosis.replay import SeenText
@@ -33,7 +36,7 @@ COMPARED = (
 )
 """Modules whose outputs mean the same in both; vLLM fuses or splits the others."""
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest difference over the largest value that rounding explains."""
+"""Bound on the largest difference over the largest value: rounding stays below it."""
 
 Trace = dict[str, Tensor]
 
@@ -44,7 +47,7 @@ class Stage:
 
     name: str
     difference: float
-    """Largest difference over the largest value; infinite where one side has no such numbers."""
+    """Largest difference over the largest value; infinite if only one side has numbers."""
     is_equal: bool
 
 
@@ -52,7 +55,7 @@ def compare(reference: Trace, served: Trace, dtype: torch.dtype) -> list[Stage]:
     """Every tensor that both have, in the reference's order.
 
     Of unequal numbers of rows the first ones are compared: one side may add rows of padding or
-    masks behind them.
+    masks after them.
     """
     stages = []
     for name, ours in reference.items():
@@ -64,11 +67,11 @@ def compare(reference: Trace, served: Trace, dtype: torch.dtype) -> list[Stage]:
             stages.append(Stage(name, float("inf"), False))
             continue
         ours, theirs = ours[:rows].float().cpu(), theirs[:rows].float().cpu()
-        is_said = ours.isfinite()  # tokens that a draft cannot say are -inf
-        if not torch.equal(is_said, theirs.isfinite()) or not is_said.any():
+        is_finite = ours.isfinite()  # tokens that a draft cannot propose are -inf
+        if not torch.equal(is_finite, theirs.isfinite()) or not is_finite.any():
             stages.append(Stage(name, float("inf"), False))
             continue
-        gap = (ours - theirs)[is_said].abs().max() / ours[is_said].abs().max().clamp_min(1e-9)
+        gap = (ours - theirs)[is_finite].abs().max() / ours[is_finite].abs().max().clamp_min(1e-9)
         stages.append(Stage(name, float(gap), float(gap) <= TOLERANCES[dtype]))
     return stages
 
@@ -86,7 +89,8 @@ def trace_reference(model: SpeculatorModel, text: SeenText, num_tokens: int) -> 
         text.token_ids[None, : length + 1].to(model.device), positions[None], states[None]
     )
     with _Hooks(trace, model):
-        chooser = _KeptLogits(trace=trace, model=model)
+        vocab_size = model.config.transformer_layer_config.vocab_size
+        chooser = _KeptLogits(trace=trace, verifier_vocab_size=vocab_size)
         model.propose(model.start_drafting(), confirmed, num_tokens, chooser)
     return trace
 
@@ -97,18 +101,22 @@ def _as_vllm_hands_them(model: SpeculatorModel, states: Tensor) -> Tensor:
     return model.verifier_head.norm(states) if proposer.method == "mtp" else states
 
 
-def trace_served(llm: Any, prompt: Sequence[int]) -> Trace:
-    """The same of vLLM's draft; empty where its network is out of reach, in another process."""
-    from vllm import SamplingParams
+class _Worker(Protocol):
+    """Part of vLLM's worker."""
 
+    def get_draft_model(self) -> nn.Module | None: ...
+
+
+def trace_served(llm: LLM, prompt: Sequence[int]) -> Trace:
+    """The same of vLLM's draft; empty if its network is in another process."""
     engine = llm.llm_engine
-    is_here = hasattr(engine.engine_core, "engine_core")
+    is_here = isinstance(engine.engine_core, InprocClient)
     if not is_here or engine.vllm_config.parallel_config.world_size > 1:
         return {}
     trace: Trace = {}
     hooks: list[_Hooks] = []
 
-    def attach(worker: Any) -> bool:
+    def attach(worker: _Worker) -> bool:
         network = worker.get_draft_model()
         if network is None:
             return False
@@ -119,30 +127,37 @@ def trace_served(llm: Any, prompt: Sequence[int]) -> Trace:
         return {}
     try:
         parameters = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
-        llm.generate({"prompt_token_ids": list(prompt)}, parameters, use_tqdm=False)
+        asked: TokensPrompt = {"prompt_token_ids": list(prompt)}
+        llm.generate(asked, parameters, use_tqdm=False)
     finally:
         for hook in hooks:
             hook.remove()
     return trace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _KeptLogits(Chooser):
     """Keeps the logits of the first choice, over the verifier's vocabulary."""
 
-    trace: Trace = field(default_factory=dict)
-    model: Any = None
+    trace: Trace
+    verifier_vocab_size: int
 
     def __call__(
         self, logits: Tensor, token_ids: Tensor | None = None, vocab_size: int | None = None
     ) -> Proposal:
         whole = logits
         if token_ids is not None:
-            size = (*logits.shape[:-1], self.model.config.transformer_layer_config.vocab_size)
-            whole = logits.new_full(size, float("-inf"))
+            whole = logits.new_full((*logits.shape[:-1], self.verifier_vocab_size), float("-inf"))
             whole[..., token_ids] = logits
         self.trace.setdefault(LOGITS, whole[0].clone())
         return super().__call__(logits, token_ids, vocab_size)
+
+
+class _Network(Protocol):
+    """Part of vLLM's networks of drafts; those that read last hidden states do not combine."""
+
+    combine_hidden_states: Callable[[Tensor], Tensor]
+    compute_logits: Callable[..., Tensor | None]
 
 
 class _Hooks:
@@ -150,7 +165,7 @@ class _Hooks:
 
     def __init__(self, trace: Trace, network: nn.Module, served: bool = False):
         self.trace, self.network, self.served = trace, network, served
-        self.handles: list[Any] = []
+        self.handles: list[RemovableHandle] = []
 
     def attach(self) -> "_Hooks":
         for name, module in self.network.named_modules():
@@ -173,14 +188,14 @@ class _Hooks:
             vars(self.network).pop(name, None)
 
     def _keep(self, module: nn.Module, name: str) -> None:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: object, output: object) -> None:
             self._record(name, output[0] if isinstance(output, tuple) else output)
 
         self.handles.append(module.register_forward_hook(hook))
 
     def _keep_ends(self) -> None:
-        """What vLLM's draft is given, and its logits."""
-        network: Any = self.network
+        """Records the states that vLLM's draft is given, and its logits."""
+        network = cast(_Network, self.network)
         if hasattr(network, "combine_hidden_states"):
             combine = network.combine_hidden_states
 
@@ -191,25 +206,26 @@ class _Hooks:
             network.combine_hidden_states = combining
         else:
 
-            def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            def before(module: nn.Module, args: object, kwargs: dict[str, object]) -> None:
                 self._record(STATES, kwargs["hidden_states"])
 
-            self.handles.append(network.register_forward_pre_hook(before, with_kwargs=True))
+            hook = self.network.register_forward_pre_hook(before, with_kwargs=True)
+            self.handles.append(hook)
         compute = network.compute_logits
 
-        def computing(*args: Any, **kwargs: Any) -> Any:
+        def computing(*args: object, **kwargs: object) -> Tensor | None:
             logits = compute(*args, **kwargs)
             self._record(LOGITS, logits)
             return logits
 
         network.compute_logits = computing
 
-    def _record(self, name: str, output: Any) -> None:
+    def _record(self, name: str, output: object) -> None:
         if isinstance(output, Tensor) and name not in self.trace:
             tensor = output.detach()
             self.trace[name] = (tensor[0] if tensor.ndim == 3 else tensor).clone()
 
 
 def _common_name(name: str) -> str:
-    """vLLM's name of a module without what vLLM puts around the checkpoint's."""
+    """The checkpoint's name of a module, from vLLM's."""
     return name.removeprefix("model.").replace(".block.", ".")
