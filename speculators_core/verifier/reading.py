@@ -46,7 +46,7 @@ def load_verifier(
     files = (*checkpoint.ALL_FILES, "*.py") if trust_remote_code else checkpoint.ALL_FILES
     folder = checkpoint.fetch(name_or_path, files=files)
     checkpoint.stored_tensors(folder)
-    auto_class = language_model_class(read_verifier_config(folder, trust_remote_code))
+    auto_class = language_model_class(_config_in(folder, trust_remote_code))
     return auto_class.from_pretrained(
         folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
     ).eval()
@@ -69,17 +69,20 @@ def read_verifier_config(
         SpeculatorError: there is no such verifier within reach, or no config in it.
     """
     files = [checkpoint.CONFIG, "*.py"] if trust_remote_code else [checkpoint.CONFIG]
-    folder = checkpoint.fetch(name_or_path, files=files)
+    config = _config_in(checkpoint.fetch(name_or_path, files), trust_remote_code)
+    config.name_or_path = str(name_or_path)
+    return config
+
+
+def _config_in(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     checkpoint.read_config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         hint = " Trust it with trust_remote_code." if "trust_remote_code" in str(error) else ""
         raise SpeculatorError(
             f"{folder}: not a verifier that Transformers reads: {first_line(error)}{hint}"
         ) from error
-    config.name_or_path = str(name_or_path)
-    return config
 
 
 def read_tokenizer(name_or_path: str | PathLike, trust_remote_code: bool = False) -> Any:

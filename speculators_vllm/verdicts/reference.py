@@ -19,12 +19,14 @@ COUNT_TOLERANCE = 0.01
 
 def load_reference(pair: Pair, dtype: str) -> SpeculatorModel:
     """The speculator on Transformers with its verifier attached; auto is the verifier's dtype."""
-    device = torch.device("cuda" if offline.has_gpu() else "cpu")
-    verifier = load_verifier(pair.verifier, None if dtype == "auto" else as_dtype(dtype))
+    device = "cuda" if offline.has_gpu() else "cpu"
+    verifier = load_verifier(pair.verifier, None if dtype == "auto" else as_dtype(dtype)).to(device)
     speculator = SpeculatorModel.from_pretrained(
-        pair.speculator.folder, verifier=verifier, dtype=verifier.dtype
+        pair.speculator.folder,
+        config=pair.speculator.config,
+        verifier=verifier,
+        dtype=verifier.dtype,
     )
-    speculator.move_verifier(device)
     return speculator.to(device)
 
 

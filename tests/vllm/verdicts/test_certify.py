@@ -277,4 +277,4 @@ def test_vllm_keeps_what_the_reference_decoder_keeps(honest):
     fewer = [max(0, kept - 1) for kept in first]
     changed = honest.model_copy(update={"reference_accepted": [fewer, *others]})
     assert changed.verdict == "not certified"
-    assert "acceptance: at position 1 the reference decoder keeps" in changed.faults[0]
+    assert "acceptance: at position 1 the reference decoder accepts" in changed.faults[0]
