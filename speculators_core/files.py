@@ -9,7 +9,7 @@ import tempfile
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,41 +18,56 @@ from speculators_core.errors import SpeculatorError, first_line
 
 @dataclass(frozen=True)
 class Roots:
-    """The folders below which everything local lies; a root may itself be a link."""
+    """Folders and files below which data may name others; a root may itself be a link.
 
-    folders: tuple[Path, ...]
+    What a user names may lie anywhere. This guards what comes from elsewhere: links inside a data
+    set, files that its description lists, and places that a server states.
+    """
+
+    places: tuple[Path, ...]
+    option: str = "run.allowed_roots"
+    """Where the user sets them, for errors."""
+
+    def with_own(self, place: Path) -> "Roots":
+        """The same with a place that the user has named."""
+        return replace(self, places=(*self.places, place))
 
     def check(self, path: str | Path) -> Path:
-        """The path in full, its links followed; its end need not exist.
+        """The absolute path, its links followed; its end need not exist.
 
         Open what is returned, not what was given: a link that is changed later has no effect then.
 
         Raises:
             SpeculatorError: it lies outside all roots.
         """
-        found = _follow(path)
-        roots = [_follow(folder) for folder in self.folders]
+        found = in_full(path)
+        roots = [in_full(place) for place in self.places]
         if any(found.is_relative_to(root) for root in roots):
             return found
         shown = f"{path}" if found == Path(path) else f"{path} (in full: {found})"
         raise SpeculatorError(
-            f"{shown} lies outside of what may be read and written: "
-            f"{', '.join(map(str, roots)) or 'nothing'}. Add its folder to `run.allowed_roots`."
+            f"{shown}, which data name, lies outside of the allowed folders "
+            f"({', '.join(map(str, roots)) or 'none'}). Add its folder to {self.option}."
         )
 
 
-def _follow(path: str | Path) -> Path:
+def in_full(path: str | Path) -> Path:
+    """The absolute path, its links followed and ``~`` replaced.
+
+    Raises:
+        SpeculatorError: it has a loop of links or a zero byte, or there is no such home.
+    """
     try:
         return Path(path).expanduser().resolve()
-    except (RuntimeError, ValueError, OSError) as error:  # a loop, no home, a zero byte
-        raise SpeculatorError(f"{path!r} is no usable path: {first_line(error)}.") from error
+    except (RuntimeError, ValueError, OSError) as error:
+        raise SpeculatorError(f"{path!r} is not a usable path: {first_line(error)}.") from error
 
 
 def open_own(path: Path) -> IO[str]:
-    """A file of ours to append to; one that is a link is not followed.
+    """A file to append to; a link is refused.
 
     Raises:
-        OSError: it is one, or cannot be written.
+        OSError: it is a link, or cannot be written.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
     return open(os.open(path, flags, 0o644), "a", encoding="utf-8")

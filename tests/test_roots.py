@@ -78,10 +78,22 @@ def test_relative_paths_and_homes_are_meant_as_usual(inside, monkeypatch):
 
 @pytest.mark.parametrize("path", ["root/loop/key", "root/\0"])
 def test_what_is_no_path_is_refused(path, inside):
-    with pytest.raises(SpeculatorError, match="no usable path|lies outside"):
+    with pytest.raises(SpeculatorError, match="not a usable path|lies outside"):
         Roots((inside / "data",)).check(str(inside.parent / path))
 
 
 def test_without_roots_nothing_is_allowed(inside):
-    with pytest.raises(SpeculatorError, match="nothing"):
+    with pytest.raises(SpeculatorError, match="none"):
         Roots(()).check(inside)
+
+
+def test_the_error_names_the_option_that_the_command_has(inside):
+    with pytest.raises(SpeculatorError, match="Add its folder to --allowed-roots."):
+        Roots((), "--allowed-roots").check(inside)
+
+
+def test_what_the_user_names_is_a_root_itself(inside):
+    roots = Roots(()).with_own(inside / "data" / "rows")
+    assert roots.check(inside / "in" / "rows") == inside / "data" / "rows"
+    with pytest.raises(SpeculatorError, match="lies outside"):
+        roots.check(inside / "data" / "others")

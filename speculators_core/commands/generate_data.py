@@ -33,9 +33,11 @@ def run(
     as_json
         Print the report as JSON.
     """
+    plan = read_plan(config, dict(flags or ()))
+    for dataset in plan.data.datasets:
+        dataset.local_path()  # a missing one is refused before anything heavy is loaded
     from speculators_core.data_generation.runs.generate import generate_data, placed, print_report
 
-    plan = read_plan(config, dict(flags or ()))
     plan = placed(plan, *(() if config is None else (config.resolve().parent,)))
     if as_json:
         with result_alone_on_stdout():

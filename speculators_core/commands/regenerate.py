@@ -4,8 +4,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from speculators_core.data_generation.answers.answer_file import check_free
 from speculators_core.data_generation.answers.settings import RegenerateConfig
 from speculators_core.data_generation.settings import DatasetConfig
+from speculators_core.files import in_full
 from speculators_core.flags import group, optional
 from speculators_core.settings import Settings
 
@@ -32,8 +34,11 @@ def run(
         Data set of conversations or prompts: hub id, folder written or read by `datasets`, or file
         (JSONL, JSON, Parquet, Arrow, CSV or text).
     """
+    options = {} if dataset is None else dataset.stated()
+    data = DatasetConfig.read({"path": path, **options}, path)
+    data.local_path()  # a missing one is refused before anything heavy is loaded
+    check_free(in_full(config.output), config.resume)
     from speculators_core.data_generation.answers.regenerate import print_report, regenerate
 
-    options = {} if dataset is None else dataset.stated()
-    report = regenerate(DatasetConfig.read({"path": path, **options}, path), config)
+    report = regenerate(data, config)
     print_report(report, config.output)

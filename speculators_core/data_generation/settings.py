@@ -15,10 +15,23 @@ from typing import Annotated, Literal, Self
 from cyclopts import Parameter
 from pydantic import Field, field_validator, model_validator
 
+from speculators_core.errors import SpeculatorError
+from speculators_core.files import in_full
 from speculators_core.flags import JsonOptions, Several
 from speculators_core.settings import Settings, read_sections
 
 StoredDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]
+
+
+FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
+"""Suffixes of files, and what `datasets` reads them with."""
 
 
 class ColumnMapping(Settings):
@@ -64,6 +77,20 @@ class DatasetConfig(Settings):
     set."""
     sample_by: Literal["line", "paragraph", "document"] = "line"
     """Unit of a text file that makes a row."""
+
+    def local_path(self) -> Path | None:
+        """The absolute path of a local data set; None for one of the hub.
+
+        Raises:
+            SpeculatorError: it is local and does not exist.
+        """
+        given = Path(self.path).expanduser()
+        if not (given.exists() or given.suffix in FORMATS or self.path[0] in "/.~"):
+            return None
+        path = in_full(given)
+        if not path.exists():
+            raise SpeculatorError(f"{self.path}: no such file or folder, given as a data set.")
+        return path
 
 
 class StatesConfig(Settings):
@@ -195,8 +222,9 @@ class RunConfig(Settings):
     seed: int = Field(0, ge=0)
     """Seed for sampling."""
     allowed_roots: Annotated[tuple[Path, ...], Several] = ()
-    """Folders below which local files may be read and written, after resolving links; the current
-    directory, the configuration's folder and the store if not set."""
+    """Folders below which data and a server may name files, such as by links; the current
+    directory, the configuration's folder and the store if not set. Paths in the configuration and
+    in flags may lie anywhere."""
     log_file: Path | None = None
     """Log file, with a line every 30 s; `generate.log` in the store if not set."""
 

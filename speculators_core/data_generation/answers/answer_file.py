@@ -11,16 +11,18 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 import yaml
 from pydantic import BaseModel, JsonValue, ValidationError
 
-from speculators_core.data_generation.answers.dialogues import Dialogue
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.files import make_folder, try_lock, write_text
 from speculators_core.provenance import versions
 from speculators_core.settings import flat, load_yaml
+
+if TYPE_CHECKING:  # it loads Transformers
+    from speculators_core.data_generation.answers.dialogues import Dialogue
 
 
 class _Line(BaseModel):
@@ -48,18 +50,17 @@ class AnswerFile:
         self.done: set[str] = set()
         """Keys of dialogues that were kept or set aside."""
         stated, aside = beside(path, "yaml"), beside(path, "set_aside.jsonl")
-        with ExitStack() as opened, _told(path):
+        with ExitStack() as opened, _naming(path):
             make_folder(path.parent)
             self._kept = opened.enter_context(path.open("ab", buffering=0))
             self._aside = opened.enter_context(aside.open("ab", buffering=0))
             if not try_lock(self._kept.fileno()):
-                raise SpeculatorError(f"{path}: another run is writing it.")
-            if path.stat().st_size or aside.stat().st_size:
+                raise SpeculatorError(
+                    f"{path}: another run is writing it. Wait for its end, or choose another path."
+                )
+            if _holds_answers(path):
                 if not resume:
-                    raise SpeculatorError(
-                        f"{path} already exists. Pass --resume to append to it, or choose another "
-                        "path."
-                    )
+                    raise _exists(path)
                 _compare(stated, options)
             content = {"options": dict(options), "run": dict(run), "versions": versions()}
             write_text(stated, yaml.safe_dump(content, sort_keys=False))
@@ -67,7 +68,7 @@ class AnswerFile:
                 self.done.update(_whole_lines(file))
             self._opened = opened.pop_all()
 
-    def keep(self, dialogue: Dialogue) -> None:
+    def keep(self, dialogue: "Dialogue") -> None:
         """Raises:
         SpeculatorError: it cannot be written.
         """
@@ -78,7 +79,7 @@ class AnswerFile:
             record |= {"reason": dialogue.fault}
         file = self._kept if dialogue.fault is None else self._aside
         line = f"{json.dumps(record, ensure_ascii=False)}\n".encode()
-        with _told(file.name):
+        with _naming(file.name):
             if file.write(line) != len(line):
                 raise OSError("no space left")
 
@@ -86,17 +87,38 @@ class AnswerFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._opened, _told(self.path):
+        with self._opened, _naming(self.path):
             for file in (self._kept, self._aside):
                 os.fsync(file.fileno())
 
 
 @contextmanager
-def _told(path: str | Path) -> Iterator[None]:
+def _naming(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise SpeculatorError(f"{path} cannot be written: {first_line(error)}.") from error
+
+
+def check_free(path: Path, resume: bool) -> None:
+    """Checks an output before anything heavy is loaded.
+
+    Raises:
+        SpeculatorError: it exists and is not to be resumed.
+    """
+    if not resume and _holds_answers(path):
+        raise _exists(path)
+
+
+def _holds_answers(path: Path) -> bool:
+    files = (path, beside(path, "set_aside.jsonl"))
+    return any(file.exists() and file.stat().st_size for file in files)
+
+
+def _exists(path: Path) -> SpeculatorError:
+    return SpeculatorError(
+        f"{path} already exists. Pass --resume to append to it, or choose another path."
+    )
 
 
 def beside(path: Path, what: str) -> Path:
@@ -118,7 +140,8 @@ def _whole_lines(file: BinaryIO) -> Iterator[str]:
                 yield _Line.model_validate_json(line).key
             except ValidationError as error:
                 raise SpeculatorError(
-                    f"{file.name}, line {number}: expected a JSON object with a key."
+                    f"{file.name}, line {number}: expected a JSON object with a key. Choose "
+                    "another output."
                 ) from error
             end += len(line)
     file.truncate(end)

@@ -18,7 +18,6 @@ from speculators_core.data_generation.runs.progress import metered
 from speculators_core.data_generation.settings import (
     DataGenConfig,
     DatasetConfig,
-    RunConfig,
     StatesConfig,
 )
 from speculators_core.data_generation.texts.messages import (
@@ -32,7 +31,7 @@ from speculators_core.data_generation.texts.rows import Row, RowKind, RowParts
 from speculators_core.data_generation.texts.sources import FIRST_ROWS, Source, open_sources, rows_of
 from speculators_core.data_generation.texts.spans import RowSkipped
 from speculators_core.errors import SpeculatorError
-from speculators_core.files import Roots
+from speculators_core.files import Roots, in_full
 from speculators_core.registry import ANSWERERS
 from speculators_core.settings import Settings
 
@@ -72,11 +71,8 @@ def regenerate(data: DatasetConfig, settings: RegenerateConfig) -> RegenerateRep
         SpeculatorError: options, data, output or verifier are at fault, the server is gone, or more
             conversations than ``max_failures`` could not be answered.
     """
-    roots = Roots(
-        RunConfig(allowed_roots=settings.allowed_roots).allowed_roots
-        or (Path.cwd(), settings.output.expanduser().absolute().parent)
-    )
-    path = roots.check(settings.output)
+    roots = Roots(settings.allowed_roots or (Path.cwd(),), "--allowed-roots")
+    path = in_full(settings.output)
     make_answerer: type[Answerer] = ANSWERERS.load(settings.answers.engine_name)
     source = _open(data, settings, roots)
     with AnswerFile(path, *_options(data, settings), resume=settings.resume) as file:

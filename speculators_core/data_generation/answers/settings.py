@@ -99,5 +99,5 @@ class RegenerateConfig(Settings):
     max_failures: int = Field(100, ge=0)
     """Maximum number of conversations that may fail to be answered; one more ends the run."""
     allowed_roots: Annotated[tuple[Path, ...], Parameter(negative=())] = ()
-    """Folders below which local files may be read and written, after resolving links; the current
-    directory and the output's folder if not set."""
+    """Folders below which data may name other files, such as by links; the current directory if not
+    set. The data set and the output may lie anywhere."""

@@ -73,8 +73,8 @@ def generate_data(plan: GenerationPlan) -> RunReport:
     Nothing heavy starts before the plan, the data and the store have been checked. What was stored
     before an error is kept, and the same plan with ``run.resume`` resumes from there.
 
-    Local data are read and written below the current directory and the store, if the plan names no
-    ``run.allowed_roots``.
+    Files that data name are read below the current directory and the store, if the plan names no
+    ``run.allowed_roots``; what the plan itself names may lie anywhere.
 
     Raises:
         SpeculatorError: plan, data, engine or store are at fault, or more examples failed than

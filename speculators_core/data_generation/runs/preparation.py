@@ -11,7 +11,7 @@ from speculators_core.data_generation.engines.pipeline import schema_of
 from speculators_core.data_generation.settings import GenerationPlan
 from speculators_core.data_generation.stores.disk import SHARDS, DiskStore, Manifest, check_same
 from speculators_core.errors import SpeculatorError, first_line
-from speculators_core.files import Roots, make_folder, write_text
+from speculators_core.files import Roots, in_full, make_folder, write_text
 from speculators_core.provenance import sample_weights, this_command, versions, without_secrets
 
 CONFIG = "config.yaml"
@@ -25,25 +25,24 @@ JOURNAL = "journal.json"
 
 
 def placed(plan: GenerationPlan, *more: Path) -> GenerationPlan:
-    """The plan with its local places in full, and the folders that it may read and write.
+    """The plan with absolute local paths, and the folders below which data may name files.
 
-    Where it names none, those are the current directory, the store and ``more``.
+    If it names none, those are the current directory, the store and ``more``.
 
     Raises:
-        SpeculatorError: the store or the log lies outside of them.
+        SpeculatorError: a path is not usable, or the store's shards lie outside of it.
     """
     run, sync = plan.run, plan.sync
+    if run.log_file is not None:
+        run = run.model_copy(update={"log_file": in_full(run.log_file)})
+    if sync.path is not None:
+        sync = sync.model_copy(update={"path": in_full(sync.path)})
+    own = () if sync.path is None else (sync.path,)
     if not run.allowed_roots:
-        own = () if sync.path is None else (sync.path.expanduser(),)
         folders = dict.fromkeys(folder.resolve() for folder in (Path.cwd(), *more, *own))
         run = run.model_copy(update={"allowed_roots": tuple(folders)})
-    roots = Roots(run.allowed_roots)
-    if run.log_file is not None:
-        run = run.model_copy(update={"log_file": roots.check(run.log_file)})
-    if sync.path is not None:
-        path = roots.check(sync.path)
-        roots.check(path / SHARDS)
-        sync = sync.model_copy(update={"path": path})
+    for folder in own:
+        Roots(run.allowed_roots).with_own(folder).check(folder / SHARDS)
     return plan.model_copy(update={"run": run, "sync": sync})
 
 

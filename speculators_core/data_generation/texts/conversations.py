@@ -35,7 +35,6 @@ from speculators_core.data_generation.texts.spans import (
     TokenSequence,
 )
 from speculators_core.errors import SpeculatorError, first_line
-from speculators_core.files import Roots
 
 RENDERING_ERRORS = (
     TemplateError,
@@ -187,7 +186,7 @@ def load_tokenizer(data: DataGenConfig) -> PreTrainedTokenizerBase:
 
 
 def load_chat_template(
-    data: DataGenConfig, tokenizer: PreTrainedTokenizerBase, roots: Roots
+    data: DataGenConfig, tokenizer: PreTrainedTokenizerBase
 ) -> ChatTemplate | None:
     """The chat template of a configuration; None where the verifier's is asked for and has none.
 
@@ -196,14 +195,14 @@ def load_chat_template(
     """
     template = None
     if data.chat_template is not None:
-        template = resolve_chat_template(data.chat_template, roots)
+        template = resolve_chat_template(data.chat_template)
     elif tokenizer.chat_template is None:
         return None
     stop_ids = _stop_ids(data.verifier, tokenizer)
     return ChatTemplate(tokenizer, stop_ids, template, data.template_options)
 
 
-def resolve_chat_template(given: str, roots: Roots) -> str:
+def resolve_chat_template(given: str) -> str:
     """The Jinja of a template that is given as such, as a file, or as a tokenizer that has one.
 
     Raises:
@@ -214,12 +213,12 @@ def resolve_chat_template(given: str, roots: Roots) -> str:
     path = Path(given).expanduser()
     if path.is_file():
         try:
-            return roots.check(path).read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise SpeculatorError(f"{path} cannot be read: {first_line(error)}.") from error
     if path.suffix in (".jinja", ".jinja2", ".j2"):
         raise SpeculatorError(f"{path}: no such file, given as data.chat_template.")
-    tokenizer = _read_tokenizer(str(roots.check(path)) if path.is_dir() else given)
+    tokenizer = _read_tokenizer(str(path) if path.is_dir() else given)
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:

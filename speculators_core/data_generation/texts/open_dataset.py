@@ -21,19 +21,9 @@ from datasets import (
     load_from_disk,
 )
 
-from speculators_core.data_generation.settings import DatasetConfig
+from speculators_core.data_generation.settings import FORMATS, DatasetConfig
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.files import Roots
-
-FORMATS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".arrow": "arrow",
-    ".txt": "text",
-}
-"""Suffixes of files, and what `datasets` reads them with."""
 
 
 def open_rows(config: DatasetConfig, roots: Roots) -> tuple[Dataset | IterableDataset, list[str]]:
@@ -44,12 +34,9 @@ def open_rows(config: DatasetConfig, roots: Roots) -> tuple[Dataset | IterableDa
             file of it lies outside the roots.
     """
     where = f"{config.path} (split {config.split})"
-    path = Path(config.path).expanduser()
+    path = config.local_path()
     try:
-        if path.exists() or path.suffix in FORMATS or config.path[0] in "/.~":
-            rows = _open_local(config, roots.check(path), roots)
-        else:
-            rows = _open_hub(config)
+        rows = _open_hub(config) if path is None else _open_local(config, path, roots)
         columns = list(rows.column_names or next(iter(rows), {}))
     except SpeculatorError:
         raise
@@ -62,8 +49,7 @@ def open_rows(config: DatasetConfig, roots: Roots) -> tuple[Dataset | IterableDa
 
 
 def _open_local(config: DatasetConfig, path: Path, roots: Roots) -> Dataset | IterableDataset:
-    if not path.exists():
-        raise SpeculatorError(f"{config.path}: no such file or folder, given as a data set.")
+    roots = roots.with_own(path)
     is_text = path.suffix == ".txt"
     if config.sample_by != "line" and not is_text:
         raise SpeculatorError(f"{config.path}: `sample_by` is for text files (.txt) alone.")
@@ -80,7 +66,7 @@ def _open_local(config: DatasetConfig, path: Path, roots: Roots) -> Dataset | It
     else:
         options: dict[str, object] = {"sample_by": config.sample_by} if is_text else {}
         if path.suffix == ".jsonl":
-            options["features"] = _features(roots.check(path))
+            options["features"] = _features(path)
         builder = load_dataset_builder(FORMATS[path.suffix], data_files=str(path), **options)
     for file in _data_files(builder):
         if "://" in file:

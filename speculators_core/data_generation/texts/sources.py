@@ -113,7 +113,7 @@ def read_examples(
             rows can be used.
     """
     sources = open_sources(data, roots)
-    chat = load_chat_template(data, tokenizer, roots)
+    chat = load_chat_template(data, tokenizer)
     for source in sources:
         logger.info("reading %s", source.describe())
         if source.parts.kind is RowKind.CONVERSATION and chat is None:

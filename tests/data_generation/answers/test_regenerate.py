@@ -501,7 +501,7 @@ def test_the_key_reaches_the_server_and_nothing_else(run, server, is_flag, monke
     flags = ["--api-key", key] if is_flag else []
     with pytest.raises(SystemExit):
         arguments = [str(run.folder / "rows.jsonl"), "--output", str(run.output), *flags]
-        main(["regenerate", *arguments, "--base-url", server.url, "--allowed-roots", "/"])
+        main(["regenerate", *arguments, "--base-url", server.url])
     assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {key}"}
     assert "of ***" in run.aside()["0/0"] and len(run.lines()) == 1
     told = capfd.readouterr()
@@ -532,7 +532,7 @@ def test_a_killed_run_goes_on_to_the_same_file(run, server):
     undisturbed, output = run.output.read_bytes(), run.folder / "killed.jsonl"
     flags = ("--output", output, "--base-url", server.url, "--concurrency", 2)
     command = [COMMAND, "regenerate", *map(str, (run.folder / "rows.jsonl", *flags))]
-    with subprocess.Popen([*command, "--allowed-roots", "/"]) as process:
+    with subprocess.Popen(command) as process:
         while not output.exists() or output.read_bytes().count(b"\n") < 20:
             time.sleep(0.01)
             assert process.poll() is None
@@ -620,19 +620,38 @@ def test_options_versions_and_progress_lie_beside_the_output(run, server):
     assert "began" in log and "ended: 2 conversations, 2 answers, 6 tokens" in log
 
 
-@pytest.mark.parametrize("outside", ["data", "output"])
-def test_nothing_is_read_or_written_outside_the_allowed_folders(run, server, outside, tmp_path):
-    inside = tmp_path / "inside"
-    inside.mkdir()
-    run.write(chats(1))
-    run.write(chats(1), "inside/rows.jsonl")
-    options = {"allowed_roots": [inside], "data": {"path": str(inside / "rows.jsonl")}}
-    if outside == "data":
-        (inside / "link.jsonl").symlink_to(tmp_path / "rows.jsonl")
-        options |= {"data": {"path": str(inside / "link.jsonl")}, "output": inside / "out.jsonl"}
-    with pytest.raises(SpeculatorError, match="lies outside"):
+def test_only_what_data_name_must_lie_in_the_allowed_folders(run, server, tmp_path):
+    """Data and output lie where the user says."""
+    data = tmp_path / "elsewhere"
+    data.mkdir()
+    (data / "train.jsonl").symlink_to(run.write(chats(1)))
+    options = {"allowed_roots": [tmp_path / "nowhere"], "output": tmp_path / "there" / "out.jsonl"}
+    run(None, server.url, **options)
+    assert (tmp_path / "there" / "out.jsonl").exists()
+    options |= {"data": {"path": str(data)}, "output": run.output}
+    with pytest.raises(SpeculatorError, match="lies outside.*Add its folder to --allowed-roots"):
         run(None, server.url, **options)
-    assert server.bodies == [] and not list(tmp_path.glob("answers*"))
+    assert len(server.bodies) == 1 and not run.output.exists()
+    run(None, server.url, **options | {"allowed_roots": [tmp_path]})
+
+
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [("missing.jsonl", "missing.jsonl: no such file"), ("rows.jsonl", "--resume to append to it")],
+)
+def test_wrong_places_are_refused_before_anything_heavy_is_loaded(run, path, complaint, tmp_path):
+    run.write(chats(1))
+    run.output.write_text("{}\n")
+    code = (
+        "import sys\n"
+        "from speculators_core.cli import main\n"
+        f"try: main(['regenerate', '{tmp_path / path}', '--output', '{run.output}'])\n"
+        "except SystemExit as leave: code = leave.code\n"
+        "print(code, 'torch' in sys.modules, 'transformers' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "2 False False\n"
+    assert complaint in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_flags_reach_the_run(run, server, capsys, monkeypatch):

@@ -18,7 +18,6 @@ from speculators_core.data_generation.texts.conversations import (
 )
 from speculators_core.data_generation.texts.spans import RowSkipped, SkipReason
 from speculators_core.errors import SpeculatorError
-from speculators_core.files import Roots
 from tests.data_generation.texts.families import (
     FAMILIES,
     TEMPLATES,
@@ -346,19 +345,19 @@ def config_for(folder, **options) -> DataGenConfig:
     return DataGenConfig(verifier=str(folder), datasets=({"path": "a.jsonl"},), **options)
 
 
-def learned_of(data: DataGenConfig, roots: Roots, messages=TWO_TURNS) -> list[str]:
+def learned_of(data: DataGenConfig, messages=TWO_TURNS) -> list[str]:
     tokenizer = load_tokenizer(data)
-    chat = load_chat_template(data, tokenizer, roots)
+    chat = load_chat_template(data, tokenizer)
     (sequence,) = chat.tokenize(Conversation(messages))
     return learned_texts(tokenizer, sequence)
 
 
 def test_the_generation_config_says_what_ends_an_answer(verifier_folder, tmp_path):
-    with_it = learned_of(config_for(verifier_folder), Roots(()))
+    with_it = learned_of(config_for(verifier_folder))
     assert with_it == ["Hello there!<|end|>", "It is sunny.<|end|>"]
     make_tokenizer("llama3").save_pretrained(tmp_path)
     stops_early = [HELLO, {"role": "assistant", "content": "It is<|eot_id|> sunny."}]
-    without = learned_of(config_for(tmp_path), Roots(()), stops_early)
+    without = learned_of(config_for(tmp_path), stops_early)
     assert without == ["It is<|eot_id|>"]
 
 
@@ -382,17 +381,9 @@ def test_a_chat_template_is_jinja_or_a_file_or_a_tokenizer_that_has_one(
         other.save_pretrained(tmp_path)
         (tmp_path / "chat_template.jinja").write_text(text)
     name = {"inline": text, "file": str(tmp_path / "chat.jinja"), "folder": str(tmp_path)}[given]
-    roots = Roots((tmp_path,))
-    assert resolve_chat_template(name, roots) == text
+    assert resolve_chat_template(name) == text
     data = config_for(verifier_folder, chat_template=name)
-    assert learned_of(data, roots) == ["HELLO THERE!<|end|>", "IT IS SUNNY.<|end|>"]
-
-
-def test_a_chat_template_outside_the_roots_is_not_read(tmp_path):
-    (tmp_path / "chat.jinja").write_text("{{ messages }}")
-    for name in (tmp_path / "chat.jinja", tmp_path):
-        with pytest.raises(SpeculatorError, match="allowed_roots"):
-            resolve_chat_template(str(name), Roots((tmp_path / "elsewhere",)))
+    assert learned_of(data) == ["HELLO THERE!<|end|>", "IT IS SUNNY.<|end|>"]
 
 
 @pytest.mark.parametrize(
@@ -409,7 +400,7 @@ def test_a_chat_template_that_is_not_there_is_one_line(name, message, tmp_path, 
     bare.save_pretrained(tmp_path / "without")
     (tmp_path / "without" / "chat_template.jinja").unlink()
     with pytest.raises(SpeculatorError, match=message) as error:
-        resolve_chat_template(name, Roots((tmp_path,)))
+        resolve_chat_template(name)
     assert "\n" not in str(error.value)
 
 
@@ -430,7 +421,7 @@ def test_a_verifier_without_a_template_has_none(tmp_path):
     make_tokenizer("phi3").save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     data = config_for(tmp_path)
-    assert load_chat_template(data, load_tokenizer(data), Roots(())) is None
+    assert load_chat_template(data, load_tokenizer(data)) is None
 
 
 def test_code_of_a_verifier_runs_only_where_it_is_trusted(tmp_path):
