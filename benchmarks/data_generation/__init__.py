@@ -1,0 +1,1 @@
+"""How fast data are generated, stored and handed on."""
