@@ -301,7 +301,7 @@ class SideFigures:
 
     side: Side
     seconds: float
-    """For all rows."""
+    """Time for all rows."""
     losses: tuple[tuple[int, float], ...] = ()
     """Steps and held-out losses."""
 
