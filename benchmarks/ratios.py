@@ -1,4 +1,4 @@
-"""Rates and their reference rates: measured in turns, printed with targets."""
+"""Rates and reference rates, measured in turns."""
 
 import multiprocessing
 import statistics

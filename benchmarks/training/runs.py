@@ -1,4 +1,4 @@
-"""Whole training runs compared with peers, bare steps and a store.
+"""Whole training runs compared with peers and bare steps.
 
 Data are rows of this interpreter's standard library. Every training is a `speculators train` in a
 fresh process.
