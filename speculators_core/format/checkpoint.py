@@ -40,6 +40,30 @@ FOREIGN_KEYS = {
 """Written by other versions and projects, read by nobody: dropped."""
 
 
+KEPT_KEYS = {
+    "max_anchors",
+    "num_depths",
+    "down_sample_ratio",
+    "down_sample_ratio_min",
+    "num_speculative_steps",
+    "embed_requires_grad",
+    "use_cache",
+    "ttt_steps",
+    "draft_attn_impl",
+    "quantization_config",
+    "markov_rank",
+    "markov_head_type",
+    "enable_confidence_head",
+    "confidence_head_with_markov",
+    "confidence_head_alpha",
+    "conv_kernel_size",
+    "conv_group_size",
+    "selector_rank",
+    "selector_top_k",
+}
+"""Keys that releases of the public library or vLLM's readers know, and no network of ours reads."""
+
+
 LAYER_KEYS = {
     "num_aux_hidden_states",
     "num_aux_layers",

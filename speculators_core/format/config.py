@@ -7,8 +7,9 @@ pydantic, from the annotations of the class. Names that only the disk knows stan
 
 import copy
 import inspect
+import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import MISSING, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
@@ -38,6 +39,8 @@ from speculators_core.format.proposals import GreedyTokenProposalConfig, TokenPr
 from speculators_core.format.readings import OtherReading
 from speculators_core.format.vocabulary import Vocabulary
 from speculators_core.registry import MODELS, PROPOSALS, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 UNSET = "UNSET"
 
@@ -232,6 +235,8 @@ class SpeculatorModelConfig(PretrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         own = own_fields(type(self))
+        self.unread_keys: dict[str, Any] = {}
+        """Keys of the file that have no effect here; `to_dict` writes them back."""
         for key in [key for key in kwargs if key not in checkpoint.COMMON_KEYS]:
             raise SpeculatorError(
                 f"unknown key {key!r} for a {self.speculators_model_type} speculator."
@@ -264,6 +269,30 @@ class SpeculatorModelConfig(PretrainedConfig):
                 f"speculators_model_type {self.speculators_model_type!r}."
             )
         self.check()
+
+    @property
+    def unknown_keys(self) -> list[str]:
+        """Unread keys that no release of the public library and no reader of vLLM knows.
+
+        Each with the key that was probably meant: ``norm_befor_fc (Did you mean ...?)``.
+        """
+        known = own_fields(type(self))
+        hints = {path: did_you_mean(path, known).strip() for path in _paths(self.unread_keys)}
+        return [
+            f"{path} ({hint})" if hint else path
+            for path, hint in hints.items()
+            if path not in checkpoint.KEPT_KEYS
+        ]
+
+    def warn_of_unread_keys(self) -> None:
+        """Logs one warning that lists the unknown keys."""
+        if unknown := self.unknown_keys:
+            logger.warning(
+                "the config of this %s speculator has keys without effect, which are kept when it "
+                "is saved: %s",
+                self.speculators_model_type,
+                ", ".join(unknown),
+            )
 
     def check(self) -> None:
         """Rules over several keys; an algorithm adds its own.
@@ -346,26 +375,41 @@ class SpeculatorModelConfig(PretrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The config of the class that ``speculators_model_type`` names.
 
-        ``kwargs`` replace keys of the dict; with ``return_unused_kwargs`` those that are no key
-        come back beside the config, as in Transformers.
+        ``kwargs`` replace keys of the dict; with ``return_unused_kwargs`` those that are not a key
+        come back beside the config, as in Transformers. Keys of the dict that no reader here knows
+        are kept (`unread_keys`).
 
         Raises:
-            SpeculatorError: ``speculators_model_type`` is missing or unknown, or a key is.
+            SpeculatorError: ``speculators_model_type`` is missing or unknown, a value is invalid,
+                or one of ``kwargs`` is not a key.
         """
         return_unused = kwargs.pop("return_unused_kwargs", False)
-        if not checkpoint.is_speculator(config_dict):
+        config_dict = {**config_dict, **_taken(kwargs, ["speculators_model_type"])}
+        if "speculators_model_type" not in config_dict:
             raise SpeculatorError(
                 "no speculators_model_type in the config: this is not a speculator. "
-                f"Expected one of {', '.join(MODELS.names())}."
+                f"Expected one of {', '.join(MODELS.names())}.",
+                cause="invalid config",
             )
-        target = MODELS.load(config_dict["speculators_model_type"]).config_class
+        kind = config_dict["speculators_model_type"]
+        target = MODELS.load(kind).config_class
         if not issubclass(target, cls):
             raise SpeculatorError(
-                f"the config is of a {config_dict['speculators_model_type']} speculator, "
-                f"which {cls.__name__} cannot hold. Load it with {target.__name__}."
+                f"the config is of a {kind} speculator, which {cls.__name__} cannot hold. "
+                f"Load it with {target.__name__}."
             )
-        replaced = {key: kwargs.pop(key) for key in list(kwargs) if key in own_fields(target)}
-        config = target(**{**checkpoint.without_foreign_keys(config_dict), **replaced})
+        known = {*own_fields(target), *PretrainedConfig.__annotations__, *checkpoint.COMMON_KEYS}
+        overrides = _taken(kwargs, known)
+        if kwargs and not return_unused:
+            key = next(iter(kwargs))
+            raise SpeculatorError(
+                f"{key!r} has no effect on a {kind} speculator's config."
+                f"{did_you_mean(key, own_fields(target))} Leave it out."
+            )
+        read, unread = _split_unread(checkpoint.without_foreign_keys(config_dict), known)
+        config = target(**{**read, **overrides})
+        config.unread_keys = unread
+        config.warn_of_unread_keys()
         return (config, kwargs) if return_unused else config
 
     @classmethod
@@ -417,7 +461,7 @@ class SpeculatorModelConfig(PretrainedConfig):
         written = schema(type(self)).model_construct(**{n: getattr(self, n) for n in own})
         dtype = str(self.dtype).removeprefix("torch.") if self.dtype is not None else None
         return {
-            **written.model_dump(mode="json"),
+            **_merged(self.unread_keys, written.model_dump(mode="json")),
             "architectures": self.architectures,
             "dtype": dtype,
             "speculators_version": _own_version(),
@@ -435,6 +479,71 @@ class SpeculatorModelConfig(PretrainedConfig):
         if push_to_hub:
             raise ValueError("push_to_hub is not supported here; save, then upload the folder")
         checkpoint.write_config(save_directory, self.to_dict())
+
+
+def _taken(options: dict[str, Any], names: Container[str]) -> dict[str, Any]:
+    """These options, removed from the dict."""
+    return {key: options.pop(key) for key in list(options) if key in names}
+
+
+def _split_unread(
+    config_dict: Mapping[str, Any], known: Container[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys that a config is made of, and all others, each where it stands in the file."""
+    read, unread = _divided(config_dict, known)
+    inner = read.get("speculators_config")
+    if not isinstance(inner, dict):
+        return read, unread
+    own, others = _divided(inner, SpeculatorsConfig.model_fields)
+    if isinstance(verifier := own.get("verifier"), dict):
+        own["verifier"], unread_there = _divided(verifier, VerifierConfig.model_fields)
+        if unread_there:
+            others["verifier"] = unread_there
+    if isinstance(methods := own.get("proposal_methods"), list):
+        divided = [_divided(method, _keys_of(method)) for method in methods]
+        own["proposal_methods"] = [method for method, _ in divided]
+        if any(unread_there for _, unread_there in divided):
+            others["proposal_methods"] = [unread_there for _, unread_there in divided]
+    read["speculators_config"] = own
+    return read, {**unread, "speculators_config": others} if others else unread
+
+
+def _divided(value: Any, known: Container[str]) -> tuple[Any, dict[str, Any]]:
+    """A mapping's items with a known key, and the others; another value stays as is."""
+    if not isinstance(value, Mapping):
+        return value, {}
+    return (
+        {key: item for key, item in value.items() if key in known},
+        {key: item for key, item in value.items() if key not in known},
+    )
+
+
+def _keys_of(method: Any) -> Container[str]:
+    """The keys of a proposal method's class; an unknown class has every key that stands there."""
+    kind = method.get("proposal_type") if isinstance(method, Mapping) else None
+    return PROPOSALS.load(kind).model_fields if kind in PROPOSALS.names() else list(method)
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """``above``, with what ``below`` has beside it."""
+    if isinstance(below, Mapping) and isinstance(above, Mapping):
+        both = {key: _merged(below[key], above[key]) for key in above if key in below}
+        return {**below, **above, **both}
+    if isinstance(below, list) and isinstance(above, list) and len(below) == len(above):
+        return [_merged(*pair) for pair in zip(below, above, strict=True)]
+    return above
+
+
+def _paths(unread: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """``speculators_config.verifier.hidden_size`` and the like, of keys that are not read."""
+    for key, value in unread.items():
+        if f"{above}{key}" == "speculators_config" or above.endswith("speculators_config."):
+            inner = value if isinstance(value, list) else [value]
+            if all(isinstance(item, Mapping) for item in inner):
+                for item in inner:
+                    yield from _paths(item, f"{above}{key}.")
+                continue
+        yield f"{above}{key}"
 
 
 def own_fields(config_class: type[SpeculatorModelConfig]) -> list[str]:

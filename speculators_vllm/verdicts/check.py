@@ -127,6 +127,10 @@ def _warn_of_config(report: CheckReport, speculator: StoredSpeculator) -> None:
             "checkpoint",
             f"{key} is {setting}: vLLM verifies exactly and ignores it.",
         )
+    if unknown := config.unknown_keys:
+        report.add(
+            "note", "checkpoint", f"keys of config.json without effect: {', '.join(unknown)}."
+        )
     if (speculator.folder / "config.py").exists() or "auto_map" in raw:
         report.add("note", "checkpoint", "it ships Python code, which is never run.")
 

@@ -57,11 +57,65 @@ def test_configs_are_equal_by_value():
     assert one != other
 
 
+def with_keys_of_others():
+    config = interop_config()
+    config |= {"max_anchors": 3072, "use_cache": True, "norm_befor_fc": True, "colour": {"a": 1}}
+    config["speculators_config"]["build"] = 7
+    config["speculators_config"]["verifier"]["hidden_size"] = 128
+    config["speculators_config"]["proposal_methods"][0]["tokens"] = 3
+    return config
+
+
+def test_keys_of_a_file_that_nobody_reads_are_kept_with_one_warning(caplog):
+    read = SpeculatorModelConfig.from_dict(with_keys_of_others())
+    (record,) = caplog.records
+    for word in (
+        "norm_befor_fc (Did you mean 'norm_before_fc'?)",
+        "colour",
+        "speculators_config.build",
+        "speculators_config.verifier.hidden_size",
+        "speculators_config.proposal_methods.tokens",
+    ):
+        assert word in record.getMessage()
+    assert "max_anchors" not in record.getMessage()
+    written = read.to_dict()
+    assert written["colour"] == {"a": 1} and written["max_anchors"] == 3072
+    assert written["speculators_config"]["build"] == 7
+    assert written["speculators_config"]["verifier"]["hidden_size"] == 128
+    assert written["speculators_config"]["proposal_methods"][0]["tokens"] == 3
+    assert SpeculatorModelConfig.from_dict(written).to_dict() == written
+    assert read.norm_before_fc == interop_config()["norm_before_fc"]
+
+
+def test_known_keys_of_others_need_no_warning(caplog):
+    SpeculatorModelConfig.from_dict({**interop_config(), "max_anchors": 1, "num_depths": 8})
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("key", ["norm_befor_fc", "max_anchors", "colour"])
+def test_a_keyword_without_effect_is_an_error(key):
+    with pytest.raises(SpeculatorError, match=f"unknown key '{key}'"):
+        Eagle3SpeculatorConfig(**{key: True})
+    with pytest.raises(SpeculatorError, match=f"'{key}' has no effect"):
+        SpeculatorModelConfig.from_dict(interop_config(), **{key: True})
+    config, unused = SpeculatorModelConfig.from_dict(
+        interop_config(), **{key: True}, return_unused_kwargs=True
+    )
+    assert unused == {key: True} and not config.unread_keys
+
+
+def test_keywords_replace_keys_and_may_name_the_algorithm():
+    stored = interop_config()
+    kind = stored.pop("speculators_model_type")
+    config = SpeculatorModelConfig.from_dict(
+        stored, speculators_model_type=kind, norm_before_fc=True
+    )
+    assert config.speculators_model_type == kind and config.norm_before_fc
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"norm_befor_fc": True}, "Did you mean 'norm_before_fc'"),
-        ({"colour": "blue"}, "unknown key 'colour'"),
         ({"speculators_model_type": "eagle9"}, "known: dflash, eagle3, mtp, peagle"),
         ({"speculators_model_type": None}, "known: dflash, eagle3, mtp, peagle"),
         ({"draft_vocab_size": 0}, "draft_vocab_size"),
@@ -109,8 +163,6 @@ def test_bad_layer_config_is_named(key, value, message):
         (("proposal_methods",), [], "proposal_methods"),
         (("proposal_methods", 0, "speculative_tokens"), 0, "greater than or equal to 1"),
         (("proposal_methods", 0, "proposal_type"), "magic", "known: greedy, sampling"),
-        (("proposal_methods", 0, "tokens"), 3, "tokens"),
-        (("verifer",), {}, "verifer"),
         (("algorithm",), "mtp", "contradicts speculators_model_type 'eagle3'"),
     ],
 )

@@ -934,8 +934,6 @@ def sliding(window: int) -> dict:
         ({"aux_hidden_state_layer_ids": [1, 1, 4]}, "ascending"),
         ({"block_size": 1}, "block_size: .* greater than or equal to 2"),
         (sliding(7), "sliding_window 7 is smaller than block_size 8"),
-        ({"blok_size": 8}, "Did you mean 'block_size'"),
-        ({"markov_rank": 256}, "unknown key 'markov_rank' for a dflash speculator"),
         ({"draft_vocab_size": 4096}, "larger than the verifier's vocabulary of 2048"),
     ],
 )

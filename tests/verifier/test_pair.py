@@ -75,7 +75,6 @@ def scatter(folder):
 
 
 FAULTS = {
-    "unknown key": (config(norm_befor_fc=True), "invalid config"),
     "unknown algorithm": (config(speculators_model_type="eagle9"), "invalid config"),
     "no algorithm": (config(speculators_model_type=None), "invalid config"),
     "value out of bounds": (config(draft_vocab_size=0), "invalid config"),

@@ -205,7 +205,6 @@ FAULTY: dict[str, tuple[str, dict[str, Any], str]] = {
     "another depth": ("mtp", layer(num_hidden_layers=7, layer_types=None), "made for 7"),
     "no layer config": ("mtp", {"transformer_layer_config": None}, "transformer_layer_config"),
     "a list for the layer config": ("dflash", {"transformer_layer_config": [1]}, "an object"),
-    "an unknown key": ("dflash", {"block_sise": 8}, "Did you mean 'block_size'"),
     "another algorithm": ("eagle3", inner(algorithm="mtp"), "'mtp' contradicts"),
     "another kind": ("eagle3", {"speculators_model_type": "mtp"}, "unknown key|contradicts"),
     "another kind with the same keys": (

@@ -63,6 +63,16 @@ def test_default_proposal_method_decides(copy):
     assert completed({"model": copy(edit)})["num_speculative_tokens"] == 6
 
 
+@pytest.mark.parametrize("place", ["", "verifier", "proposal_methods"])
+def test_keys_of_others_do_not_stop_a_server(copy, place):
+    def edit(config):
+        inner = config["speculators_config"]
+        at = {"": config, "verifier": inner["verifier"]}.get(place, inner["proposal_methods"][0])
+        at |= {"max_anchors": 3072, "use_cache": True, "colour": "blue"}
+
+    assert completed({"model": copy(edit)})["num_speculative_tokens"] == 3
+
+
 @pytest.mark.parametrize(
     "given",
     [

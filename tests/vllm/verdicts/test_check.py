@@ -188,8 +188,8 @@ DAMAGE = {
     ),
     "invalid config": (
         "eagle3",
-        {"config": lambda c: c.update(eagle_aux_hidden_state_layer_idz=[1, 2, 3])},
-        "unknown key 'eagle_aux_hidden_state_layer_idz'",
+        {"config": lambda c: c.update(draft_vocab_size=0)},
+        "draft_vocab_size: ",
     ),
     "wrong verifier": (
         "eagle3",
