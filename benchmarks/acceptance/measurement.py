@@ -1,4 +1,4 @@
-"""How much of what speculators propose is kept, and what that gains.
+"""Acceptance and speed of drafts, measured.
 
 ``python -m benchmarks.acceptance`` and ``speculators acceptance``. Runs the same prompts without
 speculation and with each draft in one run, on vLLM, on the reference decoder, or on servers that

@@ -1,4 +1,4 @@
-"""Options of a measurement at running servers, and how these are asked."""
+"""Settings of servers to measure."""
 
 from typing import TYPE_CHECKING
 

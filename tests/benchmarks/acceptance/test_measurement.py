@@ -184,7 +184,7 @@ def test_differing_outputs_are_found():
         ({"model": ("assisted",), "concurrency": 2}, "one request at a time"),
         ({"engine": "vllm", "model": ("assisted",)}, "one request at a time"),
         ({"engine": "vllm", "model": ("prompt-lookup",), "k": (1, 2)}, "pass one number to --k"),
-        ({"engine": "vllm", "engine_args": {"max_model_len": "x"}}, "expected a number, found 'x'"),
+        ({"engine": "vllm", "engine_args": {"max_model_len": "x"}}, "found 'x', expected a number"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_loads(settings, message):
