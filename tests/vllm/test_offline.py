@@ -169,3 +169,9 @@ def test_the_longest_text_is_the_smallest_bound():
     assert offline.longest_text(unbounded) == sys.maxsize
     with pytest.raises(SpeculatorError, match="max_model_len: found '30', expected a number"):
         offline.longest_text(config, {"max_model_len": "30"})
+
+
+def test_preparing_changes_no_variable():
+    before = dict(os.environ)
+    offline.prepare()
+    assert os.environ == before
