@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 
 from speculators_core.data_generation.examples import Example, Failure, GeneratedExample
 from speculators_core.errors import SpeculatorError, first_line
-from speculators_vllm.hidden_states.files import HiddenStates
-from speculators_vllm.hidden_states.stream import HiddenStateReceiver, Undelivered
+from speculators_vllm.hidden_states import HiddenStateReceiver, HiddenStates, Undelivered
 
 logger = logging.getLogger(__name__)
 

@@ -128,16 +128,16 @@ def answerer(folder):
 
 def drawn(answerer, **sampling):
     """What it answers with these options, for three conversations."""
-    config = answerer._sampling
-    answerer._sampling = config.model_copy(update=sampling)
+    config = answerer._chat.sampling
+    answerer._chat.sampling = config.model_copy(update=sampling)
     try:
         given = (
-            Dialogue(f"0/{n}", [asked(0, 0)], seed=answerer._sampling.seed, keeps_cut=True)
+            Dialogue(f"0/{n}", [asked(0, 0)], seed=answerer._chat.sampling.seed, keeps_cut=True)
             for n in range(3)
         )
         return [json.dumps(dialogue.messages) for dialogue in answerer.answer(given)]
     finally:
-        answerer._sampling = config
+        answerer._chat.sampling = config
 
 
 def test_drawn_answers_are_the_same_in_each_run_and_follow_the_options(answerer):
@@ -159,13 +159,13 @@ def test_what_vllm_refuses_ends_that_conversation_alone(answerer):
 
 
 @pytest.mark.parametrize("tools", [None, [{"name": "clock"}]])
-def test_thoughts_and_calls_are_told_apart(answerer, tools):
+def test_thoughts_calls_and_content_are_separated(answerer, tools):
     one = Dialogue("0/0", [asked(0, 0), {"role": "assistant"}, asked(0, 1)], tools)
     text = '<think>hm</think>so<tool_call>{"name": "clock", "arguments": {"h": 1}}</tool_call>'
     output = SimpleNamespace(
-        text=text, token_ids=answerer._tokenizer(text)["input_ids"], finish_reason="stop"
+        text=text, token_ids=answerer._chat.tokenizer(text)["input_ids"], finish_reason="stop"
     )
-    answer = answerer._reader(one).read(output)
+    answer = answerer._chat.reader(one).read(output)
     assert answer.reasoning == "hm" and answer.content.startswith("so")
     called = [(call.name, json.loads(call.arguments)) for call in answer.calls]
     assert called == ([("clock", {"h": 1})] if tools else [])
@@ -187,6 +187,6 @@ def test_options_that_vllm_does_not_take_are_refused(folder, options, complaint)
 
 
 def test_a_verifier_without_chat_template_is_refused(answerer, monkeypatch):
-    monkeypatch.setattr(answerer._tokenizer, "chat_template", None)
+    monkeypatch.setattr(answerer._chat.tokenizer, "chat_template", None)
     with pytest.raises(SpeculatorError, match=r"verifier\d+ has no chat template"):
-        answerer._check_template()
+        answerer._chat.check_template()

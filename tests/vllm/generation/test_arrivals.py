@@ -1,4 +1,4 @@
-"""What is told of requests, and by whom; ZeroMQ is real, the engine at its other end is ours."""
+"""Outcomes of requests; ZeroMQ is real, the engine at its other end is a stand-in."""
 
 import threading
 
@@ -9,7 +9,7 @@ import zmq
 from speculators_core.data_generation.examples import Failure
 from speculators_core.errors import SpeculatorError
 from speculators_vllm.generation.arrivals import Arrivals, Inbox
-from speculators_vllm.hidden_states.files import HiddenStates
+from speculators_vllm.hidden_states import HiddenStates
 from speculators_vllm.hidden_states.stream import StreamWriter, frames_of
 from tests.vllm.generating import examples_of
 

@@ -15,8 +15,8 @@ from speculators_core.data_generation.examples import Failure
 from speculators_core.errors import SpeculatorError
 from speculators_vllm.generation import server as serving
 from speculators_vllm.generation.engine import VLLMPipeline
-from speculators_vllm.hidden_states.files import FileWriter, HiddenStates
-from speculators_vllm.hidden_states.settings import StreamSink, engine_arguments
+from speculators_vllm.hidden_states import HiddenStates, StreamSink, engine_arguments
+from speculators_vllm.hidden_states.files import FileWriter
 from speculators_vllm.hidden_states.stream import StreamWriter
 from tests.vllm.generating import (
     WRITES,
