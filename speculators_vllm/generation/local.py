@@ -41,7 +41,7 @@ class Engine:
         """
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="speculators-"))
-            # Received beside the model: vLLM pauses when too much of it waits.
+            # Received while the model runs: vLLM pauses when too much waits.
             self._inbox = Inbox(f"ipc://{folder}/states", max_frame_bytes)
             stack.callback(self._inbox.close)
             both = {**arguments, **sink_arguments(self._inbox.endpoint)}

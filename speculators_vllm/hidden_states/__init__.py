@@ -1,4 +1,4 @@
-"""Hidden states out of vLLM, to files or over ZeroMQ.
+"""Hidden states from vLLM, by files or ZeroMQ.
 
 Every public name can be imported from here; its module is loaded when the name is first used.
 """

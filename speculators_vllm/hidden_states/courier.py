@@ -1,7 +1,7 @@
 """Copies hidden states off the device, for the outbox.
 
 It runs in the worker that sends. On a GPU the copies run on a separate stream, into pinned memory,
-beside the model.
+while the model runs.
 """
 
 import logging
@@ -28,7 +28,7 @@ from speculators_vllm.hidden_states.settings import FileSink, StreamSink
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 2**25
-"""States that are gathered on the device at a time, beside the KV cache."""
+"""States that are gathered on the device at a time, in addition to the KV cache."""
 IDLE_WAIT_S = 0.01
 """How long a step without tokens waits for the outbox; a new request waits as long."""
 
@@ -135,7 +135,7 @@ class Courier:
         into: Float[Tensor, "seq layers hidden"],
         block_size: int,
     ) -> None:
-        """Copies chunk by chunk, so that the device holds little beside its cache.
+        """Copies chunk by chunk, so that the device needs little memory.
 
         A chunk's memory belongs to the current stream, whose next work comes after the copy.
         """

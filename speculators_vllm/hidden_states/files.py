@@ -1,4 +1,4 @@
-"""Hidden states of one request, as record and safetensors file.
+"""A request's hidden states, as record and file.
 
 A file appears under its name when it is whole. If it cannot be written, a file beside it holds the
 reason in one line: ``name.safetensors`` or ``name.error``, never both.
@@ -140,7 +140,7 @@ def read_hidden_states(
                 f"{path} was not written: {path.with_suffix('.error').read_text()}"
             )
         if not folder.is_dir():
-            raise SpeculatorError(f"{path} was not written: {folder} is gone.")
+            raise SpeculatorError(f"{path} was not written: {folder} is gone. Make it again.")
         if time.monotonic() > deadline:
             raise SpeculatorError(
                 f"{path} was not there after {timeout_s} s. Wait longer, or look into the "

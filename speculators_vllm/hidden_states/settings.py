@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
 
 METHOD = "extract_hidden_states"
-"""vLLM's speculative method that keeps hidden states beside its KV cache."""
+"""vLLM's speculative method that keeps hidden states with its KV cache."""
 CONNECTOR: dict[str, JsonValue] = {
     "kv_connector": "HiddenStatesConnector",
     "kv_connector_module_path": CONNECTOR_MODULE,

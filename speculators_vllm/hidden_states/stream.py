@@ -181,7 +181,7 @@ class HiddenStateReceiver:
         with HiddenStateReceiver("ipc:///tmp/states", timeout_s=60) as receiver:
             for states in receiver: ...
 
-    It holds ``max_waiting`` messages beside those in the network; then engines wait.
+    It holds ``max_waiting`` messages in addition to those in the network; then engines wait.
     """
 
     def __init__(

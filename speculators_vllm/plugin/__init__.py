@@ -1,1 +1,1 @@
-"""What changes in vLLM: its registries, configs, proposers and networks."""
+"""Changes to vLLM: registries, configs, proposers and networks."""

@@ -59,7 +59,7 @@ def completing_speculative_config(original: "CreateConfig") -> "CreateConfig":
 
 
 def locating_verifier(original: Callable[..., "Overridden"]) -> Callable[..., "Overridden"]:
-    """Finds the verifier of a speculator that is served by its own name."""
+    """Finds the verifier of a speculator that is given as the model."""
 
     def maybe_override_with_speculators(
         model: str,

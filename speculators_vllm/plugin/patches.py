@@ -219,7 +219,7 @@ def register_networks() -> None:
 
 
 def _replace_config_class() -> None:
-    """vLLM 0.32, 0.33: the table of config classes by model type; vLLM's own cannot read MTP."""
+    """vLLM 0.32, 0.33: the table of config classes by model type; vLLM's class cannot read MTP."""
     from vllm.transformers_utils import config
 
     from speculators_vllm.plugin.draft_config import DraftConfig

@@ -1,4 +1,4 @@
-"""Entry point that vLLM calls in each of its processes."""
+"""Entry point that vLLM calls in every process."""
 
 import logging
 

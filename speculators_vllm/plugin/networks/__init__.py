@@ -1,1 +1,1 @@
-"""Networks for vLLM's model registry; imported by the processes that run them."""
+"""Networks for vLLM's model registry."""

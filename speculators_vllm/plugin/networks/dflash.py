@@ -1,4 +1,4 @@
-"""DFlash in vLLM, with each layer's norm of context keys."""
+"""DFlash in vLLM, with every layer's key norm."""
 
 import logging
 from typing import cast
@@ -16,7 +16,7 @@ class DFlashNetwork(DFlashQwen3Model):
     def _normalize_context_k(
         self, all_k: Float[Tensor, "layers context kv_heads head_dim"]
     ) -> Float[Tensor, "layers context kv_heads head_dim"]:
-        """Each layer's keys under its own weights.
+        """Each layer's keys, normed with the layer's weights.
 
         vLLM hands one kernel the weights of all layers at once. Its CPU kernel (0.32) reads the
         first layer's alone.

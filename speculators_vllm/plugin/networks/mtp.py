@@ -1,7 +1,7 @@
-"""MTP in vLLM: one block, embeddings and head of the verifier.
+"""MTP in vLLM: one block between embeddings and head.
 
 The same network as `speculators_core.models.mtp`. vLLM runs it once over the new tokens, with the
-verifier's states after the final norm, and then token by token on its own output.
+verifier's states after the final norm, and then token by token on its output.
 """
 
 from collections.abc import Iterable

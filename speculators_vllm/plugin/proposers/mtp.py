@@ -1,4 +1,4 @@
-"""MTP from its own folder, which vLLM alone does not serve."""
+"""MTP: served from a folder, with our network."""
 
 from collections.abc import Mapping
 

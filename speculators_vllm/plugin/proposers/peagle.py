@@ -1,4 +1,4 @@
-"""P-EAGLE: EAGLE-3's networks in vLLM, all tokens in one pass."""
+"""P-EAGLE: vLLM's EAGLE-3 networks, in one pass."""
 
 from collections.abc import Mapping
 
