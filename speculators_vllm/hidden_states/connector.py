@@ -1,7 +1,8 @@
 """The KV connector that hands out hidden states.
 
 vLLM's method ``extract_hidden_states`` keeps the states of chosen layers in a separate KV cache
-group, so chunked prefill, prefix caching and preemption treat them as they treat keys and values. This connector takes a request's states out when it has finished:
+group, so chunked prefill, prefix caching and preemption treat them as they treat keys and values.
+This connector takes a request's states out when it has finished:
 
     scheduler   new request -> read its options    finished -> keep its blocks, answer with a path
                                                        |                       ^ free the blocks

@@ -1,7 +1,8 @@
 """MTP in vLLM: one block between embeddings and head.
 
-The same network as `speculators_core.models.mtp`. vLLM runs it once over the new tokens, with the
-verifier's states after the final norm, and then token by token on its output.
+The same network as `speculators_core.models.mtp`; embeddings and head are the verifier's. vLLM runs
+it once over the new tokens, with the verifier's states after the final norm, and then token by
+token on its output.
 """
 
 from collections.abc import Iterable
