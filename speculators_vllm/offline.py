@@ -90,7 +90,7 @@ def environment(defaults: Mapping[str, str]) -> Iterator[None]:
 
 
 def has_gpu() -> bool:
-    import torch
+    import torch  # after `prepare`
 
     return torch.cuda.is_available()
 
@@ -122,8 +122,8 @@ def check_names(
     if not given:
         return {}
     with quiet():
-        from vllm.config import SpeculativeConfig
-        from vllm.engine.arg_utils import EngineArgs
+        from vllm.config import SpeculativeConfig  # takes seconds
+        from vllm.engine.arg_utils import EngineArgs  # takes seconds
 
     owner = SpeculativeConfig if option == "--speculative-config" else EngineArgs
     known = {field.name for field in fields(owner)}
@@ -178,7 +178,7 @@ def _start(arguments: Mapping[str, Any]) -> "LLM":
     if not has_gpu():
         defaults["VLLM_CPU_KVCACHE_SPACE"] = CPU_KV_CACHE_GIB
     with environment(defaults), engine_log.logged():
-        from vllm import LLM
+        from vllm import LLM  # takes seconds
 
         openmp.preload_in_children()
         try:

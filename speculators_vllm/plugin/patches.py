@@ -1,4 +1,4 @@
-"""The list of everything that changes vLLM.
+"""The list of all patches of vLLM.
 
 A patch wraps one function of vLLM and states the parameters it relies on. Where the parameters are
 different the patch is skipped with a warning, and vLLM behaves as it does without this package.
@@ -176,63 +176,32 @@ PATCHES = (
     *FOR_CPU_SAMPLING,
     *FOR_CPU_GENERATORS,
 )
-"""All wrapped functions. Besides them `apply` adds networks to vLLM's model registry, and replaces
-its config class for speculators."""
+"""All functions of vLLM that are wrapped. What is added to its tables is in `registries`."""
 
 
 def apply() -> None:
-    """Registers networks and applies patches, once a process.
+    """Changes vLLM's tables and functions, once a process.
 
     A process that builds networks has imported vLLM's model registry before it loads plug-ins; one
     that builds an engine's config has imported `vllm.engine.arg_utils`, and looks networks up. In
     any other there is nothing to do, and nothing is imported for it.
     """
     builds_config = ENGINE_ARGUMENTS in sys.modules
-    if builds_config or MODEL_REGISTRY in sys.modules:
-        register_networks()
-        _patch_cpu_workers()
+    if not builds_config and MODEL_REGISTRY not in sys.modules:
+        return
+    from speculators_vllm.plugin import registries  # vLLM: not in every process
+
+    registries.register_networks()
+    _patch_cpu_workers()
     if builds_config:
         warn_of_untested_version()
-        _replace_config_class()
+        registries.replace_config_class()
         for patch in FOR_ENGINE_ARGUMENTS:
             patch.apply()
 
 
-# The imports below are inside of functions because every process of vLLM imports this module.
-
-
-@functools.cache
-def register_networks() -> None:
-    """Adds the networks of all proposers to vLLM's model registry, by name alone."""
-    from vllm.model_executor.models.registry import ModelRegistry
-
-    from speculators_vllm.plugin.proposers import PROPOSERS
-
-    for name in PROPOSERS.names():
-        try:
-            networks = PROPOSERS.load(name).networks
-        except Exception:  # another package's fault must not stop ours
-            logger.warning("speculators-vllm left out the proposer %s", name, exc_info=True)
-            continue
-        for architecture, path in networks.items():
-            ModelRegistry.register_model(architecture, path)
-
-
-def _replace_config_class() -> None:
-    """vLLM 0.32, 0.33: the table of config classes by model type; vLLM's class cannot read MTP."""
-    from vllm.transformers_utils import config
-
-    from speculators_vllm.plugin.draft_config import DraftConfig
-
-    registry = getattr(config, "_CONFIG_REGISTRY", None)
-    if not isinstance(registry, dict) or "speculators" not in registry:
-        logger.warning("speculators-vllm found no vLLM config class for speculators to replace")
-        return
-    registry["speculators"] = DraftConfig
-
-
 def _patch_cpu_workers() -> None:
-    from vllm.platforms import current_platform
+    from vllm.platforms import current_platform  # not in every process
 
     if current_platform.is_cpu():
         for patch in FOR_CPU_WORKERS:
@@ -242,7 +211,7 @@ def _patch_cpu_workers() -> None:
 @functools.cache
 def warn_of_untested_version() -> None:
     """One warning a process where vLLM is older or newer than what was tested."""
-    from vllm.version import __version_tuple__
+    from vllm.version import __version_tuple__  # not in every process
 
     found = tuple(__version_tuple__[:2])
     if not TESTED[0] <= found <= TESTED[1]:

@@ -104,12 +104,3 @@ def test_classmethods_are_wrapped_bound(theirs):
     patch = patch_of("of_class")
     assert patch.apply() and patch.apply()
     assert theirs.Theirs.of_class() == "ours of Theirs"
-
-
-def test_a_config_class_that_has_moved_is_left_alone(warnings, monkeypatch):
-    from vllm.transformers_utils import config
-
-    monkeypatch.setattr(config, "_CONFIG_REGISTRY", {})
-    patches._replace_config_class()
-    assert not config._CONFIG_REGISTRY
-    assert "found no vLLM config class for speculators" in warnings.text

@@ -21,8 +21,8 @@ from benchmarks.acceptance.records import Decoding
 from speculators_core.errors import SpeculatorError
 from speculators_core.format.config import reload_and_populate_models, reload_schemas
 from speculators_core.registry import MODELS
-from speculators_vllm.plugin import patches
 from speculators_vllm.plugin import register as plugin
+from speculators_vllm.plugin import registries
 from speculators_vllm.plugin.proposers import PROPOSERS
 from speculators_vllm.plugin.speculative_config import locate
 from tests.conftest import DRAFTS, make_verifier
@@ -220,7 +220,7 @@ def other_package(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", folder)  # vLLM looks at networks in processes of its own
     reload_and_populate_models()
     PROPOSERS.reload()
-    patches.register_networks.cache_clear()
+    registries.register_networks.cache_clear()
     plugin.register()
     yield MODELS.load("bigram")
     monkeypatch.undo()
@@ -253,9 +253,9 @@ def test_a_broken_proposer_of_another_package_stops_nothing(monkeypatch, caplog,
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
     PROPOSERS.reload()
-    patches.register_networks.cache_clear()
+    registries.register_networks.cache_clear()
     with caplog.at_level("WARNING", logger="speculators_vllm"):
-        patches.register_networks()
+        registries.register_networks()
     monkeypatch.undo()
     PROPOSERS.reload()
     assert "left out the proposer broken" in caplog.text
