@@ -79,7 +79,7 @@ class Ended(KVConnectorWorkerMetadata):
     """Message from the sending worker to the scheduler."""
 
     reasons: dict[str, str | None] = field(default_factory=dict)
-    """By request: None where the states were sent, else why they were lost."""
+    """Why the states of each request were lost; None where they were sent."""
 
     def aggregate(self, other: "KVConnectorWorkerMetadata") -> "Ended":
         assert isinstance(other, Ended)
