@@ -1,6 +1,7 @@
-"""A vLLM server that somebody started to hand out hidden states, asked over HTTP.
+"""A running vLLM server, for data generation.
 
-Its answers say where states are: in a file that both see, or on their way to an endpoint of ours.
+Its answers state where the hidden states are: in a file that both can read, or in a message to an
+endpoint that this process binds.
 """
 
 import threading
@@ -16,16 +17,16 @@ from speculators_core.files import Roots
 from speculators_core.http import Access, BlockingClient, Refused, VLLMModels
 from speculators_vllm.generation.arrivals import Arrivals, Inbox, Outcome
 from speculators_vllm.generation.requests import OptionsOf, RequestOptions
-from speculators_vllm.hidden_states.files import read_hidden_states
+from speculators_vllm.hidden_states import read_hidden_states
 from speculators_vllm.hidden_states.settings import ENDPOINT
 
 CONCURRENCY = 64
-"""Requests at one time where `engine.batch_size` does not say."""
+"""Requests at one time without `engine.batch_size`."""
 ANSWER_WITHIN_S = 600.0
 
 
 class _Place(BaseModel):
-    """Of a request's states."""
+    """Where the states of a request are, or the error that prevented them."""
 
     error: str | None = None
     hidden_states_path: Path | None = None
@@ -42,20 +43,22 @@ class _Completion(BaseModel):
 
 
 class Server:
-    """One model of a server, and the ways in which its states come."""
+    """Runs requests on one model of a server, and receives their states."""
 
     def __init__(
         self, engine: EngineConfig, allowed_roots: tuple[Path, ...], max_frame_bytes: int
     ) -> None:
         """Raises:
-        SpeculatorError: the server is not within reach, wants a key, or is not vLLM; or the plan
-            has options that are the server's.
+        SpeculatorError: the server cannot be reached, requires a key, or is not vLLM; or the plan
+            has options that the server decides.
         """
         assert engine.base_url is not None
         self.url = engine.base_url.rstrip("/").removesuffix("/v1")
         for name, stated in (("vllm", engine.vllm), ("device", engine.device)):
             if stated:
-                raise SpeculatorError(f"engine.{name}: the server at {self.url} decides it itself.")
+                raise SpeculatorError(
+                    f"engine.{name}: the server at {self.url} decides it. Leave it out."
+                )
         self._roots = Roots(allowed_roots)
         self._max_frame_bytes = max_frame_bytes
         self._concurrency = engine.batch_size or CONCURRENCY
@@ -79,7 +82,7 @@ class Server:
 
     def run(self, arrivals: Arrivals, options_of: OptionsOf) -> dict[str, Outcome]:
         """Raises:
-        SpeculatorError: the server does not answer, or not as one that hands out states.
+        SpeculatorError: the server does not answer, or does not hand out states.
         """
         if self._inbox is not None:
             self._inbox.arrivals = arrivals
@@ -118,7 +121,8 @@ class Server:
         if place.error is not None:
             arrivals.failed(name, place.error)
         elif answer.choices[0].finish_reason not in ("stop", "length"):
-            arrivals.failed(name, f"{self.url} ended it: {answer.choices[0].finish_reason}")
+            reason = answer.choices[0].finish_reason
+            arrivals.failed(name, f"{self.url} stopped early, finish_reason is {reason}")
         elif place.hidden_states_path is not None:
             self._take_file(arrivals, name, place.hidden_states_path)
         elif place.hidden_states_endpoint is not None:
@@ -126,26 +130,32 @@ class Server:
         else:
             raise SpeculatorError(
                 f"{self.url} hands out no hidden states. Start it with the --speculative-config "
-                "and --kv-transfer-config of hidden_states.settings.engine_arguments."
+                "and --kv-transfer-config of speculators_vllm.hidden_states.engine_arguments."
             )
 
     def _take_file(self, arrivals: Arrivals, name: str, stated: Path) -> None:
-        """Reads the file, which is then gone."""
+        """Reads the file and removes it."""
         path = self._roots.check(stated)
         if path.name != f"{name}.safetensors":
-            raise SpeculatorError(f"{self.url} points to {stated} for the request {name}.")
+            raise SpeculatorError(
+                f"{self.url} reports {stated} for the request {name}, expected a file of that "
+                "name. Use a server of this package's connector."
+            )
         try:
             states = read_hidden_states({"name": name, "hidden_states_path": path})
             path.unlink()
         except OSError as error:
-            raise SpeculatorError(f"{path} cannot be removed: {first_line(error)}.") from error
+            raise SpeculatorError(
+                f"{path} cannot be removed: {first_line(error)}. Give this process the right to "
+                "write in the server's folder."
+            ) from error
         except SpeculatorError as error:
             arrivals.failed(name, str(error))
             return
         arrivals.arrived(states)
 
     def _listen(self, arrivals: Arrivals, endpoint: str) -> None:
-        """States wait in the server until somebody is bound to its endpoint."""
+        """Binds the server's endpoint, until which states wait in the server."""
         with self._lock:
             if self._inbox is None:
                 kind, _, address = endpoint.partition("://")
@@ -155,8 +165,8 @@ class Server:
                 self._inbox.arrivals = arrivals
             elif self._inbox.endpoint != endpoint:
                 raise SpeculatorError(
-                    f"{self.url} sends states to {endpoint} and to {self._inbox.endpoint}; "
-                    "expected one endpoint."
+                    f"{self.url} sends states to {endpoint} and to {self._inbox.endpoint}, "
+                    "expected one endpoint. Use an address with one engine."
                 )
 
     def close(self) -> None:

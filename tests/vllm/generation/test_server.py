@@ -265,7 +265,7 @@ FAULTS = {
     "no answer in time": lambda _: (time.sleep(0.5), page(None))[1],
     "lies outside of what may be read": pointing_to(lambda r: f"/etc/{name_in(r)}.safetensors"),
     "lies outside of what": lambda _: page({"hidden_states_endpoint": "ipc:///etc/passwd"}),
-    "points to .*other.safetensors for": pointing_to(lambda _: "$roots/other.safetensors"),
+    "reports .*other.safetensors for": pointing_to(lambda _: "$roots/other.safetensors"),
     "link.* lies outside": pointing_to(lambda r: f"$roots/link/{name_in(r)}.safetensors"),
     r"layers \[1, 2\], width 64": {"layer_ids": (1, 2)},
     r"layers \[1, 2, 3, 4\], width 32, .*expected layers .*width 64": {"hidden_size": 32},
