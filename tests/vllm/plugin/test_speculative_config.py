@@ -91,7 +91,6 @@ def test_other_methods_are_left_alone(given):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.update(norm_befor_fc=True), "Did you mean 'norm_before_fc'"),
         (lambda c: c.update(eagle_aux_hidden_state_layer_ids=[1, 3, 7]), "7 is out of range"),
         (lambda c: c.update(eagle_aux_hidden_state_layer_ids=[1, 3]), "fc.weight has shape"),
         (
