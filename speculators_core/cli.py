@@ -43,6 +43,7 @@ def _app(help: str, name: str | None = None) -> cyclopts.App:
         error_console=Console(stderr=True, soft_wrap=True),
         error_formatter=_one_line,
         config=_read_keys,
+        suppress_keyboard_interrupt=False,  # a command says what is kept
     )
 
 
@@ -81,7 +82,9 @@ def _run(commands: cyclopts.App, arguments: list[str] | None) -> None:
     except SpeculatorError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(ERROR_EXIT)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if str(stop):  # the command says what is kept
+            sys.stderr.write(f"{stop}\n")
         sys.exit(130)
     except Exception:  # Python would exit with 1, which is a verdict of some commands
         traceback.print_exc()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from speculators_core.console import result_alone_on_stdout
+from speculators_core.console import result_alone_on_stdout, sigterm_as_interrupt
 from speculators_core.data_generation.settings import GenerationPlan, read_plan
 from speculators_core.flags import AsJson, flags_of
 from speculators_core.settings import Settings
@@ -39,9 +39,10 @@ def run(
     from speculators_core.data_generation.runs.generate import generate_data, placed, print_report
 
     plan = placed(plan, *(() if config is None else (config.resolve().parent,)))
-    if as_json:
-        with result_alone_on_stdout():
-            report = generate_data(plan)
-        print(report.model_dump_json(indent=2))
-    else:
-        print_report(generate_data(plan), plan)
+    with sigterm_as_interrupt():
+        if as_json:
+            with result_alone_on_stdout():
+                report = generate_data(plan)
+            print(report.model_dump_json(indent=2))
+        else:
+            print_report(generate_data(plan), plan)

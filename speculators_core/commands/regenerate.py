@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from speculators_core.console import sigterm_as_interrupt
 from speculators_core.data_generation.answers.answer_file import check_free
 from speculators_core.data_generation.answers.settings import RegenerateConfig
 from speculators_core.data_generation.settings import DatasetConfig
@@ -40,5 +41,6 @@ def run(
     check_free(in_full(config.output), config.resume)
     from speculators_core.data_generation.answers.regenerate import print_report, regenerate
 
-    report = regenerate(data, config)
+    with sigterm_as_interrupt():
+        report = regenerate(data, config)
     print_report(report, config.output)

@@ -64,6 +64,18 @@ class Answer:
         return message
 
 
+@dataclass
+class Tally:
+    """Answers and tokens of many dialogues, counted as they come."""
+
+    num_answers: int = 0
+    num_tokens: int = 0
+
+    def add(self, answer: Answer) -> None:
+        self.num_answers += 1
+        self.num_tokens += answer.num_tokens
+
+
 class Dialogue:
     """One conversation, answered turn after turn.
 
@@ -79,6 +91,7 @@ class Dialogue:
         tools: list[Tool] | None = None,
         seed: int = 0,
         keeps_cut: bool = False,
+        tally: Tally | None = None,
     ) -> None:
         """``messages`` as `read_messages` gives them.
 
@@ -98,6 +111,7 @@ class Dialogue:
         """Why there is nothing to keep."""
         self.has_failed = False
         """It could not be answered."""
+        self._tally = tally or Tally()
         self._seed = seed
         self._keeps_cut = keeps_cut
         self._rest = deque(messages)
@@ -129,6 +143,7 @@ class Dialogue:
 
     def take(self, answer: Answer) -> None:
         """Goes on to where the verifier is asked next."""
+        self._tally.add(answer)
         self.num_tokens += answer.num_tokens
         if answer.is_cut and not self._keeps_cut:
             self._end("its first answer was cut at max_tokens")

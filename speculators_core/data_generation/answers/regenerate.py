@@ -12,7 +12,7 @@ from pydantic.main import IncEx
 from speculators_core.console import console
 from speculators_core.data_generation.answers.answer_file import AnswerFile, beside
 from speculators_core.data_generation.answers.answerer import Answerer
-from speculators_core.data_generation.answers.dialogues import Dialogue
+from speculators_core.data_generation.answers.dialogues import Dialogue, Tally
 from speculators_core.data_generation.answers.settings import RegenerateConfig
 from speculators_core.data_generation.runs.progress import metered
 from speculators_core.data_generation.settings import (
@@ -77,16 +77,22 @@ def regenerate(data: DatasetConfig, settings: RegenerateConfig) -> RegenerateRep
     source = _open(data, settings, roots)
     with AnswerFile(path, *_options(data, settings), resume=settings.resume) as file:
         meter = AnswerMeter(source.num_rows, len(file.done))
-        dialogues = _dialogues(source, file.done, settings)
-        with metered(meter, beside(path, "log"), "regenerate") as show:
-            first = next(dialogues, None)
-            if first is None:  # an engine would load for nothing
-                return meter.report()
-            with closing(make_answerer(settings.answers)) as answerer:
-                for dialogue in answerer.answer(itertools.chain([first], dialogues)):
-                    file.keep(dialogue)
-                    show(dialogue)
-                    _check_failures(meter, settings.max_failures)
+        dialogues = _dialogues(source, file.done, settings, meter.tally)
+        try:
+            with metered(meter, beside(path, "log"), "regenerate") as show:
+                first = next(dialogues, None)
+                if first is None:  # an engine would load for nothing
+                    return meter.report()
+                with closing(make_answerer(settings.answers)) as answerer:
+                    for dialogue in answerer.answer(itertools.chain([first], dialogues)):
+                        file.keep(dialogue)
+                        show(dialogue)
+                        _check_failures(meter, settings.max_failures)
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(
+                f"stopped: {meter.rows} conversations are done, in {path}. Run the same command "
+                "with --resume to continue."
+            ) from stop
     return meter.report()
 
 
@@ -119,7 +125,9 @@ def _options(
     )
 
 
-def _dialogues(source: Source, done: set[str], settings: RegenerateConfig) -> Iterator[Dialogue]:
+def _dialogues(
+    source: Source, done: set[str], settings: RegenerateConfig, tally: Tally
+) -> Iterator[Dialogue]:
     """Dialogues of the rows that are not done, in their order.
 
     Raises:
@@ -141,7 +149,7 @@ def _dialogues(source: Source, done: set[str], settings: RegenerateConfig) -> It
                 continue
         else:
             is_readable = True
-            unreadable.append(Dialogue(key, turns, tools, seed, keeps_cut))
+            unreadable.append(Dialogue(key, turns, tools, seed, keeps_cut, tally))
         if not is_readable:
             break
         yield from unreadable
@@ -181,6 +189,7 @@ class AnswerMeter:
     def __init__(self, total_rows: int | None, num_of_earlier_runs: int) -> None:
         self.total_rows = total_rows
         self.rows = num_of_earlier_runs
+        self.tally = Tally()
         self.num_failed = 0
         self.last_failure = ""
         self._num_before = num_of_earlier_runs
@@ -212,11 +221,12 @@ class AnswerMeter:
     def line(self) -> str:
         """For example ``120 conversations, 260 answers, 81234 tokens, 2400 tokens/s``."""
         report = self.report()
-        rate = report.num_tokens / max(report.seconds, 1e-9)
+        tally = self.tally  # of conversations that have not ended, too
+        rate = tally.num_tokens / max(report.seconds, 1e-9)
         aside = f", {report.num_set_aside} set aside" if report.num_set_aside else ""
         return (
-            f"{report.num_conversations} conversations, {report.num_answers} answers, "
-            f"{report.num_tokens} tokens, {rate:.0f} tokens/s{aside}"
+            f"{report.num_conversations} conversations, {tally.num_answers} answers, "
+            f"{tally.num_tokens} tokens, {rate:.0f} tokens/s{aside}"
         )
 
 

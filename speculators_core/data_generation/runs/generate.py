@@ -88,13 +88,16 @@ def generate_data(plan: GenerationPlan) -> RunReport:
         if store is not None:
             meter.set_aside = store.set_aside()
         counts: dict[str, int | dict[str, int]] = {}
-        with metered(meter, _log_file(plan)) as show:
-            for told in _workers(plan):
-                if isinstance(told, WorkerDone):
-                    counts = told.counts
-                    continue
-                show(told)
-                _check_failures(meter.set_aside, plan)
+        try:
+            with metered(meter, _log_file(plan)) as show:
+                for told in _workers(plan):
+                    if isinstance(told, WorkerDone):
+                        counts = told.counts
+                        continue
+                    show(told)
+                    _check_failures(meter.set_aside, plan)
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(_stopped(plan, meter)) from stop
         report = RunReport(
             num_examples=meter.num_examples,
             num_tokens=meter.num_tokens,
@@ -117,6 +120,15 @@ def generate_data(plan: GenerationPlan) -> RunReport:
 
 def _workers(plan: GenerationPlan) -> Iterator[Told]:
     return run_on_ray(plan) if plan.run.backend == "ray" else run_here(plan)
+
+
+def _stopped(plan: GenerationPlan, meter: Meter) -> str:
+    """What a user who stopped the run should know."""
+    where, resume = plan.sync.path, "Run the same command with --run.resume to continue."
+    if where is None:
+        resume = "sync.path is not set, so the next run starts from the beginning."
+    done = f"stored in {where}" if plan.sync.kind == "disk" else "sent"
+    return f"stopped: {meter.num_examples} examples of this run were {done}. {resume}"
 
 
 def _totals(store: DiskStore) -> StoreTotals:

@@ -217,6 +217,7 @@ def end_of(code: int) -> str:
 
 def _work(connection: Connection, plan: str, worker: int) -> None:
     """A worker's process: tells in JSON, ends with the process that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
     watch_parent()
     parsed = GenerationPlan.model_validate_json(plan)
     for message in messages_of(lambda: generate_data_worker(parsed, worker)):
