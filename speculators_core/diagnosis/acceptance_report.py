@@ -1,4 +1,4 @@
-"""The report of ``speculators acceptance``, as it is written and read back."""
+"""Records of the report of ``speculators acceptance``."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +28,9 @@ class RequestRecord(BaseModel):
     is_in_order: bool = True
     """Whether the drafts are in order; those of a server's histogram are not."""
     seconds: float
-    """From request to last token; requests that were handed over together share that time."""
+    """Seconds from request to last token; requests that were handed over together share them."""
     timing: Timing | None = None
-    """Of a server, whose requests overlap."""
+    """Times of a request to a server, whose requests overlap."""
 
 
 class Counters(BaseModel):
@@ -97,10 +97,10 @@ class KReport(BaseModel):
     macro_acceptance_length: float | None
     categories: dict[str, Summary]
     contexts: dict[str, Summary] = {}
-    """By the number of tokens before the draft, in the ranges of `CONTEXT_BUCKETS` that hold
+    """Figures by the number of tokens before the draft, in the ranges of `CONTEXT_BUCKETS` with
     drafts; empty where the order of drafts is unknown."""
     tokens_per_s: list[float]
-    """Of each run."""
+    """Speed of each run."""
     speed_up: float | None
     """Median tokens/s over the median without speculation; None where that was not measured."""
     num_identical: int | None
@@ -109,7 +109,7 @@ class KReport(BaseModel):
     """Request to the first output position that differs."""
     repeated_8_grams: float
     without_loops: Summary
-    """Of the requests with under a tenth of repeated 8-grams: loops flatter a draft."""
+    """Figures of the requests with under a tenth of repeated 8-grams: loops flatter a draft."""
     latency: Latency | None
     requests: list[RequestRecord]
     counters: Counters | None
@@ -146,7 +146,7 @@ class AcceptanceReport(BaseModel):
         "beyond max_tokens included"
     )
     baseline_tokens_per_s: list[float]
-    """Of each run without speculation; empty where there was none."""
+    """Speed of each run without speculation; empty where there was none."""
     baseline_requests: list[RequestRecord]
     baseline_latency: Latency | None = None
     drafts: list[DraftReport]

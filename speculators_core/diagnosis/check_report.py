@@ -1,4 +1,4 @@
-"""The report of ``speculators check``, as it is written and read back."""
+"""Records of the report of ``speculators check``."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""The border with disk: finds, reads, checks and writes checkpoint folders.
+"""Finds, reads, checks and writes checkpoint folders.
 
 A folder holds ``config.json`` and ``model.safetensors``, or shards and their index. Headers are
 checked before any tensor is read; what is written goes to a temporary name first.
@@ -61,7 +61,7 @@ KEPT_KEYS = {
     "selector_rank",
     "selector_top_k",
 }
-"""Keys that releases of the public library or vLLM's readers know, and no network of ours reads."""
+"""Keys that releases of the public library or vLLM know, and none of our networks reads."""
 
 
 LAYER_KEYS = {
@@ -210,7 +210,7 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     """Tensor names to files, as the index says.
 
     Raises:
-        SpeculatorError: the index is no such map.
+        SpeculatorError: the index is not such a map.
     """
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -353,7 +353,7 @@ def as_dtype(dtype: str | torch.dtype | None, default: torch.dtype = torch.float
     """The torch dtype that a config names.
 
     Raises:
-        SpeculatorError: it is no floating-point dtype.
+        SpeculatorError: it is not a floating-point dtype.
     """
     name = str(dtype).removeprefix("torch.")
     found = default if dtype is None else getattr(torch, name, None)

@@ -1,4 +1,4 @@
-"""The configuration of a speculator: what ``config.json`` says, checked key by key.
+"""A speculator's configuration, checked key by key.
 
 The classes are Transformers configs, because people load them as such; their values are checked by
 pydantic, from the annotations of the class. Names that only the disk knows stand in
@@ -135,7 +135,7 @@ class SpeculatorsConfig(BaseModel):
 def _read_layer_config(value: Any) -> PretrainedConfig:
     """A decoder's config from its dict: the Transformers class that ``model_type`` names.
 
-    Keys that the class does not know stay, as readers have keys of their own; one that is nearly a
+    Keys that the class does not know stay, as readers add keys; one that is nearly a
     key of the class is taken for a misspelling.
     """
     if isinstance(value, PretrainedConfig):
@@ -456,7 +456,7 @@ class SpeculatorModelConfig(PretrainedConfig):
         return checkpoint.locate_verifier(name, beside=self.name_or_path or None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The format on disk: every key of ours written out, and no ``model_type``."""
+        """The format on disk: all of our keys, and no ``model_type``."""
         own = own_fields(type(self))
         written = schema(type(self)).model_construct(**{n: getattr(self, n) for n in own})
         dtype = str(self.dtype).removeprefix("torch.") if self.dtype is not None else None

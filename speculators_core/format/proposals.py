@@ -1,4 +1,4 @@
-"""How a speculator is asked for tokens: the proposal methods of ``speculators_config``."""
+"""Proposal methods: how a speculator proposes its tokens."""
 
 from typing import Annotated, Any, Literal
 

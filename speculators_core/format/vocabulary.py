@@ -1,4 +1,4 @@
-"""The draft vocabulary: a subset of the verifier's tokens, and the way between the two.
+"""The draft vocabulary and its maps to the verifier's.
 
 verifier ids   0 1 2 3 4 5      t2d   [0 1 0 1 1 0]   is verifier token j drafted?
 draft ids        0   1 2        d2t   [1 2 2]         verifier id minus draft id

@@ -1,4 +1,4 @@
-"""What of a speculator's folder goes to the hub, once all of it was looked at."""
+"""Plans what a push sends to the hub."""
 
 import json
 import re
@@ -28,7 +28,7 @@ RECORDS = (
     "certificate.json",
     "certificate.html",
 )
-"""What tells how a checkpoint was made, and what it was measured to do."""
+"""Records of how a checkpoint was made, and of measurements on it."""
 LICENSES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt")
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 SECRET = re.compile(rb"\b(?:hf_|sk-)[A-Za-z0-9_-]{20,}")
@@ -38,7 +38,7 @@ BINARY = (".safetensors", ".png")
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes to the hub: files as they lie, or their content where it differs."""
+    """Files for the hub, with their content where it differs from the local file."""
 
     repository: str
     speculator: StoredSpeculator
@@ -49,7 +49,7 @@ class Upload:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """In bytes, by name."""
+        """Sizes in bytes, by name."""
         return {
             name: len(content) if isinstance(content, bytes) else content.stat().st_size
             for name, content in self.files.items()
@@ -100,7 +100,7 @@ def _check_id(name: str, expected: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         told = first_line(error).rstrip(".")
-        raise SpeculatorError(f"{name!r} is no hub id ({told}); expected {expected}.") from error
+        raise SpeculatorError(f"{name!r} is not a hub id ({told}); expected {expected}.") from error
     if expected == "owner/name" and "/" not in name:
         raise SpeculatorError(f"{name!r} names no owner; expected {expected}, as `me/{name}`.")
 
@@ -185,7 +185,7 @@ def _card(folder: Path, local: str | None, repo: str, verifier: str, license: st
     if local is None and license is None:
         raise SpeculatorError(
             f"{folder} holds no {CARD}. Write one whose front matter names a licence, or pass "
-            "--license, and one is made of what the checkpoint says."
+            "--license to generate one from the checkpoint."
         )
     text = make_card(folder, CardFacts(license=license)) if local is None else local
     named = license_of(parse(text, folder / CARD))

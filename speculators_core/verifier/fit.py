@@ -1,4 +1,4 @@
-"""Whether a speculator and a verifier fit: sizes, layers, architecture, tokenizer."""
+"""Compares a speculator with a verifier and its tokenizer."""
 
 from os import PathLike
 from pathlib import Path

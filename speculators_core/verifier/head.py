@@ -1,4 +1,4 @@
-"""The end of a verifier: embeddings, final norm and head."""
+"""A verifier's embeddings, final norm and head."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

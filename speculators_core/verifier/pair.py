@@ -58,7 +58,7 @@ class Pair:
         Args:
             verifier: the one that the speculator names where None.
             verifier_config: read from the verifier where None.
-            tokenizer: served with the verifier in place of its own.
+            tokenizer: served in place of the verifier's.
             has_weights: False leaves the speculator's tensors unread.
 
         Raises:

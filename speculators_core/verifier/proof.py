@@ -1,4 +1,4 @@
-"""Proof that a verifier's logits are the ones rebuilt from its last state."""
+"""Proof that a verifier's head gives its logits."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""What is read from a verifier: embeddings, final norm, head, and the states between its layers.
+"""Reads a verifier: config, tokenizer, head, weights.
 
-The head and the norm are the verifier's own Transformers modules, so each family keeps its own
+The head and the norm are the verifier's Transformers modules, so each family keeps its own
 convention (a gain of ``w`` or ``1 + w``, soft-capped or scaled logits). They are read by name from
 the checkpoint; the layers are never loaded for them. A family that the tests do not cover is
 tried on a few tokens, and refused where its own logits are not the ones rebuilt here.

@@ -1,4 +1,4 @@
-"""The states between a verifier's layers, and which of them drafts read."""
+"""Catches the states between a verifier's layers."""
 
 from collections.abc import Sequence
 from types import TracebackType

@@ -22,7 +22,7 @@ UNSNIFFED_METHODS = ("eagle", "eagle3", "dflash", "dspark")
 SNIFFED_WORDS = ("eagle-", "eagle3", "dflash", "dspark")
 """For any other method vLLM 0.32 looks for these in the draft's path, and believes the path."""
 WITHOUT_CHECKPOINT = ("ngram", "ngram_gpu", "suffix", "custom_class")
-"""Methods whose ``model`` is no checkpoint."""
+"""Methods whose ``model`` is not a checkpoint."""
 MOST_TOKENS = 128
 """vLLM's own bound, which it looks at when the first draft is verified."""
 LONGEST_MESSAGE = 800
@@ -48,9 +48,9 @@ def complete(
     verifier_name: str,
     source: Source | None = None,
 ) -> dict[str, Any]:
-    """The user's settings, and for the rest what the speculator's checkpoint says.
+    """The user's settings, completed from the speculator's checkpoint.
 
-    ``given`` is ``--speculative-config``, ``by_flag`` the settings that have a flag of their own.
+    ``given`` is ``--speculative-config``, ``by_flag`` the settings that were given as flags.
     vLLM refuses a setting in both, so what a flag gives is not added. A draft that is not in the
     speculators format is left to vLLM.
 

@@ -1,4 +1,4 @@
-"""A losslessness certificate: its record, its verdict, its tables and its page."""
+"""A losslessness certificate: record, verdict, tables and page."""
 
 import io
 from pathlib import Path

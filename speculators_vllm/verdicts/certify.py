@@ -1,4 +1,4 @@
-"""Certifies that a speculator is lossless on vLLM, with these flags.
+"""Certifies that a speculator is lossless on vLLM.
 
 Runs the real engine in this process, with speculation and without, and asks four questions:
 

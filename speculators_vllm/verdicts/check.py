@@ -1,4 +1,4 @@
-"""Checks that a speculator serves as it was trained, or names the cause.
+"""Checks that a speculator serves as it was trained.
 
 Four questions, in this order: is the folder sound and made for this verifier; would vLLM alone read
 it, and what would it change; does the draft compute in vLLM what it computes in Transformers; and

@@ -29,7 +29,7 @@ class CheckConfig(Settings):
     dtype: Dtype | None = None
     """Dtype of both models; float32 on a CPU and `auto` on a GPU if not set."""
     engine_args: JsonOptions = Field(default_factory=dict)
-    """Further arguments of vLLM's `LLM`, as JSON or as flags of their own
+    """Further arguments of vLLM's `LLM`, as JSON or as one flag for each
     (`--engine-args.max-model-len 4096`)."""
     verbose: Annotated[bool, Switch] = False
     """Print vLLM's output while it starts, instead of writing it to a log file."""
@@ -49,11 +49,11 @@ class CertifyConfig(Settings):
     time. If not set: no arguments, no prefix caching, chunked prefill with a small budget, and 8
     requests at one time. Tokens are sampled with the first set."""
     engine_args: JsonOptions = Field(default_factory=dict)
-    """Arguments of vLLM's `LLM` for every set, as JSON or as flags of their own
+    """Arguments of vLLM's `LLM` for every set, as JSON or as one flag for each
     (`--engine-args.max-model-len 4096`)."""
     speculative_config: JsonOptions = Field(default_factory=dict)
-    """Keys of vLLM's speculative config that override the checkpoint's, as JSON or as flags of
-    their own (`--speculative-config.num-speculative-tokens 2`)."""
+    """Keys of vLLM's speculative config that override the checkpoint's, as JSON or as one
+    flag for each (`--speculative-config.num-speculative-tokens 2`)."""
     dtypes: Annotated[tuple[Dtype, ...], Several, Field(min_length=1)] = ("float32", "auto")
     """Dtypes of both models; `auto` is the verifier's."""
     max_tokens: int = Field(64, ge=2)

@@ -1,4 +1,4 @@
-"""The tensors of a draft's first pass, in Transformers and in vLLM.
+"""Tensors of a draft's first pass, in both engines.
 
 Both run the same prompt. Tensors with the same name in both are compared in the order in which they
 are computed, so that the first difference is where the two begin to differ.

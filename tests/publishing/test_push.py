@@ -218,7 +218,7 @@ def test_verifier_that_no_config_names_must_be_given(hub, folder):
 
 @pytest.mark.parametrize("name", ["../verifier", "/data/verifier", "a/b/c", "a--b/c", ""])
 def test_given_verifier_must_be_a_hub_id(hub, folder, name):
-    refused(hub, "is no hub id", folder, verifier=name)
+    refused(hub, "is not a hub id", folder, verifier=name)
 
 
 def test_another_verifier_is_refused_before_anything_is_made(hub, folder, tmp_path):
