@@ -1,4 +1,4 @@
-"""``speculators certify``: is a speculator lossless on vLLM, with these flags?"""
+"""``speculators certify``: certifies a lossless speculator."""
 
 import sys
 from contextlib import nullcontext

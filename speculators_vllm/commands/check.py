@@ -1,4 +1,4 @@
-"""``speculators check``: does a speculator serve as it was trained?"""
+"""``speculators check``: checks that a speculator serves."""
 
 import sys
 from contextlib import nullcontext
