@@ -263,8 +263,8 @@ FAULTS = {
     ),
     "an answer of over 1000 bytes": lambda _: (200, b" " * 1001),
     "no answer in time": lambda _: (time.sleep(0.5), page(None))[1],
-    "lies outside of what may be read": pointing_to(lambda r: f"/etc/{name_in(r)}.safetensors"),
-    "lies outside of what": lambda _: page({"hidden_states_endpoint": "ipc:///etc/passwd"}),
+    "lies outside of the allowed folders": pointing_to(lambda r: f"/etc/{name_in(r)}.safetensors"),
+    "lies outside of the allowed": lambda _: page({"hidden_states_endpoint": "ipc:///etc/passwd"}),
     "reports .*other.safetensors for": pointing_to(lambda _: "$roots/other.safetensors"),
     "link.* lies outside": pointing_to(lambda r: f"$roots/link/{name_in(r)}.safetensors"),
     r"layers \[1, 2\], width 64": {"layer_ids": (1, 2)},
@@ -313,7 +313,7 @@ def test_states_come_to_one_endpoint_alone(folder, tmp_path):
             for _ in range(2):
                 found = pipeline.forward(examples_of(3, 4))
                 assert [one.hidden_states[0, 0, 0].item() for one in found] == [3, 4]
-            with pytest.raises(SpeculatorError, match="/second and to .*/first; expected one"):
+            with pytest.raises(SpeculatorError, match="/second and to .*/first, expected one"):
                 pipeline.forward(examples_of(9))
     writer.close()
 
