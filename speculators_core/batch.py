@@ -1,4 +1,4 @@
-"""What a draft learns from: packed rows, each token beside the verifier's states."""
+"""Packed rows of training, with the verifier's states."""
 
 from dataclasses import dataclass, fields
 
@@ -24,7 +24,7 @@ class Batch:
     aux_hidden_states: Float[Tensor, "batch seq aux_hidden"]
     """Aux hidden states, ascending by layer, side by side."""
     last_hidden_states: Float[Tensor, "batch seq hidden"]
-    """After all layers, before the final norm."""
+    """States after all layers, before the final norm."""
 
     def __post_init__(self) -> None:
         if self.input_ids.shape[0] != 1:

@@ -19,14 +19,29 @@ from jaxtyping import install_import_hook  # noqa: E402  # after the OpenMP libr
 CHECKED = """
 batch format.vocabulary
 verifier.head verifier.taps verifier.proof verifier.fit verifier.reading
-decoding.acceptance decoding.drafter decoding.row_cache
+verifier.attachment
+decoding.acceptance decoding.drafter decoding.row_cache decoding.generation decoding.sequences
+decoding.rules decoding.independent
+diagnosis.replay diagnosis.rollout diagnosis.suspects
 models.parts.attention models.parts.unroll models.parts.layers models.parts.losses
 models.parts.masks
 training.evaluation training.metrics training.trainer
+data_generation.packing data_generation.dataset data_generation.examples
+data_generation.engines.pipeline data_generation.engines.transformers
 data_generation.queues.shared_memory data_generation.queues.zmq_store
 data_generation.queues.mp_queue data_generation.queues.ends
 """
-install_import_hook([f"speculators_core.{m}" for m in CHECKED.split()], "beartype.beartype")
+CHECKED_IN_VLLM = """
+hidden_states.files hidden_states.stream hidden_states.outbox hidden_states.courier
+generation.arrivals generation.engine generation.server generation.answers
+"""
+install_import_hook(
+    [
+        *(f"speculators_core.{module}" for module in CHECKED.split()),
+        *(f"speculators_vllm.{module}" for module in CHECKED_IN_VLLM.split()),
+    ],
+    "beartype.beartype",
+)
 
 import inspect  # noqa: E402
 from pathlib import Path  # noqa: E402

@@ -7,7 +7,7 @@ with the tokens as first axis (`Schema.encode`), so that examples of a shard lie
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
@@ -85,7 +85,7 @@ class Schema(Settings):
     top_k: int = 64
 
     @model_validator(mode="after")
-    def _holds_together(self) -> Self:
+    def _holds_together(self) -> "Schema":
         if (
             list(self.layer_ids) != sorted(set(self.layer_ids))
             or min(self.layer_ids, default=0) < 0
@@ -96,7 +96,7 @@ class Schema(Settings):
         return self
 
     @classmethod
-    def plan(cls, data: DataGenConfig, dtype: StoredDtype, verifier: PretrainedConfig) -> Self:
+    def plan(cls, data: DataGenConfig, dtype: StoredDtype, verifier: PretrainedConfig) -> "Schema":
         """The schema of what a configuration keeps of this verifier.
 
         Raises:

@@ -1,6 +1,6 @@
-"""Which proposed tokens the verifier keeps: pure functions on tensors.
+"""Which proposed tokens the verifier accepts.
 
-A draft of two tokens and the verifier's three rows, one more than the draft is long:
+Pure functions on tensors. A draft of two tokens has three rows of the verifier, one more:
 
     draft            a      b
     verifier row     0      1      2      row t scores what may stand in the place of token t
@@ -32,7 +32,7 @@ CONTEXT_BUCKETS = {
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What one verifier step decided, for each row of a batch."""
+    """The result of one verifier step, for each row of a batch."""
 
     num_accepted: Int[Tensor, "batch"]
     next_token: Int[Tensor, "batch"]
@@ -49,8 +49,8 @@ def accept_greedy(
 
     draft [7 3 9 2], verifier [7 3 5 2 8] -> 2 kept, next is 5
 
-    By default a token is kept only where it is argmax's choice, among equals too, so the output is
-    the verifier's own. It is lossy to keep more: a token that fewer than ``accept_k`` tokens
+    By default a token is kept only where it is argmax's choice, among equals too, so the output
+    equals the verifier's. It is lossy to keep more: a token that fewer than ``accept_k`` tokens
     outscore, or one within ``tolerance`` of the best score. A score of -inf is never kept so.
     """
     verifier_tokens = verifier_scores.argmax(-1)  # [batch, draft + 1]
@@ -72,7 +72,7 @@ def accept_sampled(
     verifier_probs: Float[Tensor, "batch draft+1 vocab"],
     generator: torch.Generator | None = None,
 ) -> Acceptance:
-    """Keeps and replaces by chance so that the emitted tokens follow the verifier's own law.
+    """Keeps and replaces by chance so that the emitted tokens follow the verifier's law.
 
     Draft tokens are either drawn from their rows of ``draft_probs`` or, where that is None, chosen
     in any way at all (greedily, say). Probabilities that the tokens were not drawn from break the

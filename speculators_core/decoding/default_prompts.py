@@ -1,6 +1,6 @@
-"""A dozen short prompts to check with where the user brings none: chat, code, maths, prose."""
+"""A dozen short prompts: chat, code, maths, prose."""
 
-from typing import Any
+from transformers import PreTrainedTokenizerBase
 
 from speculators_core.decoding.prompts import Prompt
 
@@ -35,7 +35,7 @@ DEFAULT_PROMPTS: tuple[Prompt, ...] = tuple(
 """Plain text, which every verifier continues; `default_prompts` knows the chat template."""
 
 
-def default_prompts(tokenizer: Any) -> list[Prompt]:
+def default_prompts(tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The default prompts, those of chat as conversations where the tokenizer has a template."""
     if tokenizer.chat_template is None:
         return list(DEFAULT_PROMPTS)

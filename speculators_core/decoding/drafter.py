@@ -1,7 +1,7 @@
-"""What the decoding loop and a draft tell each other."""
+"""The records between the decoding loop and a draft."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Confirmed:
-    """What the verifier has settled since the last proposal.
+    """The tokens that the verifier confirmed since the last proposal.
 
     Rows of a batch are aligned to the right: where a row has fewer new tokens than another, it
     begins with padding.
@@ -35,9 +35,9 @@ class Proposal:
 
     token_ids: Int[Tensor, "batch draft"]
     probs: Float[Tensor, "batch draft vocab"] | None = None
-    """What the tokens were drawn from, over the verifier's vocabulary; None if nothing was."""
+    """The distribution that they were drawn from, over the verifier's vocabulary; None if none."""
     num_proposed: Int[Tensor, "batch"] | None = None
-    """Tokens of each row that are proposals, the rest is filling; all of them where None."""
+    """Tokens of each row that are proposals, before filling; all of them where None."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,17 @@ def join(proposals: list[Proposal]) -> Proposal:
     )
 
 
+@runtime_checkable  # for the checks of tests
 class DraftState(Protocol):
-    """What a draft carries from one proposal to the next."""
+    """The state that a draft keeps from one proposal to the next."""
 
     def select_rows(self, rows: Int[Tensor, "rows"]) -> None:
-        """Goes on with these rows of the batch alone."""
+        """Keeps these rows of the batch alone."""
 
 
+@runtime_checkable
 class Drafter(Protocol):
-    """Whatever proposes tokens: a speculator, a language model, the text itself."""
+    """Proposes tokens: a speculator, a language model, or prompt lookup."""
 
     device: torch.device
     dtype: torch.dtype
@@ -96,8 +98,8 @@ class Drafter(Protocol):
     def aux_layer_ids(self) -> list[int]:
         """Layers of the verifier whose states it reads, ascending."""
 
-    def start_drafting(self) -> Any:
-        """A `DraftState` for a new batch of texts."""
+    def start_drafting(self) -> DraftState:
+        """The state for a new batch of texts."""
 
     def propose(
         self, state: Any, confirmed: Confirmed, num_tokens: int, choose: Chooser

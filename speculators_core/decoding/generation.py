@@ -1,11 +1,11 @@
 """The reference decoder: draft, verify, accept, on Transformers models.
 
-Slow beside a serving engine and easy to trust. Its counts are the yardstick for what is served:
+Slower than a serving engine and easier to trust. A served draft is compared with its counts:
 a request's first token comes from prefill and belongs to no draft; each later verifier step is one
 draft, and counts whole even where the output ends inside it.
 
-What belongs to Transformers stays there: its `generate` reads the settings, builds the logits
-processors and stopping criteria, pads and expands the prompts, and then calls our loop.
+Transformers' `generate` reads the settings, builds the logits processors and stopping criteria,
+pads and expands the prompts, and then calls the loop of this module.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,18 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from speculators_core.batch import PADDING
 from speculators_core.decoding.acceptance import Acceptance, AcceptanceCounts
-from speculators_core.decoding.drafter import Confirmed, Drafter, Proposal
+from speculators_core.decoding.drafter import Confirmed, Drafter, DraftState, Proposal
 from speculators_core.decoding.row_cache import RowCache
 from speculators_core.decoding.rules import STATELESS_PROCESSORS, Rules
 from speculators_core.decoding.sequences import Sequence, Sequences, by_place
@@ -38,7 +43,7 @@ ARGUMENTS = {
     "prefix_allowed_tokens_fn",
     "tokenizer",
 }
-"""What is handed on to Transformers, beside the options of a `GenerationConfig`."""
+"""Arguments passed to Transformers, beside the options of a `GenerationConfig`."""
 NEUTRAL_VALUES = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -57,12 +62,12 @@ NEUTRAL_VALUES = {
     "cache_implementation": "dynamic",
     "token_healing": False,
 }
-"""Options that the loop does not heed, with the value beside None at which they have no effect."""
+"""Options that the loop ignores, with the value beside None at which they have no effect."""
 
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """What `generate` returns with ``return_dict_in_generate``.
+    """The result of `generate` with ``return_dict_in_generate``.
 
     ``scores`` and ``logits`` of a row are zero after its end token.
     """
@@ -70,7 +75,7 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
     acceptance: list[AcceptanceCounts] | None = None
     """One record for each row of the batch."""
     lossy_options: dict[str, float] | None = None
-    """Options that let the output differ from the verifier's own; None where it does not."""
+    """Options that let the output differ from the verifier's; None where it does not."""
 
 
 def generate(
@@ -85,14 +90,14 @@ def generate(
     streamer: BaseStreamer | None = None,
     **kwargs: Any,
 ) -> Int[Tensor, "batch total"] | SpeculativeOutput:
-    """Speculative decoding; every other argument as for the verifier's own ``generate``.
+    """Speculative decoding; every other argument as for the verifier's ``generate``.
 
-    Greedy output is the verifier's own, sampled output has its distribution. A batch may hold
+    Greedy output equals the verifier's, sampled output has its distribution. A batch may hold
     prompts of unequal length, padded on the left. ``num_assistant_tokens``, here or in the config,
     replaces the proposal's ``speculative_tokens``; ``generator`` makes a sampled run repeatable.
 
-    Rows of a batch come forward at different paces, so logits processors and stopping criteria are
-    asked about one row at a time, processors also after drafted tokens that are then rejected: they
+    Rows of a batch advance at different paces, so logits processors and stopping criteria are
+    called for one row at a time, processors also after drafted tokens that are then rejected: they
     must depend on nothing but that row's text. No cache is returned.
 
     Raises:
@@ -111,7 +116,7 @@ def generate(
         model: PreTrainedModel,
         input_ids: Int[Tensor, "batch seq"],
         logits_processor: LogitsProcessorList,
-        stopping_criteria: Any,
+        stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         # The mask is among these: Transformers would not prepare one that has a name here.
         **model_inputs: Any,
@@ -137,11 +142,11 @@ def generate(
 
 
 def _with_stop_strings(
-    verifier: PreTrainedModel, config: GenerationConfig | None, arguments: dict[str, Any]
+    verifier: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The arguments with a criterion for stop strings, where there are any.
 
-    On its way to a custom loop Transformers (5.19) loses the tokenizer that it would make one with.
+    Transformers (5.19) drops the tokenizer for it on the way to a custom loop.
     """
     arguments = dict(arguments)
     tokenizer = arguments.pop("tokenizer", None)
@@ -154,8 +159,8 @@ def _with_stop_strings(
     return arguments
 
 
-def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError where an argument is unknown, or would have another effect than its own."""
+def _check_arguments(arguments: Mapping[str, object]) -> None:
+    """Raises ValueError where an argument is unknown, or would not have its effect."""
     options = vars(GenerationConfig())
     for name, value in arguments.items():
         if value is not None and name not in ARGUMENTS and name not in options:
@@ -163,12 +168,12 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
                 f"{name} is not supported: the reference decoder takes input_ids, attention_mask "
                 "and the options of a GenerationConfig"
             )
-        if value is not None and name.endswith("token_type_ids") and value.any():
+        if name.endswith("token_type_ids") and isinstance(value, Tensor) and value.any():
             raise ValueError(f"{name} marks more than text; expected zeros")
     _check_options(arguments)
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
+def _check_options(options: Mapping[str, object]) -> None:
     for name, neutral in NEUTRAL_VALUES.items():
         if options.get(name) not in (None, neutral):
             raise ValueError(f"{name}={options[name]!r} is not supported by the reference decoder")
@@ -182,7 +187,7 @@ def decode(
     attention_mask: Int[Tensor, "batch seq"] | None,
     rules: Rules,
 ) -> Sequences:
-    """The finished sequences of a batch, and what was kept of each draft.
+    """The finished sequences of a batch, with the accepted counts of each draft.
 
     confirmed tokens   [... x y]     the verifier has run over all but y
     propose            y -> [a b c]
@@ -241,8 +246,8 @@ def _places(rows: list[int], among: list[int]) -> list[int]:
     return [place[row] for row in rows]
 
 
-def _propose(drafter: Drafter, state: Any, confirmed: Confirmed, rules: Rules) -> Proposal:
-    """What the drafter proposes; it may live on another device."""
+def _propose(drafter: Drafter, state: DraftState, confirmed: Confirmed, rules: Rules) -> Proposal:
+    """The drafter's proposal, moved from the drafter's device to the verifier's."""
     known = Confirmed(
         confirmed.token_ids.to(drafter.device),
         confirmed.positions.to(drafter.device),
@@ -263,7 +268,7 @@ def _settle(
     logits: Float[Tensor, "batch places vocab"],
     rules: Rules,
 ) -> Acceptance:
-    """Decides on a proposal, and appends what was kept and the verifier's next token."""
+    """Verifies a proposal, and appends the accepted tokens and the verifier's next one."""
     drafted = proposal.token_ids
     processors = rules.logits_processor
     if {type(processor) for processor in processors} <= STATELESS_PROCESSORS:
@@ -295,7 +300,7 @@ def _confirm(
     kept: Acceptance,
     states: Float[Tensor, "batch places aux_hidden"],
 ) -> Confirmed:
-    """What a verifier step over the bonus token and a proposal has settled, rows to the right."""
+    """The tokens that a verifier step confirmed, aligned to the right."""
     longest = int(kept.num_accepted.max()) + 1
     place = torch.arange(longest, device=tokens.device)
     place = place - (longest - 1 - kept.num_accepted[:, None])  # [batch, longest]
@@ -308,7 +313,7 @@ def _confirm(
 
 
 def _join(first: Confirmed, then: Confirmed) -> Confirmed:
-    """Both as one; the bonus token of the first is where the second begins."""
+    """Both as one: the second begins with the bonus token of the first."""
     return Confirmed(
         torch.cat([first.token_ids[:, :-1], then.token_ids], dim=1),
         torch.cat([first.positions, then.positions], dim=1),

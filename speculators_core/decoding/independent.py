@@ -1,6 +1,6 @@
-"""Drafts that nobody trained for their verifier: any language model, and the text itself.
+"""Untrained drafts: any language model, and prompt lookup.
 
-They are the yardsticks beside trained drafts: the same loop, the same counts.
+Trained drafts are compared with them: the same loop, the same counts.
 """
 
 import copy
@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from speculators_core.decoding.acceptance import AcceptanceCounts
 from speculators_core.decoding.drafter import Chooser, Confirmed, Proposal, join
-from speculators_core.decoding.generation import generate
+from speculators_core.decoding.generation import SpeculativeOutput, generate
 from speculators_core.decoding.row_cache import RowCache
 from speculators_core.decoding.sequences import until_end
 from speculators_core.errors import SpeculatorError
@@ -28,7 +28,7 @@ from speculators_core.verifier.reading import load_verifier, read_tokenizer
 
 @dataclass
 class LanguageModelState:
-    """What the draft model has read: every confirmed token, the bonus token among them."""
+    """Every confirmed token that the draft model has read, including the bonus token."""
 
     cache: RowCache
 
@@ -79,10 +79,10 @@ class PromptLookupState:
 
 
 class PromptLookupDraft:
-    """The text itself: what followed the last time that its last tokens stood there.
+    """Prompt lookup: proposes what followed the last tokens where they occurred before.
 
-    The longest match counts, of ``max_matched`` down to ``min_matched`` tokens, and of equal ones
-    the latest. Where a row has none, nothing is proposed for it.
+    The longest match counts, of ``max_matched`` down to ``min_matched`` tokens, and among equal
+    ones the latest. Nothing is proposed for a row without a match.
     """
 
     aux_layer_ids: list[int] = []
@@ -120,7 +120,7 @@ class PromptLookupDraft:
         return Proposal(torch.tensor(filled, dtype=torch.long), num_proposed=lengths)
 
     def look_up(self, text: list[int]) -> list[int]:
-        """What followed the last tokens of the text where they stood before; or nothing.
+        """The tokens that followed the text's last ones where they occurred before; or none.
 
         text [7 8 9 1 7 8] -> [9 1 7 8]
         """
@@ -142,8 +142,8 @@ def check_shared_vocabulary(
     sizes = [config.get_text_config().vocab_size for config in (draft, verifier)]
     if sizes[0] != sizes[1]:
         raise SpeculatorError(
-            f"{draft_name}: vocabulary of {sizes[0]} tokens, and that of {verifier_name} has "
-            f"{sizes[1]}. A draft must share its verifier's."
+            f"{draft_name}: vocabulary of {sizes[0]} tokens, but {verifier_name} has {sizes[1]}. "
+            "Pass a draft with its verifier's vocabulary."
         )
 
 
@@ -157,27 +157,27 @@ class SpeculativeConfig(Settings):
     max_speculative_tokens: int = Field(5, ge=1)
     """Tokens proposed in one step."""
     max_new_tokens: int = Field(128, ge=1)
-    """New tokens of each text, at most."""
+    """Most new tokens of each text."""
     temperature: float = Field(0.0, ge=0.0)
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     """Share of probability that sampling keeps."""
     top_k: int | None = Field(None, ge=1)
     """Tokens that sampling keeps; all where None."""
     seed: int | None = None
-    """Makes a sampled run repeatable."""
+    """Seed that makes a sampled run repeatable."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of both models where `from_config` loads them; as stored where auto."""
+    """Dtype in which `from_config` loads both models; as stored where auto."""
     device: str = "cpu"
-    """Of both models where `from_config` loads them."""
+    """Device on which `from_config` puts both models."""
 
 
 @dataclass(frozen=True)
 class SpeculativeResult:
-    """What came of each prompt."""
+    """The continuation of each prompt."""
 
     texts: list[str]
-    """New text alone, special tokens left out."""
+    """New text alone, without special tokens."""
     token_ids: list[list[int]]
     acceptance: list[AcceptanceCounts]
 
@@ -193,14 +193,14 @@ class SpeculativeInferenceEngine:
         self,
         main_model: PreTrainedModel,
         draft_model: PreTrainedModel,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         config: SpeculativeConfig,
     ):
         check_shared_vocabulary(
             draft_model.config, config.draft_model_path, main_model.config, config.main_model_path
         )
         self.main_model, self.config = main_model.eval(), config
-        self.tokenizer = copy.deepcopy(tokenizer)  # its padding is ours alone
+        self.tokenizer = copy.deepcopy(tokenizer)  # whose padding changes below
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -217,8 +217,8 @@ class SpeculativeInferenceEngine:
         main, draft = (read_tokenizer(path) for path in paths)
         if main.get_vocab() != draft.get_vocab():
             raise SpeculatorError(
-                f"{paths[1]}: its tokenizer is not that of {paths[0]}. A draft must share its "
-                "verifier's."
+                f"{paths[1]}: its tokenizer is not that of {paths[0]}. Pass a draft with its "
+                "verifier's tokenizer."
             )
         dtype = None if config.dtype == "auto" else as_dtype(config.dtype)
         main_model, draft_model = (load_verifier(path, dtype).to(config.device) for path in paths)
@@ -239,7 +239,7 @@ class SpeculativeInferenceEngine:
                 "top_p": config.top_p,
                 "top_k": config.top_k or 0,
             }
-        output: Any = generate(
+        output = generate(
             self.draft,
             self.main_model,
             GreedyTokenProposalConfig(speculative_tokens=config.max_speculative_tokens),
@@ -251,6 +251,8 @@ class SpeculativeInferenceEngine:
             return_dict_in_generate=True,
             **sampling,
         )
+        assert isinstance(output, SpeculativeOutput)
+        assert output.acceptance is not None
         width = batch["input_ids"].shape[1]
         stop_ids = self.main_model.generation_config.eos_token_id
         new = [until_end(row, stop_ids) for row in output.sequences[:, width:].tolist()]

@@ -1,4 +1,4 @@
-"""Prompts to measure with: of a JSONL file, or of a hub data set."""
+"""Prompts from JSONL files and hub data sets."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from speculators_core.errors import SpeculatorError, first_fault, first_line
 
 
 class Prompt(BaseModel):
-    """Text as it is, or messages for the chat template; other keys of a row are left alone."""
+    """Plain text, or messages for the chat template; other keys of a row are ignored."""
 
     model_config = ConfigDict(frozen=True)
     category: str = "all"
@@ -37,13 +37,15 @@ def read_prompts(source: str | Path, limit_per_category: int | None = None) -> l
     """The prompts of a JSONL file, or of a hub data set's test or train split.
 
     Raises:
-        SpeculatorError: the source is not there, is empty, or a row is no prompt.
+        SpeculatorError: the source is missing or empty, or a row is not a prompt.
     """
     path = Path(source)
     is_file = path.exists() or path.suffix in (".jsonl", ".json")
     prompts = _read_jsonl(path) if is_file else _read_hub(str(source))
     if not prompts:
-        raise SpeculatorError(f"{source} holds no prompts; expected one JSON object a line.")
+        raise SpeculatorError(
+            f"{source} holds no prompts. Write one JSON object a line, with 'prompt' or 'messages'."
+        )
     seen: dict[str, int] = {}
     kept = []
     for prompt in prompts:
@@ -57,7 +59,7 @@ def _read_jsonl(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise SpeculatorError(f"{path}: no readable prompt file ({error}).") from error
+        raise SpeculatorError(f"{path}: not a readable prompt file ({error}).") from error
     return _parse(((path.name, number, line) for number, line in enumerate(lines, 1)))
 
 
@@ -80,7 +82,7 @@ def _read_hub(name: str) -> list[Prompt]:
         splits = load_dataset(name)
     except Exception as error:  # datasets raises a dozen kinds, its own and its backends'
         raise SpeculatorError(
-            f"{name}: no prompt file, and not a data set: {first_line(error)}"
+            f"{name}: neither a prompt file nor a data set: {first_line(error)}"
         ) from error
     rows = splits["test" if "test" in splits else next(iter(splits))]
     return _parse((name, number, json.dumps(row)) for number, row in enumerate(rows, 1))
@@ -100,7 +102,8 @@ def tokenize(
         if prompt.messages:
             if tokenizer.chat_template is None:
                 raise SpeculatorError(
-                    f"prompt {number} is a conversation, and the verifier has no chat template."
+                    f"prompt {number} is a conversation, and the verifier has no chat template. "
+                    "Pass plain text under 'prompt'."
                 )
             token_ids = tokenizer.apply_chat_template(
                 list(prompt.messages), add_generation_prompt=True, return_dict=False
@@ -109,8 +112,8 @@ def tokenize(
             token_ids = tokenizer(prompt.prompt)["input_ids"]
         if len(token_ids) >= longest:
             raise SpeculatorError(
-                f"prompt {number} has {len(token_ids)} tokens; the verifier takes {longest}, the "
-                "output included."
+                f"prompt {number} has {len(token_ids)} tokens; the verifier takes {longest}, "
+                "including the output. Shorten the prompt or the output."
             )
         tokenized.append(TokenizedPrompt(category=prompt.category, token_ids=token_ids))
     return tokenized

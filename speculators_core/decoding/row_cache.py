@@ -1,6 +1,4 @@
-"""A Transformers cache whose rows may hold different numbers of tokens."""
-
-from typing import Any
+"""A Transformers cache with rows of different lengths."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +10,7 @@ from speculators_core.errors import SpeculatorError
 
 
 class RowCache:
-    """What a language model has read of each text in a batch; tokens can be taken back.
+    """The tokens that a language model has read of each text; the last ones can be taken back.
 
     Rows are aligned to the right. A window is a mask over the whole cache, not a smaller cache, so
     that what rejected tokens pushed out of it comes back when they are forgotten.
@@ -48,7 +46,7 @@ class RowCache:
         old = [] if self.is_token is None else [self.is_token]
         self.is_token = torch.cat([*old, is_token], dim=1)
         positions = (self.is_token.cumsum(1) - 1).clamp_min(0)
-        output: Any = self.model(
+        output = self.model(
             token_ids,
             attention_mask=None if self.is_token.all() else self.is_token.long(),
             position_ids=positions[:, -token_ids.shape[1] :],
@@ -79,7 +77,7 @@ class RowCache:
             layer.values = layer.values.take_along_dim(index, 2)
 
     def select_rows(self, rows: Int[Tensor, "rows"]) -> None:
-        """Goes on with these rows of the batch alone."""
+        """Keeps these rows of the batch alone."""
         if self.is_token is not None:
             self.is_token = self.is_token[rows]
             self.cache.batch_select_indices(rows)

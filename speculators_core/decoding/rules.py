@@ -1,13 +1,12 @@
-"""How a request wants its tokens chosen, and when it ends."""
+"""How a request's tokens are chosen and ended."""
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process
 from transformers.generation.streamers import BaseStreamer
 
@@ -32,7 +31,7 @@ STATELESS_PROCESSORS = {
     logits_process.InfNanRemoveLogitsProcessor,
     logits_process.LogitNormalization,
 }
-"""Those that look at the scores alone, not at the text before them."""
+"""Processors that read the scores alone, not the text before them."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Rules:
     """How scores become tokens, and when a text ends."""
 
     logits_processor: LogitsProcessorList
-    stopping_criteria: Any
+    stopping_criteria: StoppingCriteriaList
     config: GenerationConfig
     proposal: TokenProposalConfig
     num_tokens: int
@@ -58,15 +57,15 @@ class Rules:
 
     @cached_property
     def lossy_options(self) -> dict[str, float] | None:
-        """What is on that lets the output differ from the verifier's; None where it does not."""
+        """Options that let the output differ from the verifier's; None where it does not."""
         return self.proposal.lossy_options or None
 
     @cached_property
     def pad_token_id(self) -> int | None:
-        """What follows an end token; None where no token ends a text.
+        """The token that follows an end token; None where no token ends a text.
 
-        Then Transformers writes on in a row that something else has ended, until every row has
-        ended, and so do we.
+        Without one a row that another criterion ended continues until every row has ended, as in
+        Transformers.
         """
         ends = [c.eos_token_id for c in self.stopping_criteria if hasattr(c, "eos_token_id")]
         if not ends:

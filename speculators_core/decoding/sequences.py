@@ -1,10 +1,9 @@
-"""The sequences of a batch while they grow: scores to tokens, and where each ends."""
-
-from typing import Any
+"""The growing sequences of a batch, and their ends."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import LogitsProcessor
 from transformers.generation import logits_process
 
 from speculators_core.decoding.acceptance import AcceptanceCounts
@@ -12,7 +11,7 @@ from speculators_core.decoding.rules import Rules
 
 
 class Sequence:
-    """One row of the batch: its prompt, padding included, and what was generated."""
+    """One row of the batch: its prompt, padding included, and the tokens generated so far."""
 
     def __init__(self, row: int, prompt: Int[Tensor, "seq"], rules: Rules):
         self.rules = rules
@@ -44,7 +43,7 @@ class Sequence:
         scores: Float[Tensor, "places vocab"],
         logits: Float[Tensor, "places vocab"],
     ) -> None:
-        """Takes tokens; those behind an end token are left out."""
+        """Takes tokens; those after an end token are left out."""
         start = len(self.ids)
         self.ids = torch.cat([self.ids, tokens])
         if self.rules.keeps_scores:
@@ -65,8 +64,8 @@ class Sequence:
         return bool(self.rules.stopping_criteria(self.ids[None, :length], known).all())
 
 
-def _for_row(processor: Any, row: int) -> Any:
-    """The processor for one row alone: prefix constraints are told which row they are in."""
+def _for_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+    """The processor for one row alone: prefix constraints get the row's number."""
     if isinstance(processor, logits_process.PrefixConstrainedLogitsProcessor):
         allowed = processor._prefix_allowed_tokens_fn
         return logits_process.PrefixConstrainedLogitsProcessor(
@@ -85,7 +84,7 @@ class Sequences:
 
     @property
     def length(self) -> int | None:
-        """Of the longest sequence, its prompt included; None while one has not ended."""
+        """Length of the longest sequence with its prompt; None while one has not ended."""
         ends = [sequence.end for sequence in self.rows if sequence.end is not None]
         return max(ends) if len(ends) == len(self.rows) else None
 
@@ -97,13 +96,13 @@ class Sequences:
         return [row for row, t in enumerate(self.rows) if goal is None or len(t.ids) < goal]
 
     def padded(self, length: int) -> Int[Tensor, "batch length"]:
-        """The start of every sequence, padded behind its end."""
+        """The start of every sequence, padded after its end."""
         pad = self.rules.pad_token_id or 0
         rows = [nn.functional.pad(t.ids, (0, length - len(t.ids)), value=pad) for t in self.rows]
         return torch.stack(rows)
 
     def stream(self) -> None:
-        """Hands the streamer, as Transformers does, one token of every row at a time."""
+        """Gives the streamer, as Transformers does, one token of every row at a time."""
         if self.rules.streamer is None:
             return
         lengths = [len(self.rows[row].ids) for row in self.unwritten()]

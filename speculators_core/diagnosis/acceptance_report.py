@@ -11,9 +11,9 @@ class Timing(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     start_s: float
-    """Since the run's first request."""
+    """Start, since the run's first request."""
     first_token_s: float
-    """Since the request was sent."""
+    """First token, since the request was sent."""
 
 
 class RequestRecord(BaseModel):
@@ -34,7 +34,7 @@ class RequestRecord(BaseModel):
 
 
 class Counters(BaseModel):
-    """What a server counts over all its requests, whoever sent them."""
+    """Counts of a server over all its requests, including other clients'."""
 
     model_config = ConfigDict(frozen=True)
     num_drafts: int
@@ -90,8 +90,7 @@ class KReport(BaseModel):
 
     speculative_tokens: int
     counted: Literal["by request", "by server"]
-    """A server that does not say what each request kept has one count of them all; then there are
-    no figures of categories, and no interval."""
+    """Source of the counts. Those of a whole server give no figures by category and no interval."""
     pooled: Summary
     interval_95: tuple[float, float] | None
     macro_acceptance_length: float | None
@@ -113,7 +112,7 @@ class KReport(BaseModel):
     latency: Latency | None
     requests: list[RequestRecord]
     counters: Counters | None
-    """What the server counted meanwhile, of everybody's requests."""
+    """Counts of the server meanwhile, including other clients' requests."""
 
     @property
     def first_run(self) -> list[RequestRecord]:
@@ -151,6 +150,6 @@ class AcceptanceReport(BaseModel):
     baseline_latency: Latency | None = None
     drafts: list[DraftReport]
     servers: dict[str, dict[str, Any]] = {}
-    """What the servers said of themselves."""
+    """Descriptions that the servers gave."""
     remarks: list[str] = []
-    """What to know before believing the figures."""
+    """Reservations about the figures."""

@@ -1,8 +1,8 @@
-"""Replays known texts for a draft: what it would have been kept of, without running the verifier.
+"""Replays known texts for a draft, without the verifier.
 
-One pass of the verifier over a text gives every state that a draft can ask for. A draft is then
-stepped through the text as the reference decoder steps it, and what it proposes is compared with
-what the text says. So a draft can be tried in many variants for the price of one verifier pass.
+One pass of the verifier over a text gives every state that a draft can read. A draft is then
+stepped through the text as the reference decoder steps it, and its proposals are compared with
+the text. So a draft can be tried in many variants for the price of one verifier pass.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class SeenText:
     token_ids: Int[Tensor, "seq"]
     prompt_length: int
     states: dict[int, Float[Tensor, "seq hidden"]]
-    """By layer id; n is the state before the final norm."""
+    """States by layer id; n is the state before the final norm."""
 
     def aux_states(self, layer_ids: Sequence[int], shift: int = 0) -> Float[Tensor, "seq aux"]:
         """The states of these layers side by side; of the token ``shift`` places further on."""
@@ -47,13 +47,13 @@ def see(verifier: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int])
 
 @dataclass(frozen=True)
 class Reading:
-    """A draft, and the states that it is handed."""
+    """A draft, and the states that it reads."""
 
     drafter: Drafter
     layer_ids: tuple[int, ...] | None = None
-    """The verifier's layers that they are of; those that the draft asks for where None."""
+    """The verifier's layers that they come from; the draft's `aux_layer_ids` where None."""
     shift: int = 0
-    """They are those of the token this many places further on."""
+    """Places further on of the token that they belong to."""
 
     def step_through(self, text: SeenText) -> "Stepper":
         layer_ids = self.drafter.aux_layer_ids if self.layer_ids is None else self.layer_ids
@@ -61,11 +61,11 @@ class Reading:
 
 
 READ_AT_ONCE = 2048
-"""Tokens that a draft is told of at one time: attention among them takes their square."""
+"""Most tokens that a draft reads at one time: attention among them takes their square."""
 
 
 class Stepper:
-    """Tells a draft of a text, piece by piece."""
+    """Gives a draft a text, piece by piece."""
 
     def __init__(
         self,
@@ -81,9 +81,9 @@ class Stepper:
         self.first = 0
 
     def propose(self, bonus: int, num_tokens: int, choose: Chooser) -> Int[Tensor, "draft"]:
-        """What the draft says after the token at place ``bonus``, the last that it knows.
+        """The draft's tokens after the one at place ``bonus``, the last that it knows.
 
-        Places are asked for in ascending order.
+        Places must ascend from call to call.
         """
         while bonus - self.first > READ_AT_ONCE:
             self._propose(self.first + READ_AT_ONCE, 1, Chooser())
@@ -101,9 +101,9 @@ class Stepper:
 
 
 def replay(reading: Reading, text: SeenText, num_tokens: int) -> AcceptanceCounts:
-    """What is kept of each draft over a text, as the reference decoder would count it.
+    """Accepted tokens of each draft over a text, as the reference decoder would count them.
 
-    Drafts whose last token would lie behind the text's end are left out.
+    Drafts whose last token would lie after the text's end are left out.
     """
     counts, stepper = AcceptanceCounts(num_tokens), reading.step_through(text)
     bonus = text.prompt_length
@@ -137,7 +137,7 @@ class _FirstLogits(Chooser):
         return super().__call__(logits, token_ids, vocab_size)
 
     def log_prob(self, token_id: Int[Tensor, ""]) -> Tensor:
-        """Of the verifier's token; of one that the draft cannot say, that of its last choice."""
+        """Log-probability of the verifier's token; of the least likely one where it has none."""
         log_probs = self.seen[0].float().log_softmax(-1)
         if self.token_ids[0] is None:
             return log_probs[token_id]
@@ -148,7 +148,7 @@ class _FirstLogits(Chooser):
 def first_token_log_probs(reading: Reading, text: SeenText) -> Float[Tensor, "places"]:
     """The draft's log-probability of the verifier's token, for each token of the answer but one.
 
-    A finer measure than what is kept. The answer's first token comes from prefill.
+    A finer measure than accepted tokens. The answer's first token comes from prefill.
     """
     stepper, log_probs = reading.step_through(text), []
     for bonus in range(text.prompt_length, len(text.token_ids) - 1):

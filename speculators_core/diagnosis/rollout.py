@@ -1,20 +1,20 @@
-"""Predicts how much of a draft is kept, from texts whose verifier states are known.
+"""Predicts acceptance from texts with known verifier states.
 
-No verifier is run. From a place of a text the draft proposes its tokens as it is served, each on
-its own output. A token is right if it is what the verifier says next, which is known for as long as
-the text itself goes the way of the draft:
+No verifier is run. From a place of a text the draft proposes its tokens as in serving, each from
+its previous ones. A token is right if it is the verifier's next one, which is known for as long as
+the text and the draft are the same:
 
     text                x0 x1 x2 x3 x4        the verifier after    x1: x2   x2: x3   x3: y
-    drafted after x1          x2 x3 y  z      right, right, right; then the text goes on with x4
-                                              and what the verifier says after y is unknown
+    drafted after x1          x2 x3 y  z      right, right, right; then the text continues with x4
+                                              and the verifier's token after y is unknown
 
 So z is *censored*: neither right nor wrong. The rate at a position is taken over the drafts that
-came to it (*at risk*), and the rates multiply (Kaplan and Meier 1958). Drafts are made where a
-decoder makes them, each where the one before has ended: at every place alike, the easy stretches
+reached it (*at risk*), and the rates multiply (Kaplan and Meier 1958). Drafts are made where a
+decoder makes them, each where the previous one ended: with one at every place, the easy stretches
 that a decoder passes in one long draft would count most.
 
-Over the verifier's own greedy answers it is what decoding them gives, but for their ends. Of a text
-that the verifier did not write, later positions are seen only where it would have written the same.
+Over the verifier's greedy answers the result is that of decoding them, except for their ends. In a
+text that the verifier did not write, later positions count only where it would write the same.
 """
 
 import random
@@ -32,19 +32,19 @@ from speculators_core.decoding.drafter import Chooser, Drafter
 from speculators_core.diagnosis.replay import Stepper
 
 UNKNOWN = -1
-"""In place of a token that nobody has asked the verifier for."""
+"""In place of a verifier's token that was not computed."""
 DRAFTS_OF_TEXT = 32
-"""A few long ways tell less than more of this length."""
+"""A few long stretches measure less well than more of this length."""
 
 
 @dataclass(frozen=True)
 class SurvivalCounts:
-    """How far drafts came, position by position."""
+    """How far drafts got, position by position."""
 
     at_risk: tuple[int, ...]
-    """Drafts that came to position k: right before it, and the verifier's token is known there."""
+    """Drafts that reached position k: right before it, and the verifier's token is known there."""
     right: tuple[int, ...]
-    """Those of them that had the verifier's token."""
+    """Drafts among them that had the verifier's token."""
 
     @classmethod
     def none(cls, num_tokens: int) -> "SurvivalCounts":
@@ -52,7 +52,7 @@ class SurvivalCounts:
 
     @classmethod
     def of(cls, counts: AcceptanceCounts) -> "SurvivalCounts":
-        """Of drafts that were verified whole."""
+        """The counts of drafts that were verified whole."""
         kept_to = (counts.num_drafts, *counts.accepted_per_position)
         return cls(kept_to[:-1], kept_to[1:])
 
@@ -64,44 +64,44 @@ class SurvivalCounts:
 
     @property
     def num_places(self) -> int:
-        """Drafts in all: each comes to its first position."""
+        """Drafts in all: each reaches its first position."""
         return self.at_risk[0]
 
     @property
     def conditional(self) -> tuple[float | None, ...]:
-        """Share right at position k of those that came to it; None where none did."""
+        """Share right at position k of the drafts that reached it; None where none did."""
         counts = zip(self.right, self.at_risk, strict=True)
         return tuple(right / at_risk if at_risk else None for right, at_risk in counts)
 
     @property
     def joint(self) -> tuple[float, ...]:
-        """Chance that positions 1 to k are all kept; 0 from where no draft came to."""
+        """Chance that positions 1 to k are all kept; 0 from the first that no draft reached."""
         return tuple(accumulate((rate or 0.0 for rate in self.conditional), mul))
 
     @property
     def acceptance_length(self) -> float:
         """Tokens per verifier step, the bonus token included; 1 where there was no draft.
 
-        Too low by what lies behind a position that every draft was censored before.
+        Too low by the positions after one that every draft was censored before.
         """
         return 1.0 + sum(self.joint)
 
 
 @dataclass(frozen=True)
 class VerifiedText:
-    """A text, and what the verifier thinks of it; row t is token t, nothing is shifted."""
+    """A text with the verifier's states and tokens; row t is token t, nothing is shifted."""
 
     token_ids: Int[Tensor, "seq"]
     states: Float[Tensor, "seq aux_hidden"]
-    """At the draft's `aux_layer_ids`, side by side."""
+    """States at the draft's `aux_layer_ids`, side by side."""
     choices: Int[Tensor, "seq"]
-    """The verifier's greedy token after each one; `UNKNOWN` where no place asks for it."""
+    """The verifier's greedy token after each one; `UNKNOWN` where no draft needs it."""
 
 
 def bonus_places(loss_mask: Bool[Tensor, "seq"]) -> Int[Tensor, "places"]:
-    """Places whose token the verifier would have said last when it is served, and says one more.
+    """Places whose token can be a bonus token in serving: an answer's, with another after it.
 
-    The first token of an answer is one, as it comes from prefill; the end of a turn is none.
+    The first token of an answer is one, as it comes from prefill; the end of a turn is not.
 
     loss mask 0 0 1 1 1 0 0 1 1 -> 2 3 7
     """
@@ -110,10 +110,10 @@ def bonus_places(loss_mask: Bool[Tensor, "seq"]) -> Int[Tensor, "places"]:
 
 
 def share_drafts(num_places: Sequence[int], count: int, seed: int = 0) -> list[int]:
-    """How many drafts, at most, are made in each text, ``count`` in all.
+    """Most drafts in each text, ``count`` in all.
 
-    Texts are taken in an order that the seed draws, those that have a place; each for
-    `DRAFTS_OF_TEXT`, or more where that leaves some over.
+    Texts with a place are taken in an order that the seed draws; each for `DRAFTS_OF_TEXT`, or for
+    more where that would leave some over.
     """
     texts = [text for text, places in enumerate(num_places) if places]
     random.Random(seed).shuffle(texts)
@@ -128,8 +128,8 @@ def share_drafts(num_places: Sequence[int], count: int, seed: int = 0) -> list[i
 def reachable_positions(
     places: Sequence[int], num_drafts: int, num_tokens: int, length: int
 ) -> tuple[list[int], list[int]]:
-    """The places that so many drafts can come to in a text of ``length`` tokens, and the rows of
-    `VerifiedText.choices` that they are held against."""
+    """The places that so many drafts can reach in a text of ``length`` tokens, and the rows of
+    `VerifiedText.choices` that they are compared with."""
     end = places[0] + num_drafts * (num_tokens + 1)
     reached = [place for place in places if place < end]
     return reached, list(range(reached[0], min(length, reached[-1] + num_tokens)))
@@ -143,10 +143,10 @@ def roll_out(
     num_tokens: int,
     num_drafts: int | None = None,
 ) -> SurvivalCounts:
-    """What becomes of the drafts of ``num_tokens`` that a decoder makes on its way.
+    """Counts of the drafts of ``num_tokens`` that a decoder makes in a text.
 
-    The first is at the first of ``places``; what it had right of the text is passed over, as is the
-    token behind, which the verifier gives; the next one is at the next place from there, and so on
+    The first is at the first of ``places``; the tokens that it had right are skipped, as is the
+    one after them, which the verifier gives; the next one is at the next place from there, and so
     for all places or ``num_drafts``. The token of a place is the last that the draft knows, and has
     no state yet.
 
@@ -182,7 +182,7 @@ def _judge(
 ) -> Iterator[bool]:
     """Whether each token of a draft is right, up to the first that is wrong or censored.
 
-    drafted [2 3 8 9], text goes on [2 3 4], verifier says [2 3 8 5] -> True, True, True
+    drafted [2 3 8 9], text continues [2 3 4], verifier [2 3 8 5] -> True, True, True
     """
     for position, (token, choice) in enumerate(zip(drafted, choices, strict=False)):
         assert choice != UNKNOWN

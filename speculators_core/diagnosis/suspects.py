@@ -1,4 +1,4 @@
-"""Other ways to read a draft's weights, tried one by one.
+"""Tries other ways to read a draft's weights.
 
 A draft that was trained well and is read in another way than it was trained proposes badly without
 any error. Each `Suspect` reads the same weights in another way. If the verifier accepts one of them
@@ -22,8 +22,8 @@ DEAD_BELOW = 1.05
 """Acceptance length under which a draft costs more than it gives."""
 MIN_GAIN_NATS = 0.02
 MIN_T = 5.0
-"""What a suspect must gain in the mean log-probability of the verifier's tokens, and by how many
-standard errors of the paired differences, to be believed."""
+"""Least gain of a believed suspect in the mean log-probability of the verifier's tokens, and in
+standard errors of the paired differences."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Trial:
     cause: Cause
     description: str
     gain_nats: float
-    """In the mean log-probability of the verifier's next token."""
+    """Gain in the mean log-probability of the verifier's next token."""
     t: float
     """The gain in standard errors."""
 
@@ -54,7 +54,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was tried, and the suspect that explains the loss, if one does."""
+    """The suspects that were tried, and the one that explains the loss, if one does."""
 
     acceptance_length: float
     """Acceptance length of the checkpoint as is, over the replayed texts."""

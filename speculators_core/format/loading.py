@@ -1,6 +1,6 @@
-"""A speculator's weights on their way between folder and model.
+"""A speculator's weights between folder and model.
 
-What a folder must hold is asked of the model that its config names, built without memory.
+The model that the config names, built without memory, decides what a folder must hold.
 """
 
 from collections.abc import Iterator, Mapping

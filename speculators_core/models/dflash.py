@@ -1,8 +1,9 @@
-"""DFlash (arXiv:2602.06036): a whole block of tokens from one pass over masks.
+"""DFlash (arXiv:2602.06036): a block of tokens from one pass.
 
 The verifier's states of the text are keys and values for every layer; they pass through no layer
 themselves. A block of mask tokens after an *anchor*, the last token that is known, reads them and
-says all its tokens at once. Row t holds token x_t and its features g_t; anchor p has slots 0..B-1:
+predicts all its tokens at once. Row t holds token x_t and its features g_t; anchor p has the slots
+0..B-1:
 
     sees             context of rows      own block, slot          (causal blocks)
                       0  1  ..  p-1  p      0  1  2  3               0  1  2  3
@@ -10,7 +11,7 @@ says all its tokens at once. Row t holds token x_t and its features g_t; anchor 
     slot 1: mask      x  x  x   x    .      x  x  x  x               x  x  .  .
     slot 2: mask      x  x  x   x    .      x  x  x  x               x  x  x  .
 
-Slot s stands at the place of token p + s and says x_{p+s}; with ``sample_from_anchor`` x_{p+s+1}.
+Slot s is at the place of token p + s and predicts x_{p+s}; with ``sample_from_anchor`` x_{p+s+1}.
 The anchor's own state is unknown when it is served, so no slot sees it.
 """
 
@@ -81,7 +82,8 @@ class DFlashSpeculatorConfig(FeatureDraftConfig):
         family_of(layer_config, LAYER_TYPES)
         if self.aux_hidden_state_layer_ids is None:
             raise SpeculatorError(
-                "aux_hidden_state_layer_ids is missing: a DFlash draft cannot do without.",
+                "aux_hidden_state_layer_ids is missing in the config: a DFlash draft has no "
+                "default. Add the verifier layers that it was trained on.",
                 cause="wrong layer ids",
             )
         check_mask_token(self.mask_token_id, layer_config.vocab_size, "a DFlash draft")
@@ -93,8 +95,8 @@ class DFlashSpeculatorConfig(FeatureDraftConfig):
             )
         is_stated = getattr(layer_config, "is_causal", None) is not None
         if windows == {None} and not is_stated and not self.sliding_window_non_causal:
-            # The format calls full attention bidirectional whatever this key says; vLLM reads the
-            # key for every layer and would serve the block causally.
+            # In the format full attention is bidirectional whatever the value of this key; vLLM
+            # reads the key for every layer and would serve the block causally.
             logger.warning(
                 "sliding_window_non_causal was false beside full attention alone: taken for true"
             )
@@ -116,34 +118,34 @@ class DFlashSpeculatorConfig(FeatureDraftConfig):
 
     @property
     def first_slot(self) -> int:
-        """The first slot that says a token."""
+        """The first slot that predicts a token."""
         return 0 if self.sample_from_anchor else 1
 
 
 class DFlashRecipe(DraftRecipe):
-    """What decides the shape of a fresh draft, beside its verifier."""
+    """The shape of a fresh draft, as far as its verifier leaves it open."""
 
     layer_type: Literal["qwen3"] = "qwen3"
     num_layers: int = Field(5, ge=1)
     mask_token_id: int = Field(ge=0)
-    """Token that stands for those not known yet; one that no text has."""
+    """Token in place of those not known yet; one that no text has."""
     block_size: int = Field(16, ge=2)
-    """Slots of a block, the anchor's among them."""
+    """Slots of a block, including the anchor's."""
     causal: bool = False
-    """A slot sees its block up to itself, not all of it."""
+    """Let a slot see its block up to itself instead of all of it."""
     sample_from_anchor: bool = False
-    """The anchor's slot says a token too; vLLM 0.32 does not serve that."""
+    """Let the anchor's slot predict a token too; vLLM 0.32 does not serve that."""
 
 
 class DFlashObjective(Settings):
-    """What training minimises."""
+    """The loss that training minimises."""
 
     max_anchors: int = Field(512, ge=1)
-    """Blocks of a packed row, at most; spread over its trained tokens."""
+    """Most blocks of a packed row, spread over its trained tokens."""
     loss: LossWeights = {"kl_div": 1.0}
     """Weights of the losses in `losses.LOSSES`, or the name of one."""
     position_weights: Literal["exponential", "dpace"] = "exponential"
-    """How the slots of a block count: by a fixed decay, or by how likely each is to be reached."""
+    """Weights of a block's slots: a fixed decay, or the chance that each is reached."""
     decay_length: float = Field(4.0, gt=0.0)
     """Slots after which the exponential weight has fallen to 1/e."""
     dpace_smoothing: float = Field(0.5, ge=0.0, le=1.0)
@@ -233,7 +235,7 @@ class DFlashDraftModel(FeatureDraftModel):
     def embed_block(
         self, anchor_tokens: Int[Tensor, "*blocks"], num_slots: int
     ) -> Float[Tensor, "*blocks slots hidden"]:
-        """The anchor's embedding and the mask's behind it; the table is the verifier's."""
+        """The anchor's embedding, then the mask's; the table is the verifier's."""
         tokens = anchor_tokens[..., None].repeat_interleave(num_slots, dim=-1)
         tokens[..., 1:] = self.config.mask_token_id or 0
         return self.embed_as_verifier(tokens)
@@ -290,8 +292,8 @@ class DFlashDraftModel(FeatureDraftModel):
     ) -> tuple[Int[Tensor, "blocks slots"], Tensor, dict[str, Tensor]]:
         """Draft tokens of every block, the loss, and metrics.
 
-        ``anchors`` (ascending rows) are drawn where None. A slot counts if the token at its own
-        place is of the anchor's document and has loss mask 1, and the token that it says is of that
+        ``anchors`` (ascending rows) are drawn where None. A slot counts if the token at its place
+        is of the anchor's document and has loss mask 1, and the token that it predicts is of that
         document too. The loss is the weighted sum over slots, by the number of slots that count.
         Draft tokens are ids of the draft's vocabulary, -1 where no loss was taken. Metrics,
         teacher-forced: ``loss``, ``full_acc``, ``acc_s`` of each slot, and ``eal``, the mean number
@@ -336,16 +338,16 @@ class DFlashDraftModel(FeatureDraftModel):
     def trained_slots(
         self, batch: Batch, anchors: Int[Tensor, "blocks"]
     ) -> Bool[Tensor, "blocks slots"]:
-        """Slots from the first one that says a token, where there is something to learn."""
+        """Slots from the first one that predicts a token, where there is something to learn."""
         first, length = self.config.first_slot, batch.input_ids.shape[1]
         slots = torch.arange(first, self.config.block_size, device=anchors.device)
         own = anchors[:, None] + slots
-        said = own + 1 - first
+        predicted = own + 1 - first
         documents = batch.document_ids[0]
         last = length - 1
-        # Documents are in order, so one that holds the token said holds the slot's own as well.
-        same = documents[said.clamp_max(last)] == documents[anchors, None]
-        return same & batch.loss_mask[0, own.clamp_max(last)] & (said < length)
+        # Documents are in order: one that holds the predicted token holds the slot's as well.
+        same = documents[predicted.clamp_max(last)] == documents[anchors, None]
+        return same & batch.loss_mask[0, own.clamp_max(last)] & (predicted < length)
 
     def draw_anchors(self, batch: Batch, max_anchors: int) -> Int[Tensor, "blocks"]:
         """Trained rows with a slot to train, at even distances from a drawn first one."""

@@ -1,14 +1,14 @@
-"""EAGLE-3 (arXiv:2503.01840): a draft that reads the verifier's mind at three depths.
+"""EAGLE-3 (arXiv:2503.01840): drafts from the verifier's states.
 
-Row i joins what the verifier thought at token i, from several layers, with the embedding of token
-i + 1, and predicts token i + 2. Further tokens come one at a time: the draft's own hidden state
-stands in for the verifier's.
+Row i joins the verifier's states of token i, from several layers, with the embedding of token
+i + 1, and predicts token i + 2. Further tokens come one at a time: the draft's hidden state takes
+the place of the verifier's.
 
     tokens      x0   x1   x2   x3   x4      features of token i: g_i
     step 0      row i reads (g_i, x_{i+1})                     -> predicts x_{i+2}
     step 1      row i reads (output of step 0 at i, x_{i+2})   -> predicts x_{i+3}
 
-Training unrolls the same steps for all rows at once, so the draft learns to live on its own output
+Training unrolls the same steps for all rows at once, so the draft learns to read its own output
 ("training-time test").
 """
 
@@ -39,10 +39,10 @@ class Eagle3SpeculatorConfig(EagleStackConfig):
 
 
 class Eagle3Recipe(EagleStackRecipe):
-    """What decides the shape of a fresh draft, beside its verifier."""
+    """The shape of a fresh draft, as far as its verifier leaves it open."""
 
     norm_output: bool = True
-    """The normed state is fed back, not the raw one."""
+    """Feed back the normed state, not the raw one."""
     embed_requires_grad: bool = False
     """Train the embeddings too."""
     speculative_tokens: int = Field(3, ge=1)
@@ -50,12 +50,12 @@ class Eagle3Recipe(EagleStackRecipe):
 
 
 class Eagle3Objective(Settings):
-    """What training minimises."""
+    """The loss that training minimises."""
 
     ttt_steps: int = Field(3, ge=1)
-    """Steps that the training unroll takes."""
+    """Steps of the training unroll."""
     ttt_step_loss_decay: float = Field(1.0, gt=0.0)
-    """Step k counts with this to the power of k."""
+    """Decay of the steps' weights: step k counts with this to the power of k."""
     loss: LossWeights = {"kl_div": 1.0}
     """Weights of the losses in `losses.LOSSES`, or the name of one."""
 
@@ -146,8 +146,8 @@ class Eagle3DraftModel(EagleStackModel):
             attend = cached_attend(self.config.transformer_layer_config, state, positions)
             return self.step(tokens, hidden, positions, attend)
 
-        def say(output: Tensor) -> Proposal:
+        def to_proposal(output: Tensor) -> Proposal:
             return self.choose(self.lm_head(output), choose)
 
         hidden = self.combine(confirmed.hidden_states)
-        return propose_in_steps(state, confirmed, hidden, num_tokens, step, say)
+        return propose_in_steps(state, confirmed, hidden, num_tokens, step, to_proposal)

@@ -1,10 +1,10 @@
-"""The network that EAGLE-3 and P-EAGLE share: aux states and embeddings through one stack.
+"""The network that EAGLE-3 and P-EAGLE share.
 
-The first layer reads embedding and hidden state side by side; the others are ordinary.
+Aux states and embeddings pass one stack. The first layer reads embedding and hidden state side by
+side; the others are ordinary.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from speculators_core.errors import SpeculatorError
-from speculators_core.format.config import own_fields
+from speculators_core.format.config import SpeculatorModelConfig, own_fields
 from speculators_core.format.readings import OtherReading
 from speculators_core.models.feature_draft import (
     AuxLayerIds,
@@ -89,11 +89,11 @@ class EagleStackRecipe(DraftRecipe):
     """The options of the shared network that a fresh draft may choose."""
 
     norm_before_residual: bool = True
-    """The first layer's residual is the normed hidden state."""
+    """Take the normed hidden state as the first layer's residual."""
     norm_before_fc: bool = True
-    """One norm over all aux states together."""
+    """Norm all aux states together."""
     fc_norm: bool = False
-    """One norm for each aux state."""
+    """Norm each aux state by itself."""
     speculative_tokens: int = Field(ge=1)
     """Tokens proposed in one step."""
 
@@ -107,7 +107,7 @@ class EagleStackModel(FeatureDraftModel):
         super().__init__(config, verifier, verifier_attachment_mode)
         self.make_stack()
         self.post_init()
-        # The head is the verifier's for good; the embeddings are unless they shall train.
+        # The head stays the verifier's; so do the embeddings unless they are to train.
         self.embed_tokens.requires_grad_(config.embed_requires_grad)
         self.lm_head.requires_grad_(False)
 
@@ -124,8 +124,8 @@ class EagleStackModel(FeatureDraftModel):
         recipe: EagleStackRecipe,
         draft_vocab_size: int,
         name_or_path: str | None,
-    ) -> Any:
-        """Options of the recipe that are keys of the config go over by their names."""
+    ) -> SpeculatorModelConfig:
+        """Options of the recipe that are keys of the config keep their names."""
         config_class = cls.config_class
         return config_class(
             **recipe.model_dump(include=set(own_fields(config_class))),

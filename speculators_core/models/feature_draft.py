@@ -1,9 +1,9 @@
-"""What drafts that read the verifier's hidden states share: aux layers, fc, vocabulary, ends."""
+"""What drafts that read aux hidden states share."""
 
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -109,15 +109,19 @@ class FeatureDraftConfig(SpeculatorModelConfig):
 def check_mask_token(mask_token_id: int | None, vocab_size: int, who: str) -> None:
     """Raises SpeculatorError unless it is a token of the vocabulary; ``who`` reads it."""
     if mask_token_id is None:
-        raise SpeculatorError(f"mask_token_id is missing: {who} cannot do without.")
+        raise SpeculatorError(
+            f"mask_token_id is missing in the config: {who} needs it. Add the id of a token that "
+            "no text has, as it was trained."
+        )
     if mask_token_id >= vocab_size:
         raise SpeculatorError(
-            f"mask_token_id {mask_token_id} is not in the vocabulary of {vocab_size}."
+            f"mask_token_id {mask_token_id} is not in the vocabulary: expected 0 to "
+            f"{vocab_size - 1}."
         )
 
 
 class DraftRecipe(Settings):
-    """What decides the shape of a fresh draft, beside its verifier."""
+    """The shape of a fresh draft, as far as its verifier leaves it open."""
 
     layer_type: Literal["llama", "qwen3"] = "llama"
     """Architecture of the draft's layers."""
@@ -126,7 +130,7 @@ class DraftRecipe(Settings):
     intermediate_size: int | None = Field(None, ge=1)
     """MLP width; the verifier's where None."""
     sliding_window: int | None = Field(None, ge=1)
-    """Keys that a token sees, itself included; all where None."""
+    """Tokens that a token attends to, itself included; all where None."""
     aux_layer_ids: tuple[int, ...] | None = None
     """Verifier layers to read, ascending; the paper's three where None."""
 
@@ -158,7 +162,9 @@ class FeatureDraftModel(SpeculatorModel):
 
     def start_fresh(self, t2d: Tensor | None, d2t: Tensor | None) -> None:
         if (t2d is None) != (d2t is None):
-            raise SpeculatorError("t2d and d2t come together; one of them is missing.")
+            raise SpeculatorError(
+                f"{'t2d' if t2d is None else 'd2t'} is missing: pass t2d and d2t together."
+            )
         if t2d is not None and d2t is not None:
             vocab_size = self.config.transformer_layer_config.vocab_size
             if len(t2d) != vocab_size:
@@ -174,13 +180,13 @@ class FeatureDraftModel(SpeculatorModel):
 
     @property
     def from_verifier(self) -> tuple[str, ...]:
-        """Of a reduced vocabulary the head is the draft's own: vLLM would take the whole one."""
+        """With a reduced vocabulary the head is always stored: vLLM would take the whole one."""
         whole = self.config.vocabulary.is_whole
         return tuple(name for name in self.vocabulary_weights if whole or name != "lm_head.weight")
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """d2t says all that t2d does, and vLLM reads d2t alone."""
+        """t2d follows from d2t, and vLLM reads d2t alone."""
         return (*self.from_verifier, "t2d")
 
     @staticmethod
@@ -233,9 +239,9 @@ FROM_VERIFIER = (
 
 
 def draft_layer_config(verifier_config: PretrainedConfig, recipe: DraftRecipe) -> PretrainedConfig:
-    """The draft's layers; everything that the recipe leaves open is the verifier's."""
+    """The draft's layers; where the recipe leaves a value open it is the verifier's."""
     text = verifier_config.get_text_config()
-    shape: dict[str, Any] = {key: getattr(text, key) for key in FROM_VERIFIER}
+    shape = {key: getattr(text, key) for key in FROM_VERIFIER}
     head_dim = getattr(text, "head_dim", None)
     kind = "full_attention" if recipe.sliding_window is None else "sliding_attention"
     layer_config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[recipe.layer_type](
@@ -250,7 +256,7 @@ def draft_layer_config(verifier_config: PretrainedConfig, recipe: DraftRecipe) -
         hidden_act="silu",
         tie_word_embeddings=False,
     )
-    # Of our own: by it a verifier of another depth is refused.
+    # Our key, not Transformers': a verifier of another depth is refused by it.
     layer_config.verifier_num_hidden_layers = text.num_hidden_layers
     return layer_config
 
@@ -266,7 +272,7 @@ def speculators_config(
     verifier_config: PretrainedConfig,
     name_or_path: str | None,
 ) -> SpeculatorsConfig:
-    """Greedy proposals for this verifier, under the name that the checkpoint shall call it."""
+    """Greedy proposals for this verifier, which the checkpoint calls ``name_or_path``."""
     name = name_or_path or _absolute(verifier_config.name_or_path)
     return SpeculatorsConfig(
         algorithm=algorithm,
@@ -277,11 +283,11 @@ def speculators_config(
 
 
 def _absolute(name: str) -> str | None:
-    """A local folder in full, as a relative one would be meant from the speculator's folder."""
+    """The full path of a local folder: a relative one would start at the speculator's folder."""
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
 
 
-def _plain_rope(text: PretrainedConfig) -> dict[str, Any]:
+def _plain_rope(text: PretrainedConfig) -> dict[str, object]:
     """The verifier's rotary embedding for layers of one kind that rotate whole heads.
 
     Raises:
@@ -292,6 +298,6 @@ def _plain_rope(text: PretrainedConfig) -> dict[str, Any]:
         rope = dict(rope.get("sliding_attention") or next(iter(rope.values())))
     if "mrope_section" in rope:
         raise SpeculatorError(
-            "the verifier's rotary embedding has mrope sections: no draft for it."
+            "the verifier's rotary embedding has mrope sections, which these drafts do not have."
         )
     return {k: v for k, v in rope.items() if k not in ("type", "partial_rotary_factor")}

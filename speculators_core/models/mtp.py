@@ -1,8 +1,8 @@
-"""MTP in the manner of FastMTP (arXiv:2509.18362): the verifier's own last state, one step on.
+"""MTP as in FastMTP (arXiv:2509.18362): one block, run repeatedly.
 
-One block of the verifier's own kind joins the verifier's state of token t, as its head reads it
+One block of the verifier's kind joins the verifier's last state of token t, as its head reads it
 (after the final norm), with the embedding of token t + 1, and predicts token t + 2. Further tokens
-come one at a time from the same block, which reads its own output:
+come one at a time from the same block, which then reads its own output:
 
     tokens      x0   x1   x2   x3   x4      post-norm state of token t: y_t
     step 0      row t reads (y_t, x_{t+1})                     -> predicts x_{t+2}
@@ -13,7 +13,7 @@ Embeddings and head are the verifier's, and its checkpoint's alone.
 
 import copy
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +29,7 @@ from speculators_core.format.readings import OtherReading
 from speculators_core.models.feature_draft import speculators_config
 from speculators_core.models.parts.attention import Attend, DraftCache
 from speculators_core.models.parts.layers import (
+    DraftLayer,
     Hidden,
     Rotary,
     UnrolledAttention,
@@ -46,7 +47,7 @@ LAYER_TYPES = ("qwen3", "qwen2", "llama")
 
 
 class MTPSpeculatorConfig(SpeculatorModelConfig):
-    """An MTP speculator on disk; ``transformer_layer_config`` is the verifier's own."""
+    """An MTP speculator on disk; ``transformer_layer_config`` is the verifier's."""
 
     speculators_model_type: Literal["mtp"] = "mtp"
     num_nextn_predict_layers: Literal[1] = 1
@@ -78,27 +79,27 @@ class MTPSpeculatorConfig(SpeculatorModelConfig):
 
 
 class MTPRecipe(Settings):
-    """What decides the shape of a fresh draft, beside its verifier."""
+    """The shape of a fresh draft, as far as its verifier leaves it open."""
 
     speculative_tokens: int = Field(3, ge=1)
     """Tokens proposed in one step."""
 
 
 class MTPObjective(Settings):
-    """What training minimises."""
+    """The loss that training minimises."""
 
     num_steps: int = Field(3, ge=1)
-    """Steps that the training unroll takes."""
+    """Steps of the training unroll."""
     step_weights: tuple[float, ...] | None = None
-    """Weight of each step; falling by ``step_decay`` and summing to 1 where None."""
+    """Weight of each step; where None they fall by ``step_decay`` and sum to 1."""
     step_decay: float = Field(0.6, gt=0.0)
-    """Step k counts with this to the power of k, before the weights are made to sum to 1."""
+    """Decay of the steps' weights: this to the power of k for step k, before scaling to 1."""
     targets: Literal["text", "verifier"] = "verifier"
-    """``loss`` against the verifier's distribution, or cross-entropy with the text's next token."""
+    """Targets: the verifier's distribution by ``loss``, or the text's token by cross-entropy."""
     loss: LossWeights = {"kl_div": 1.0}
     """Weights of the losses in `losses.LOSSES`, or the name of one; for ``targets`` verifier."""
     attention: Literal["served", "independent"] = "served"
-    """A later step sees the first step's keys, as when it is served, or those of its own step."""
+    """Keys that a later step sees: the first step's, as in serving, or those of that step."""
 
     @model_validator(mode="after")
     def _every_step_has_a_weight(self) -> "MTPObjective":
@@ -124,14 +125,14 @@ class MTPObjective(Settings):
         return [power / sum(powers) for power in powers]
 
 
-class MTPLayer(nn.Module):
-    """A block of the verifier's kind behind the projection that joins token and state."""
+class MTPLayer(DraftLayer):
+    """The projection that joins token and state, and then a block of the verifier's kind."""
 
     def __init__(self, config: PretrainedConfig):
         super().__init__()
         family = family_of(config, LAYER_TYPES)
         hidden, norm_eps = config.hidden_size, config.rms_norm_eps
-        block: Any = family.decoder_layer(config, 0)
+        block = family.decoder_layer(config, 0)
         self.input_proj = nn.Linear(2 * hidden, hidden, bias=False)
         self.token_layernorm = family.norm(hidden, eps=norm_eps)
         self.hidden_layernorm = family.norm(hidden, eps=norm_eps)
@@ -140,7 +141,6 @@ class MTPLayer(nn.Module):
         self.post_attention_layernorm = block.post_attention_layernorm
         self.mlp = block.mlp
         self.final_layernorm = family.norm(hidden, eps=norm_eps)
-        self.gradient_checkpointing = False  # Transformers switches it, as in its own layers
 
     def forward(self, embedding: Hidden, hidden: Hidden, rotary: Rotary, attend: Attend) -> Hidden:
         both = [self.token_layernorm(embedding), self.hidden_layernorm(hidden)]
@@ -181,7 +181,9 @@ class MTPDraftModel(SpeculatorModel):
 
     def start_fresh(self, t2d: Tensor | None, d2t: Tensor | None) -> None:
         if t2d is not None or d2t is not None:
-            raise SpeculatorError("an MTP draft has the verifier's vocabulary: no t2d, no d2t.")
+            raise SpeculatorError(
+                "an MTP draft has the verifier's vocabulary: leave t2d and d2t out."
+            )
 
     # ---- the network ----
 
@@ -249,8 +251,7 @@ class MTPDraftModel(SpeculatorModel):
         unrolled = self.unroll(batch, steps, objective.attention)
         head_weight, targets = self.head_weight, self._targets(batch, objective)
         for step, (weight, output) in enumerate(zip(objective.weights, unrolled, strict=False)):
-            said = rows + 2 + step
-            trained = rows[batch.loss_mask[0, said]]
+            trained = rows[batch.loss_mask[0, rows + 2 + step]]
             scored = score_rows(
                 output[0, trained],
                 head_weight,
@@ -266,7 +267,7 @@ class MTPDraftModel(SpeculatorModel):
         return draft_tokens, total, metrics
 
     def _targets(self, batch: Batch, objective: MTPObjective) -> VerifierLogits:
-        """What each row should say next: the text's token for certain, or the verifier's choice."""
+        """Logits to learn in each row: the text's token for certain, or the verifier's logits."""
         if objective.targets == "verifier":
             return self.verifier_logits(batch)
         vocab_size = self.config.transformer_layer_config.vocab_size
@@ -289,15 +290,15 @@ class MTPDraftModel(SpeculatorModel):
             output = self.backbone(tokens, hidden, positions, attend)
             return output, output
 
-        def say(output: Tensor) -> Proposal:
+        def to_proposal(output: Tensor) -> Proposal:
             return choose(nn.functional.linear(output, head_weight))
 
         hidden = self.read_verifier(confirmed.hidden_states)
-        return propose_in_steps(state, confirmed, hidden, num_tokens, step, say)
+        return propose_in_steps(state, confirmed, hidden, num_tokens, step, to_proposal)
 
 
 def full_attention(config: PretrainedConfig) -> PretrainedConfig:
-    """The verifier's layers without their windows: the block is one that sees all."""
+    """The verifier's layers without their windows: the block sees the whole text."""
     config = copy.deepcopy(config)
     config.layer_types = ["full_attention"] * config.num_hidden_layers
     return config

@@ -1,7 +1,7 @@
-"""P-EAGLE (arXiv:2602.01469): EAGLE-3's network, proposing all its tokens in one pass.
+"""P-EAGLE (arXiv:2602.01469): EAGLE-3's network in one pass.
 
-Where EAGLE-3 would wait for its own token and state, P-EAGLE puts a mask token and a learnt state.
-An *element* (anchor a, depth d) stands at row p = a + d and predicts token p + 2:
+Where EAGLE-3 waits for its own token and state, P-EAGLE reads a mask token and a learnt state.
+An *element* (anchor a, depth d) is at row p = a + d and predicts token p + 2:
 
     tokens      x0   x1   x2   x3   x4      features of token i: g_i
     depth 0     row a reads (g_a, x_{a+1})                     -> predicts x_{a+2}
@@ -63,34 +63,34 @@ class PEagleSpeculatorConfig(EagleStackConfig):
 
 
 class PEagleRecipe(EagleStackRecipe):
-    """What decides the shape of a fresh draft, beside its verifier."""
+    """The shape of a fresh draft, as far as its verifier leaves it open."""
 
     mask_token_id: int = Field(ge=0)
-    """Token that stands for those not known yet; one that no text has."""
+    """Token in place of those not known yet; one that no text has."""
     embed_requires_grad: bool = True
-    """Train the embeddings too, the mask token's among them."""
+    """Train the embeddings too, including the mask token's."""
     speculative_tokens: int = Field(8, ge=1)
     """Tokens proposed in one step."""
 
 
 class PEagleObjective(Settings):
-    """What training minimises."""
+    """The loss that training minimises."""
 
     num_depths: int = Field(8, ge=1)
     """Tokens that a row learns to propose at once."""
     down_sample_ratio: float = Field(0.7, gt=0.0, le=1.0)
-    """Depth d keeps this to the power of d of the rows."""
+    """Share of the rows that each further depth keeps: depth d keeps this to the power of d."""
     down_sample_ratio_min: float = Field(0.2, ge=0.0, le=1.0)
-    """A depth keeps at least this share."""
+    """Smallest share of the rows that a depth keeps."""
     max_anchors: int | None = Field(512, ge=1)
-    """Rows that have depths beyond the first, at most; all where None."""
+    """Most rows that have depths beyond the first; all where None."""
     loss: LossWeights = {"kl_div": 1.0}
     """Weights of the losses in `losses.LOSSES`, or the name of one."""
 
 
 @dataclass(frozen=True)
 class Elements:
-    """What one row of training is made of, ordered by anchor and then by depth.
+    """The elements of one row of training, ordered by anchor and then by depth.
 
     An anchor's depths are 0, 1, ... without a gap.
     """
@@ -195,7 +195,7 @@ class PEagleDraftModel(EagleStackModel):
 
 
 class ElementAttention:
-    """Attention among elements: depth 0 up to the anchor, and the anchor's own chain."""
+    """Attention among elements: depth 0 up to the anchor, and the anchor's chain."""
 
     def __init__(
         self, config: PretrainedConfig, elements: Elements, document_ids: Int[Tensor, "seq"]

@@ -1,4 +1,4 @@
-"""What every speculator shares: loading, saving, training options and `generate`."""
+"""What every speculator shares, from loading to `generate`."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
-from speculators_core.decoding.drafter import Chooser, Confirmed, Proposal
+from speculators_core.decoding.drafter import Chooser, Confirmed, DraftState, Proposal
 from speculators_core.decoding.generation import generate
 from speculators_core.errors import SpeculatorError
 from speculators_core.format import checkpoint, loading
@@ -58,8 +58,8 @@ class SpeculatorModel(VerifierSide):
     ) -> "SpeculatorModel":
         """Loads a speculator of whatever algorithm its config names.
 
-        With ``verifier`` given it is attached in full unless the mode says otherwise. ``dtype`` is
-        that of the config unless given. Names and shapes are checked before any tensor is read.
+        A given ``verifier`` is attached in full unless the mode states otherwise. ``dtype``
+        defaults to the config's. Names and shapes are checked before any tensor is read.
         ``trust_remote_code`` is for the verifier's code; a speculator brings none.
 
         Raises:
@@ -106,7 +106,7 @@ class SpeculatorModel(VerifierSide):
 
     @staticmethod
     def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-        """Rules over the values of loaded tensors; an algorithm adds its own.
+        """Checks the values of loaded tensors; an algorithm adds its rules.
 
         Raises:
             SpeculatorError: tensors contradict each other.
@@ -140,7 +140,7 @@ class SpeculatorModel(VerifierSide):
         return MODELS.load(config.speculators_model_type)
 
     @staticmethod
-    def verify_training_compatible(model: Any) -> None:
+    def verify_training_compatible(model: object) -> None:
         """Raises SpeculatorError unless the model is a speculator that can be trained now."""
         if not isinstance(model, SpeculatorModel):
             raise SpeculatorError(
@@ -165,8 +165,8 @@ class SpeculatorModel(VerifierSide):
     ) -> Self:
         """A fresh draft shaped after its verifier; ``kwargs`` are fields of its `recipe_class`.
 
-        With ``verifier`` (a model, a folder or a hub id) embeddings and head are its copies.
-        ``name_or_path`` is what the checkpoint will call the verifier.
+        With ``verifier`` (a model, a folder or a hub id) embeddings and head are copies of its.
+        ``name_or_path`` is the verifier's name in the checkpoint.
 
         Raises:
             SpeculatorError: a field is unknown or out of bounds, or the maps contradict each other.
@@ -190,7 +190,7 @@ class SpeculatorModel(VerifierSide):
         recipe: Any,
         draft_vocab_size: int,
         name_or_path: str | None,
-    ) -> Any:
+    ) -> SpeculatorModelConfig:
         """The config of a fresh draft; ``recipe`` is of the algorithm's `recipe_class`."""
 
     @abstractmethod
@@ -198,7 +198,7 @@ class SpeculatorModel(VerifierSide):
         """Takes the vocabulary maps, and marks as unset what the verifier will give."""
 
     @classmethod
-    def get_trainer_kwargs(cls, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_trainer_kwargs(cls, **kwargs: Any) -> tuple[dict[str, Settings], dict[str, Settings]]:
         """What ``forward`` takes beside the batch, in training and in evaluation.
 
         ``kwargs`` are fields of the algorithm's `objective_class`.
@@ -211,15 +211,15 @@ class SpeculatorModel(VerifierSide):
 
     # ---- decoding ----
 
-    def start_drafting(self) -> Any:
-        """The state that `propose` carries on, of a new batch: keys and values of what it read."""
+    def start_drafting(self) -> DraftState:
+        """The state that `propose` extends: keys and values of the tokens read so far."""
         return DraftCache()
 
     @abstractmethod
     def propose(
         self, state: Any, confirmed: Confirmed, num_tokens: int, choose: Chooser
     ) -> Proposal:
-        """The next tokens as the draft sees them, in the verifier's vocabulary."""
+        """The draft's next tokens, in the verifier's vocabulary."""
 
     @property
     def draft_token_ids(self) -> Int[Tensor, "draft_vocab"] | None:

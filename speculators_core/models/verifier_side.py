@@ -39,7 +39,7 @@ class VerifierSide(PreTrainedModel):
         self._requested = (verifier, attachment_mode(verifier, verifier_attachment_mode))
 
     def post_init(self) -> None:
-        """To be called at the end of an algorithm's ``__init__``."""
+        """Every algorithm calls it at the end of its ``__init__``."""
         super().post_init()
         verifier, mode = self._requested
         del self._requested
@@ -47,7 +47,7 @@ class VerifierSide(PreTrainedModel):
             self.attach_verifier(self.resolve_verifier(verifier), mode)
 
     def enable_input_require_grads(self) -> None:
-        """Nothing: layers recompute without reentrance, which asks no gradient of embeddings."""
+        """Does nothing: layers recompute without reentrance, so embeddings need no gradient."""
 
     def get_input_embeddings(self) -> nn.Embedding | None:
         """The draft's embeddings; None where it reads its verifier's."""
@@ -102,7 +102,7 @@ class VerifierSide(PreTrainedModel):
         return weight.to(self.device, self.dtype)
 
     def resolve_verifier(self, verifier: NamedVerifier | None = None) -> str | PreTrainedModel:
-        """The verifier that is meant: the argument, or the one that the config names.
+        """The given verifier, or the one that the config names.
 
         Raises:
             SpeculatorError: neither names one.
@@ -144,7 +144,7 @@ class VerifierSide(PreTrainedModel):
         return ()
 
     def fill_unset(self) -> None:
-        """Gives every tensor in ``unset`` its value, where what it comes from is at hand."""
+        """Gives every tensor in ``unset`` its value, where its source is at hand."""
 
 
 def attachment_mode(verifier: NamedVerifier | None, mode: AttachmentMode | None) -> AttachmentMode:

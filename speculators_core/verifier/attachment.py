@@ -1,4 +1,4 @@
-"""A verifier brought to a draft: all of it, or its head alone."""
+"""The verifier beside a draft, whole or its head."""
 
 from dataclasses import dataclass
 from os import PathLike
@@ -17,7 +17,7 @@ NamedVerifier = str | PathLike | PreTrainedModel
 
 @dataclass(frozen=True)
 class Attachment:
-    """What a draft has of its verifier. Not a module, so that it is no part of the draft."""
+    """A verifier beside a draft. It is not a module, so that PyTorch keeps the two apart."""
 
     head: VerifierHead
     whole: PreTrainedModel | None = None

@@ -1,7 +1,5 @@
 """Proof that a verifier's head gives its logits."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -94,7 +92,7 @@ def _check_twin(model: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(0)
     made: dict[Tensor, Tensor] = {}  # tied weights stay tied
 
-    def give_weights(module: nn.Module, _: Any = None) -> None:
+    def give_weights(module: nn.Module, _: object = None) -> None:
         has_vocabulary = isinstance(module, nn.Embedding) or module in (embeddings, head)
         if isinstance(module, nn.Embedding):
             module.padding_idx = None

@@ -1,8 +1,7 @@
 """Catches the states between a verifier's layers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -65,7 +64,7 @@ class LayerTaps:
             handle.remove()
         self._handles.clear()
 
-    def _catch_input(self, layer_id: int) -> Any:
+    def _catch_input(self, layer_id: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self._caught[layer_id] = args[0] if args else kwargs["hidden_states"]
 

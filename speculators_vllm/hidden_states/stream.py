@@ -10,7 +10,7 @@ and its outbox fills.
 import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Literal, Self, cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -246,7 +246,7 @@ class HiddenStateReceiver:
     def close(self) -> None:
         self._context.destroy(linger=0)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "HiddenStateReceiver":
         return self
 
     def __exit__(

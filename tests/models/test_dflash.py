@@ -928,7 +928,10 @@ def sliding(window: int) -> dict:
     ("change", "message"),
     [
         ({"mask_token_id": None}, "mask_token_id is missing"),
-        ({"mask_token_id": 2048}, "mask_token_id 2048 is not in the vocabulary of 2048"),
+        (
+            {"mask_token_id": 2048},
+            "mask_token_id 2048 is not in the vocabulary: expected 0 to 2047",
+        ),
         ({"aux_hidden_state_layer_ids": None}, "aux_hidden_state_layer_ids is missing"),
         ({"aux_hidden_state_layer_ids": [3, 1, 4]}, "ascending"),
         ({"aux_hidden_state_layer_ids": [1, 1, 4]}, "ascending"),
@@ -958,7 +961,7 @@ def test_layers_that_nobody_serves_are_refused():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"mask_token_id": 96}, "mask_token_id 96 is not in the vocabulary of 96"),
+        ({"mask_token_id": 96}, "mask_token_id 96 is not in the vocabulary: expected 0 to 95"),
         ({"block_size": 1}, "block_size"),
         ({"sliding_window": 4}, "sliding_window 4 is smaller than block_size 5"),
         ({"layer_type": "llama"}, "layer_type"),

@@ -728,7 +728,7 @@ def test_bad_training_argument_is_named(verifier, kwargs, message):
 
 def test_half_a_vocabulary_map_is_refused(verifier):
     t2d, _ = choose_draft_vocabulary({}, 30, 96)
-    with pytest.raises(SpeculatorError, match="come together"):
+    with pytest.raises(SpeculatorError, match="pass t2d and d2t together"):
         Eagle3DraftModel.from_training_args(verifier.config, t2d, aux_layer_ids=(1, 2, 3))
 
 

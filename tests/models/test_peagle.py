@@ -721,7 +721,10 @@ def test_reduced_vocabulary_survives_save_and_load(reduced, tmp_path):
     ("change", "message"),
     [
         ({"mask_token_id": None}, "mask_token_id is missing"),
-        ({"mask_token_id": 2048}, "mask_token_id 2048 is not in the vocabulary of 2048"),
+        (
+            {"mask_token_id": 2048},
+            "mask_token_id 2048 is not in the vocabulary: expected 0 to 2047",
+        ),
         ({"mask_token_id": -1}, "mask_token_id: .* greater than or equal to 0"),
         ({"eagle_aux_hidden_state_layer_ids": [3, 1, 4]}, "ascending"),
         ({"norm_before_fc": True, "fc_norm": True}, "exclude each other"),
@@ -745,7 +748,7 @@ def test_layers_that_nobody_serves_are_refused():
     ("kwargs", "message"),
     [
         ({"mask_token_id": None}, "mask_token_id"),
-        ({"mask_token_id": 96}, "mask_token_id 96 is not in the vocabulary of 96"),
+        ({"mask_token_id": 96}, "mask_token_id 96 is not in the vocabulary: expected 0 to 95"),
         ({"num_layer": 2}, "num_layer"),
         ({"layer_type": "gemma"}, "layer_type"),
         ({"aux_layer_ids": (3, 1)}, "ascending"),

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -58,7 +58,7 @@ class InferencePipeline(ABC):
     def close(self) -> None:
         """Gives the engine's memory back."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "InferencePipeline":
         return self
 
     def __exit__(

@@ -1,7 +1,7 @@
-"""Attention of drafts: over packed rows in training, over kept keys in decoding.
+"""Attention of drafts, over packed rows and kept keys.
 
 In a packed row every draft attends the same way: to a stretch of *context* keys, the same for all
-queries but for its two ends, and to a few keys of its *own*:
+queries except for its two ends, and to a few keys of the query's *own*:
 
     EAGLE-3    row i, step k        context 0..i        own: its keys of steps 1..k
     P-EAGLE    anchor a, depth d    context 0..a        own: its chain, depths 1..d
@@ -13,7 +13,6 @@ So no mask of rows by rows is ever made: a block of queries reads the keys betwe
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -79,18 +78,18 @@ def attend_packed(
     own_tensors = [tensor for key in own for tensor in (key.keys, key.values)]
     for rows, block, low, high in spans.blocks:
         visible = [None if key.is_visible is None else key.is_visible[rows] for key in own]
-        arguments: Any = (
+        arguments = (
             queries[:, :, rows],
             keys[:, :, low:high],
             values[:, :, low:high],
             Spans(block.first - low, block.last - low),
             visible,
-            *(tensor[:, :, rows] for tensor in own_tensors),
         )
+        own_rows = [tensor[:, :, rows] for tensor in own_tensors]
         blocks.append(
-            checkpoint(_attend_block, *arguments, use_reentrant=False)
+            checkpoint(_attend_block, *arguments, *own_rows, use_reentrant=False)
             if recompute
-            else _attend_block(*arguments)
+            else _attend_block(*arguments, *own_rows)
         )
     return torch.cat(blocks, dim=2) if blocks else queries
 
@@ -174,7 +173,7 @@ class DraftCache:
             }
 
     def select_rows(self, rows: Int[Tensor, "rows"]) -> None:
-        """Goes on with these rows of the batch alone."""
+        """Keeps these rows of the batch alone."""
         if self.positions is not None:
             self.positions = self.positions[rows]
             self.layers = {i: (k[rows], v[rows]) for i, (k, v) in self.layers.items()}

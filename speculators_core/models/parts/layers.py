@@ -1,12 +1,12 @@
-"""Decoder layers of a draft: Transformers' own modules, with the attention step left open.
+"""Decoder layers of drafts, without the attention step.
 
-Transformers' modules hold the weights, the norms and the rotary embedding. Which keys a query sees
-is what the algorithms differ in, so a caller hands in that step as an ``Attend``.
+Transformers' modules hold the weights, the norms and the rotary embedding. The algorithms differ
+in the keys that a query sees, so a caller passes that step as an ``Attend``.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
 from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
 
 from speculators_core.errors import SpeculatorError
 from speculators_core.models.parts.attention import (
@@ -32,28 +35,45 @@ Hidden = Float[Tensor, "batch seq hidden"]
 Rotary = tuple[Tensor, Tensor]
 
 
+TransformersLayer: TypeAlias = LlamaDecoderLayer | Qwen2DecoderLayer | Qwen3DecoderLayer
+TransformersAttention: TypeAlias = LlamaAttention | Qwen2Attention | Qwen3Attention
+
+
+class DraftLayer(nn.Module):
+    """A draft's layer that is made of the modules of one of Transformers' layers, and others."""
+
+    input_layernorm: nn.Module
+    self_attn: TransformersAttention
+    post_attention_layernorm: nn.Module
+    mlp: nn.Module
+    gradient_checkpointing = False  # Transformers switches it, as in its layers
+
+
+Layer: TypeAlias = TransformersLayer | DraftLayer
+
+
 @dataclass(frozen=True)
 class Family:
     """The Transformers modules of one architecture."""
 
-    decoder_layer: type[nn.Module]
+    decoder_layer: type[TransformersLayer]
     norm: type[nn.Module]
     rotary: type[nn.Module]
 
 
 FAMILIES = {
     "llama": Family(
-        modeling_llama.LlamaDecoderLayer,
+        LlamaDecoderLayer,
         modeling_llama.LlamaRMSNorm,
         modeling_llama.LlamaRotaryEmbedding,
     ),
     "qwen2": Family(
-        modeling_qwen2.Qwen2DecoderLayer,
+        Qwen2DecoderLayer,
         modeling_qwen2.Qwen2RMSNorm,
         modeling_qwen2.Qwen2RotaryEmbedding,
     ),
     "qwen3": Family(
-        modeling_qwen3.Qwen3DecoderLayer,
+        Qwen3DecoderLayer,
         modeling_qwen3.Qwen3RMSNorm,
         modeling_qwen3.Qwen3RotaryEmbedding,
     ),
@@ -78,7 +98,7 @@ def sliding_window(config: PretrainedConfig, layer: int) -> int | None:
     return config.sliding_window
 
 
-class InputLayer(nn.Module):
+class InputLayer(DraftLayer):
     """EAGLE-3's first layer: attends over embedding and hidden state side by side.
 
     Its weights are a decoder layer's, but that queries, keys and values read two widths.
@@ -87,8 +107,8 @@ class InputLayer(nn.Module):
     def __init__(self, config: PretrainedConfig, norm_before_residual: bool):
         super().__init__()
         family = family_of(config)
-        layer: Any = family.decoder_layer(config, 0)
-        self.self_attn: Any = layer.self_attn
+        layer = family.decoder_layer(config, 0)
+        self.self_attn = layer.self_attn
         for name in ("q_proj", "k_proj", "v_proj"):
             narrow = getattr(self.self_attn, name)
             wide = nn.Linear(
@@ -100,7 +120,6 @@ class InputLayer(nn.Module):
         self.hidden_norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = layer.post_attention_layernorm
         self.norm_before_residual = norm_before_residual
-        self.gradient_checkpointing = False  # Transformers switches it, as in its own layers
 
     def forward(self, embedding: Hidden, hidden: Hidden, rotary: Rotary, attend: Attend) -> Hidden:
         normed = self.hidden_norm(hidden)
@@ -112,20 +131,20 @@ class InputLayer(nn.Module):
         return hidden + feed_forward(self, hidden)
 
 
-def feed_forward(layer: Any, hidden: Hidden) -> Hidden:
-    """Norm and MLP of a layer; what lies inside them is computed again in the backward pass where
-    gradient checkpointing is on.
-    """
+def feed_forward(layer: Layer, hidden: Hidden) -> Hidden:
+    """Norm and MLP of a layer; with gradient checkpointing the backward pass recomputes them."""
     if layer.gradient_checkpointing and layer.training:
         return checkpoint(_feed_forward, layer, hidden, use_reentrant=False)
     return _feed_forward(layer, hidden)
 
 
-def _feed_forward(layer: Any, hidden: Hidden) -> Hidden:
+def _feed_forward(layer: Layer, hidden: Hidden) -> Hidden:
     return layer.mlp(layer.post_attention_layernorm(hidden))
 
 
-def decoder_layer(layer: Any, index: int, hidden: Hidden, rotary: Rotary, attend: Attend) -> Hidden:
+def decoder_layer(
+    layer: Layer, index: int, hidden: Hidden, rotary: Rotary, attend: Attend
+) -> Hidden:
     """An ordinary pre-norm layer."""
     normed = layer.input_layernorm(hidden)
     hidden = hidden + attention(layer.self_attn, index, normed, rotary, attend)
@@ -133,9 +152,13 @@ def decoder_layer(layer: Any, index: int, hidden: Hidden, rotary: Rotary, attend
 
 
 def attention(
-    module: Any, index: int, x: Float[Tensor, "batch seq width"], rotary: Rotary, attend: Attend
+    module: TransformersAttention,
+    index: int,
+    x: Float[Tensor, "batch seq width"],
+    rotary: Rotary,
+    attend: Attend,
 ) -> Hidden:
-    """Projects, norms and rotates as the module says, attends as the caller says."""
+    """Projects, norms and rotates as the module does, attends as the caller does."""
     queries = module.q_proj(x).view(*x.shape[:-1], -1, module.head_dim)
     if hasattr(module, "q_norm"):
         queries = module.q_norm(queries)
@@ -145,7 +168,7 @@ def attention(
     return module.o_proj(attended.reshape(*x.shape[:-1], -1))
 
 
-def keys_and_values(module: Any, x: Hidden, rotary: Rotary) -> tuple[Keys, Keys]:
+def keys_and_values(module: TransformersAttention, x: Hidden, rotary: Rotary) -> tuple[Keys, Keys]:
     """What an attention module lets others see of ``x``."""
     shape = (*x.shape[:-1], -1, module.head_dim)
     keys = module.k_proj(x).view(shape)

@@ -1,4 +1,4 @@
-"""How far a draft's distribution lies from the verifier's, row by row.
+"""Distances between the draft's distribution and the verifier's.
 
 ``draft`` and ``verifier`` are logits over the same vocabulary; p is the verifier's distribution and
 q the draft's, both in float32. The verifier gets no gradient.
@@ -71,7 +71,7 @@ LOSSES: Mapping[str, Callable[[Logits, Logits], Loss]] = {
 }
 
 
-def _loss_weights(value: Any) -> Any:
+def _loss_weights(value: object) -> object:
     """The name of one loss stands for that loss alone; every name must be known."""
     weights = {value: 1.0} if isinstance(value, str) else value
     if isinstance(weights, Mapping):
@@ -112,12 +112,12 @@ def _acceptance(draft: Logits, verifier: Logits) -> Loss:
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """What came of each row that a draft was trained on."""
+    """Losses and tokens of each row that a draft was trained on."""
 
     losses: Float[Tensor, "rows"]
     """Zero where the verifier's token is outside the draft's vocabulary."""
     draft_tokens: Int[Tensor, "rows"]
-    """The draft's most probable token, as an id of its own vocabulary."""
+    """The draft's most probable token, as an id of the draft's vocabulary."""
     is_right: Bool[Tensor, "rows"]
     """It is the verifier's most probable token of the whole vocabulary."""
     is_covered: Bool[Tensor, "rows"]
@@ -137,7 +137,7 @@ def score_rows(
     Logits are made for a few rows at a time, and each row's gradient with them, so those of a whole
     packed row never exist together. The verifier's logits over a reduced vocabulary are those of
     ``draft_token_ids``. Where its best token is not among them the draft cannot be right, and
-    what is left of the distribution is no advice: the row counts as wrong and teaches nothing.
+    the rest of the distribution does not help: the row counts as wrong and has no loss.
     """
     assert not head_weight.requires_grad, "the head of a draft is its verifier's, and frozen"
     results = _ScoreRows.apply(

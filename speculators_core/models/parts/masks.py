@@ -1,4 +1,4 @@
-"""Who may look at whom in a packed row, as stretches of keys."""
+"""Masks of packed rows, as stretches of keys."""
 
 import torch
 from jaxtyping import Int

@@ -1,4 +1,4 @@
-"""Drafts that propose one token after another: the same step, unrolled and served."""
+"""Steps of drafts that propose one token after another."""
 
 from collections.abc import Callable, Iterator
 
@@ -35,15 +35,15 @@ def propose_in_steps(
     hidden: Hidden,
     num_tokens: int,
     step: Step,
-    say: Callable[[Hidden], Proposal],
+    to_proposal: Callable[[Hidden], Proposal],
 ) -> Proposal:
-    """Reads the confirmed tokens, then its own proposals; ``cache`` keeps the confirmed alone."""
+    """Reads the confirmed tokens, then each proposal; ``cache`` keeps the confirmed ones alone."""
     tokens, positions = confirmed.token_ids[:, 1:], confirmed.positions
     num_confirmed = cache.length + positions.shape[1]
     proposals: list[Proposal] = []
     while True:
         output, hidden = step(tokens, hidden, positions)
-        proposals.append(say(output[:, -1:]))
+        proposals.append(to_proposal(output[:, -1:]))
         if len(proposals) == num_tokens:
             cache.crop(num_confirmed)
             return join(proposals)
