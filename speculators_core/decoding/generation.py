@@ -74,7 +74,7 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 
     acceptance: list[AcceptanceCounts] | None = None
     """One record for each row of the batch."""
-    lossy_options: dict[str, float] | None = None
+    lossy_options: dict[str, int | float] | None = None
     """Options that let the output differ from the verifier's; None where it does not."""
 
 

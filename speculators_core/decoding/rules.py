@@ -56,7 +56,7 @@ class Rules:
                 raise ValueError("watermarking_config: SynthID would count rejected tokens too")
 
     @cached_property
-    def lossy_options(self) -> dict[str, float] | None:
+    def lossy_options(self) -> dict[str, int | float] | None:
         """Options that let the output differ from the verifier's; None where it does not."""
         return self.proposal.lossy_options or None
 

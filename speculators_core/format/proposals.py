@@ -17,7 +17,7 @@ class TokenProposalConfig(BaseModel):
     """Tokens that the speculator proposes in one step (K)."""
 
     @property
-    def lossy_options(self) -> dict[str, float]:
+    def lossy_options(self) -> dict[str, int | float]:
         """Options that are on and let the output differ from what the verifier alone would give."""
         return {}
 
@@ -41,8 +41,8 @@ class GreedyTokenProposalConfig(TokenProposalConfig):
     """A token is kept within this distance of the verifier's best logit. Above 0 is lossy."""
 
     @property
-    def lossy_options(self) -> dict[str, float]:
-        options: dict[str, float] = {}
+    def lossy_options(self) -> dict[str, int | float]:
+        options: dict[str, int | float] = {}
         if self.verifier_accept_k > 1:
             options["verifier_accept_k"] = self.verifier_accept_k
         if self.accept_tolerance > 0.0:
