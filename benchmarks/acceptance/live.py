@@ -1,8 +1,8 @@
 """A vLLM server that somebody started, asked over HTTP.
 
-Prompts go to ``/v1/completions`` as token ids, and token ids come back as they are made. What was
-kept of each draft comes with the answer where the server has
-``--per-request-spec-decode-metrics``; else its counters at ``/metrics`` say it of all together.
+Prompts go to ``/v1/completions`` as token ids, and token ids come back as they are made. How many
+tokens of each draft were kept comes with the answer if the server runs with
+``--per-request-spec-decode-metrics``; otherwise its counters at ``/metrics`` hold the sum.
 """
 
 import asyncio
@@ -12,19 +12,18 @@ import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, JsonValue
 
-from benchmarks.acceptance import wire
+from benchmarks.acceptance.engines import Decoding, Done
+from benchmarks.acceptance.settings import ServerConfig
 from speculators_core.decoding.prompts import TokenizedPrompt
 from speculators_core.diagnosis.acceptance_report import Counters, RequestRecord, Timing
-from speculators_core.errors import SpeculatorError
-from speculators_core.http import Client, VLLMModels
-
-if TYPE_CHECKING:  # which imports this file
-    from benchmarks.acceptance.records import Decoding, Done
+from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.format import checkpoint
+from speculators_core.format.stored_speculator import StoredSpeculator
+from speculators_core.http import Access, Client, VLLMModels
 
 COUNTERS_WITHIN_S = 2.0
 """Time in which counters reach the tokens that have already arrived."""
@@ -32,7 +31,7 @@ COUNTERS_WITHIN_S = 2.0
 
 @dataclass(frozen=True)
 class Server:
-    """What a server says of itself."""
+    """A server, as its pages describe it."""
 
     url: str
     version: str
@@ -80,36 +79,40 @@ class _Chunk(BaseModel):
     error: JsonValue = None
 
 
-def find(settings: wire.ServerConfig, verifier: str | None) -> tuple[str, dict[str, Server]]:
+def find(config: ServerConfig, verifier: str | None) -> tuple[str, dict[str, Server]]:
     """The verifier, and the servers: ``speculating``, and ``baseline`` where there is one.
 
     Raises:
         SpeculatorError: a server is not within reach, wants another key, is not vLLM's or does not
             do its part; or the two differ in more than speculation.
     """
-    assert settings.base_url is not None
-    server = inspect(settings.base_url, settings)
+    assert config.base_url is not None
+    server = inspect(config.base_url, config)
     if not server.speculative_tokens:
         raise SpeculatorError(
             f"{server.url} counts no drafts at /metrics. Start it with --speculative-config and "
             "without --disable-log-stats."
         )
     found = verifier or _verifier_of(server)
-    if settings.baseline_url is None:
+    if config.baseline_url is None:
         return found, {"speculating": server}
-    baseline = inspect(settings.baseline_url, settings)
+    baseline = inspect(config.baseline_url, config)
     _check_baseline(baseline, server)
     if (alone := verifier or _verifier_of(baseline)) != found:
         raise SpeculatorError(
-            f"{server.url} serves {found} and {baseline.url} {alone}; expected one verifier. "
-            "Pass --verifier if they are."
+            f"{server.url} serves {found} and {baseline.url} {alone}; expected the same verifier. "
+            "Pass --verifier if these are two names of one."
         )
     return found, {"speculating": server, "baseline": baseline}
 
 
-def inspect(url: str, settings: wire.ServerConfig) -> Server:
-    """What the server at ``url`` says of itself."""
-    return asyncio.run(_inspect(_checked_url(url), settings))
+def inspect(url: str, config: ServerConfig) -> Server:
+    """The server at ``url``, as its pages describe it."""
+    return asyncio.run(_inspect(_checked_url(url), config))
+
+
+def _access(config: ServerConfig, url: str, connections: int = 1) -> Access:
+    return Access(url, config.api_key, config.timeout_s, connections)
 
 
 def _checked_url(url: str) -> str:
@@ -117,19 +120,19 @@ def _checked_url(url: str) -> str:
         parts = urlsplit(url)
         whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         extra = parts.path not in ("", "/") or parts.query or parts.fragment
-    except ValueError:  # a port that is no number
+    except ValueError:  # the port is not a number
         whole, extra = False, ""
     if "@" in url:
         raise SpeculatorError(
-            "A server's URL holds credentials, which a report would show: pass --api-key."
+            "The server's URL holds credentials, which a report would show. Pass --api-key instead."
         )
     if not whole or extra:
         raise SpeculatorError(f"{url}: expected a server as http://host:port, without a path.")
     return url.rstrip("/")
 
 
-async def _inspect(url: str, settings: wire.ServerConfig) -> Server:
-    async with Client(settings.access(url)) as client:
+async def _inspect(url: str, config: ServerConfig) -> Server:
+    async with Client(_access(config, url)) as client:
         version = await client.ask(_Version, "/version")
         model = (await client.ask(VLLMModels, "/v1/models")).base
         metrics = (await client.read("/metrics")).decode("utf-8", "replace")
@@ -149,52 +152,49 @@ def _check_baseline(baseline: Server, server: Server) -> None:
     """Raises SpeculatorError unless the two differ in nothing but speculation."""
     if baseline.speculative_tokens:
         raise SpeculatorError(
-            f"--baseline-url {baseline.url} speculates itself; expected a server without "
-            "--speculative-config."
+            f"--baseline-url {baseline.url} speculates; expected a server without "
+            "--speculative-config. Start it without."
         )
     for what in ("version", "max_model_len", "has_prefix_cache"):
         ours, alone = getattr(server, what), getattr(baseline, what)
         if ours != alone:
             raise SpeculatorError(
-                f"{what} is {ours} at {server.url} and {alone} at {baseline.url}: a speed-up is "
-                "measured against the same server without speculation."
+                f"{what} is {ours} at {server.url} and {alone} at {baseline.url}; expected servers "
+                "that differ in speculation alone. Start both with the same arguments."
             )
 
 
 def _verifier_of(server: Server) -> str:
     """The verifier that a server runs, under the name or path that it was started with."""
-    from speculators_core.format import checkpoint
-    from speculators_core.format.stored_speculator import StoredSpeculator
-
     try:
         if not checkpoint.is_speculator(checkpoint.fetch_config(server.root)):
             return server.root
         speculator = StoredSpeculator.open(server.root, [checkpoint.CONFIG])
     except SpeculatorError as error:
         raise SpeculatorError(
-            f"{server.url} serves {server.root}, whose tokenizer is not within reach here. Pass "
-            f"--verifier. ({error})"
+            f"{server.url} serves {server.root}, whose tokenizer is not within reach here "
+            f"({first_line(error).rstrip('.')}). Pass --verifier with a folder or hub id that is."
         ) from error
     return speculator.verifier
 
 
 def remarks(what: str, runs: Sequence[Sequence[RequestRecord]], counters: Counters) -> list[str]:
-    """What to know before believing figures of a server; ``what`` it was measured with."""
+    """What to know about a server's figures; ``what`` is with or without speculation."""
     ours = [record for run in runs for record in run]
     found = []
     if any(record.accepted for record in ours):
-        found.append("drafts are counted by request, as the server tells with each answer")
+        found.append("drafts are counted by request, as the server reports with each answer")
     elif counters.num_drafts:
         found.append(
-            "drafts are counted by the server's /metrics, of all requests together; "
-            "--per-request-spec-decode-metrics detailed makes it tell them by request"
+            "drafts are counted by the server's /metrics, for all requests together; a server "
+            "with --per-request-spec-decode-metrics detailed reports them by request"
         )
     others = counters.generation_tokens - sum(len(record.output_ids) for record in ours)
     if others:
         found.append(
-            f"the server {what} counted {others:+} tokens beside these {len(ours)} requests: "
-            "somebody else used it, and speeds are not of these prompts alone, nor are drafts that "
-            "its /metrics counted"
+            f"the server {what} counted {others:+} tokens in addition to these {len(ours)} "
+            "requests: somebody else used it, so speeds and drafts counted by its /metrics are not "
+            "of these prompts alone"
         )
     if counters.cached_prompt_tokens:
         share = counters.cached_prompt_tokens / counters.prompt_tokens
@@ -202,10 +202,10 @@ def remarks(what: str, runs: Sequence[Sequence[RequestRecord]], counters: Counte
     return found
 
 
-async def fetch_counters(server: Server, settings: wire.ServerConfig, at_least: int) -> Counters:
+async def fetch_counters(server: Server, config: ServerConfig, at_least: int) -> Counters:
     """The server's counters, once they hold so many tokens or have had time to."""
     deadline = time.monotonic() + COUNTERS_WITHIN_S
-    async with Client(settings.access(server.url)) as client:
+    async with Client(_access(config, server.url)) as client:
         while True:
             found = read_counters((await client.read("/metrics")).decode("utf-8", "replace"))
             if found.generation_tokens >= at_least or time.monotonic() > deadline:
@@ -215,13 +215,13 @@ async def fetch_counters(server: Server, settings: wire.ServerConfig, at_least: 
 
 async def complete_all(
     server: Server,
-    settings: wire.ServerConfig,
+    config: ServerConfig,
     prompts: Sequence[TokenizedPrompt],
-    decoding: "Decoding",
+    decoding: Decoding,
     concurrency: int,
-    done: "Done",
+    done: Done,
 ) -> list[RequestRecord]:
-    """Every prompt's continuation, ``concurrency`` of them in flight as long as prompts last.
+    """Continuations of all prompts, with ``concurrency`` requests in flight.
 
     Raises:
         SpeculatorError: a request failed; it names the prompt, and ends the others.
@@ -238,7 +238,7 @@ async def complete_all(
                 raise SpeculatorError(f"prompt {number} at {error}") from error
             done()
 
-    async with Client(settings.access(server.url, concurrency)) as client:
+    async with Client(_access(config, server.url, concurrency)) as client:
         workers = [asyncio.create_task(work(client)) for _ in range(concurrency)]
         try:
             await asyncio.gather(*workers)
@@ -250,7 +250,7 @@ async def complete_all(
 
 
 async def _complete(
-    client: Client, server: Server, prompt: TokenizedPrompt, decoding: "Decoding", began: float
+    client: Client, server: Server, prompt: TokenizedPrompt, decoding: Decoding, began: float
 ) -> RequestRecord:
     path = "/v1/completions"
     where = f"{server.url}{path}"
@@ -290,10 +290,10 @@ async def _complete(
     )
 
 
-def _request(server: Server, prompt: TokenizedPrompt, decoding: "Decoding") -> dict[str, Any]:
+def _request(server: Server, prompt: TokenizedPrompt, decoding: Decoding) -> dict[str, JsonValue]:
     return {
         "model": server.model,
-        "prompt": prompt.token_ids,
+        "prompt": [*prompt.token_ids],
         "max_tokens": min(decoding.max_tokens, server.max_model_len - len(prompt.token_ids)),
         "seed": decoding.seed,
         "ignore_eos": decoding.ignore_eos,
@@ -310,7 +310,7 @@ def _request(server: Server, prompt: TokenizedPrompt, decoding: "Decoding") -> d
 
 
 def read_counters(metrics: str) -> Counters:
-    """Of a page of Prometheus metrics, all engines of a server together."""
+    """Sums over all engines of a server, from its page of Prometheus metrics."""
     totals: dict[str, float] = {}
     for name, labels, value in _COUNTER.findall(metrics):
         position = _POSITION.search(labels)

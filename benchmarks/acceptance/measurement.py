@@ -1,88 +1,100 @@
 """Acceptance and speed of drafts, measured.
 
-``python -m benchmarks.acceptance`` and ``speculators acceptance``. Runs the same prompts without
-speculation and with each draft in one run, on vLLM, on the reference decoder, or on servers that
-run already.
+Runs the same prompts without speculation and with each draft, on vLLM, on the reference decoder, or
+on running servers.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from pydantic import JsonValue
+
+from benchmarks import playground
+from benchmarks.acceptance import live
+from benchmarks.acceptance.drafts import FoundDraft, find_draft
+from benchmarks.acceptance.engines import Decoding, Draft, Engine, warm_up
+from benchmarks.acceptance.live_engine import LiveEngine
+from benchmarks.acceptance.report import print_report, report_k, write_report
 from benchmarks.acceptance.settings import AcceptanceConfig
-from speculators_core.errors import SpeculatorError
+from benchmarks.acceptance.statistics import latency, tokens_per_second
+from benchmarks.acceptance.transformers_engine import TransformersEngine
+from speculators_core.console import progress
+from speculators_core.decoding.prompts import (
+    TokenizedPrompt,
+    hash_prompts,
+    read_prompts,
+    tokenize,
+)
+from speculators_core.diagnosis.acceptance_report import (
+    AcceptanceReport,
+    Counters,
+    DraftReport,
+    RequestRecord,
+)
+from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.provenance import environment, hash_weights
+from speculators_core.verifier.reading import read_tokenizer, read_verifier_config
 from speculators_vllm import offline
 
-if TYPE_CHECKING:
-    from benchmarks.acceptance.drafts import FoundDraft
 
-
-def measure_and_write(settings: AcceptanceConfig) -> None:
-    """Measures, prints the report and writes it to ``settings.output``.
+def measure_and_write(config: AcceptanceConfig) -> None:
+    """Measures, prints the report and writes it to the output folder, if there is one.
 
     Raises:
         SpeculatorError: as `measure`, or the output cannot be written.
     """
-    from benchmarks.acceptance.report import print_report, write_report
-
-    if settings.output is not None:
-        _make_writable(settings.output)
-    report = measure(settings)
+    if config.output is not None:
+        _make_writable(config.output)
+    report = measure(config)
     print_report(report)
-    if settings.output is not None:
-        write_report(report, settings.output)
+    if config.output is not None:
+        write_report(report, config.output)
 
 
 def _make_writable(folder: Path) -> None:
-    """A run that cannot be written is refused before it starts."""
+    """Makes the folder, so that a report which cannot be written is refused before the run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SpeculatorError(f"{folder}: cannot write reports there ({error}).") from error
+        raise SpeculatorError(
+            f"--output {folder} cannot be made: {first_line(error)}. Name a folder that can be "
+            "written."
+        ) from error
 
 
-def measure(settings: AcceptanceConfig) -> Any:
-    """The report of a run.
+def measure(config: AcceptanceConfig) -> AcceptanceReport:
+    """The report of a run; where vLLM runs in this process, call `offline.prepare` first.
 
     Raises:
-        SpeculatorError: options, speculator, verifier, prompts or a server are at fault; nothing
-            was loaded yet. Or a server failed on the way.
+        SpeculatorError: before anything is loaded, if options, speculator, verifier, prompts or a
+            server are at fault; later, if a server fails.
     """
-    _check_options(settings)
-    if settings.engine == "vllm" and not settings.server.base_url:
-        offline.prepare(settings.verbose)
-    # After `prepare`: these import torch.
-    from benchmarks.acceptance.engines import Draft
-    from benchmarks.acceptance.report import report_k
-    from benchmarks.acceptance.statistics import latency, tokens_per_second
-    from speculators_core.decoding.prompts import hash_prompts
-    from speculators_core.diagnosis.acceptance_report import AcceptanceReport, DraftReport
-    from speculators_core.provenance import environment, hash_weights
-
-    checked = _check_inputs(settings)
-    engine, chosen = _engine(settings, checked)
-    has_baseline = not checked.servers or "baseline" in checked.servers
-    baseline = _run_all(engine, None, checked, settings) if has_baseline else _Measured([], None)
+    config.check()
+    inputs = _find_inputs(config)
+    engine, resolved = _make_engine(config, inputs)
+    has_baseline = not inputs.servers or "baseline" in inputs.servers
+    baseline = _run_all(engine, None, inputs, config) if has_baseline else _Measured([], None)
     remarks = baseline.remarks("without speculation")
     drafts = []
-    for found in checked.drafts:
+    for found in inputs.drafts:
         by_k = []
-        for count in settings.k or (found.default_k,):
+        for count in config.k or (found.default_k,):
             draft = Draft(found.kind, found.name, count)
-            measured = _run_all(engine, draft, checked, settings)
-            greedy = settings.temperature == 0
+            measured = _run_all(engine, draft, inputs, config)
+            greedy = config.temperature == 0
             by_k.append(report_k(count, measured.runs, baseline.runs, greedy, measured.counters))
             remarks += measured.remarks("with speculation")
         weights = None if found.folder is None else hash_weights(found.folder)
         drafts.append(DraftReport(name=found.name, kind=found.kind, sha256=weights, by_k=by_k))
     return AcceptanceReport(
-        settings={**settings.model_dump(mode="json"), **chosen},
-        verifier=checked.verifier,
-        verifier_sha256=hash_weights(checked.verifier),
-        environment=environment("client device" if checked.servers else "device"),
-        servers={what: asdict(server) for what, server in checked.servers.items()},
-        prompts_sha256=hash_prompts(checked.prompts),
+        settings={**config.model_dump(mode="json"), **resolved},
+        verifier=inputs.verifier,
+        verifier_sha256=hash_weights(inputs.verifier),
+        environment=environment("client device" if inputs.servers else "device"),
+        servers={role: asdict(server) for role, server in inputs.servers.items()},
+        prompts_sha256=hash_prompts(inputs.prompts),
         baseline_tokens_per_s=[tokens_per_second(records) for records in baseline.runs],
         baseline_requests=baseline.runs[0] if baseline.runs else [],
         baseline_latency=latency([record for run in baseline.runs for record in run]),
@@ -95,156 +107,93 @@ def measure(settings: AcceptanceConfig) -> Any:
 class _Measured:
     """All runs of one draft, or of the verifier alone."""
 
-    runs: list[list[Any]]
-    counters: Any
-    """What a server counted meanwhile."""
+    runs: list[list[RequestRecord]]
+    counters: Counters | None
+    """A server's counts during the runs."""
 
-    def remarks(self, what: str) -> list[str]:
-        from benchmarks.acceptance import live
-
-        return [] if self.counters is None else live.remarks(what, self.runs, self.counters)
+    def remarks(self, how: str) -> list[str]:
+        return [] if self.counters is None else live.remarks(how, self.runs, self.counters)
 
 
-def _run_all(engine: Any, draft: Any, checked: "_Checked", settings: AcceptanceConfig) -> _Measured:
-    from benchmarks.acceptance.engines import warm_up
-    from benchmarks.acceptance.records import Decoding
-    from speculators_core.console import progress
-
-    prompts = checked.prompts
-    decoding = Decoding(
-        settings.max_tokens, settings.temperature, settings.seed, settings.ignore_eos
-    )
+def _run_all(
+    engine: Engine, draft: Draft | None, inputs: "_Inputs", config: AcceptanceConfig
+) -> _Measured:
+    prompts = inputs.prompts
+    decoding = Decoding(config.max_tokens, config.temperature, config.seed, config.ignore_eos)
     what = "alone" if draft is None else f"{Path(draft.name).name}, K = {draft.speculative_tokens}"
-    with engine.loaded(draft) as runner, progress(what, settings.runs * len(prompts)) as done:
+    with engine.loaded(draft) as runner, progress(what, config.runs * len(prompts)) as done:
         warm_up(runner, prompts, decoding)
         before = runner.counters()
         runs = [
-            runner.run(prompts, replace(decoding, seed=settings.seed + run), done)
-            for run in range(settings.runs)
+            runner.run(prompts, replace(decoding, seed=config.seed + run), done)
+            for run in range(config.runs)
         ]
-        return _Measured(runs, None if before is None else runner.counters() - before)
+        after = runner.counters()
+        return _Measured(runs, None if before is None or after is None else after - before)
 
 
-def _check_options(settings: AcceptanceConfig) -> None:
-    """Raises SpeculatorError for options that do not go together."""
-    server = settings.server
-    if settings.engine_args and settings.engine == "transformers":
-        raise SpeculatorError(
-            f"--engine-args are vLLM's; found {', '.join(settings.engine_args)} with "
-            "--engine transformers."
-        )
-    if server.base_url is None:
-        given = {"--baseline-url": server.baseline_url, "--api-key": server.api_key}
-        for option, value in given.items():
-            if value:
-                raise SpeculatorError(f"{option} is of a server: it needs --base-url.")
-        _check_methods(settings)
-        return
-    decided: dict[str, Any] = {
-        "--k": settings.k,
-        "--dtype": settings.dtype,
-        "--engine-args": settings.engine_args,
-        "--engine transformers": settings.engine == "transformers",
-    }
-    if found := [option for option, value in decided.items() if value]:
-        raise SpeculatorError(
-            f"{', '.join(found)}: the server of --base-url decides this itself, when it is started."
-        )
-    if len(settings.model) > 1:
-        raise SpeculatorError(
-            f"--base-url serves one draft, found {len(settings.model)} names in --model."
-        )
-
-
-def _check_methods(settings: AcceptanceConfig) -> None:
-    """Raises SpeculatorError for drafts that the engine cannot run with these options."""
-    on_vllm = settings.engine == "vllm"
-    if "assisted" in settings.model and (on_vllm or settings.concurrency > 1):
-        raise SpeculatorError(
-            "assisted is Transformers' own decoding, one request at a time: use it with "
-            "--engine transformers --concurrency 1."
-        )
-    if "prompt-lookup" in settings.model and on_vllm and len(settings.k) > 1:
-        raise SpeculatorError(
-            "vLLM 0.32 cannot start again in a process that ran its prompt lookup: pass one "
-            f"number to --k, found {' '.join(map(str, settings.k))}."
-        )
+# ---- inputs ----
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """What a run needs, found to be whole and to fit together."""
+class _Inputs:
+    """Verifier, drafts, prompts and servers of a run, which fit together."""
 
     verifier: str
-    drafts: "list[FoundDraft]"
-    prompts: list[Any]
-    servers: dict[str, Any] = field(default_factory=dict)
+    drafts: list[FoundDraft]
+    prompts: list[TokenizedPrompt]
+    servers: Mapping[str, live.Server] = field(default_factory=dict)
 
 
-def _check_inputs(settings: AcceptanceConfig) -> _Checked:
-    from benchmarks import playground
-    from speculators_core.decoding.prompts import read_prompts, tokenize
-    from speculators_core.verifier.reading import read_tokenizer, read_verifier_config
-
-    source = playground.PROMPTS if settings.prompts == "playground" else settings.prompts
-    prompts = read_prompts(source, settings.limit_per_category)
-    find = _find_served if settings.server.base_url else _find_drafts
-    named, drafts, servers = find(settings)
-    verifier_config = read_verifier_config(named)
+def _find_inputs(config: AcceptanceConfig) -> _Inputs:
+    source = playground.PROMPTS if config.prompts == "playground" else config.prompts
+    prompts = read_prompts(source, config.limit_per_category)
+    servers: Mapping[str, live.Server] = {}
+    if config.server.base_url:
+        verifier, servers = live.find(config.server, config.verifier)
+        drafts = [_served_draft(config, servers["speculating"])]
+    else:
+        verifier, drafts = _find_drafts(config)
+    verifier_config = read_verifier_config(verifier)
     for draft in drafts:
-        draft.check(named, verifier_config)
-    longest = offline.longest_text(verifier_config, settings.engine_args)
+        draft.check(verifier, verifier_config)
+    longest = offline.longest_text(verifier_config, config.engine_args)
     longest = min([longest, *(server.max_model_len for server in servers.values())])
-    return _Checked(named, drafts, tokenize(prompts, read_tokenizer(named), longest), servers)
+    return _Inputs(verifier, drafts, tokenize(prompts, read_tokenizer(verifier), longest), servers)
 
 
-def _find_drafts(settings: AcceptanceConfig) -> tuple[str, list["FoundDraft"], dict[str, Any]]:
-    """The verifier, and the drafts that an engine here is to load."""
-    from benchmarks import playground
-    from benchmarks.acceptance.drafts import find_draft
-
+def _find_drafts(config: AcceptanceConfig) -> tuple[str, list[FoundDraft]]:
+    """The verifier, and the drafts for an engine in this process."""
     shipped = map(str, playground.SPECULATORS.values())
-    for_vllm = settings.engine == "vllm"
-    drafts = [find_draft(name, for_vllm) for name in settings.model or shipped]
-    if for_vllm:  # 0.32 cannot start again in a process that ran its n-gram
+    drafts = [find_draft(name, config.runs_vllm) for name in config.model or shipped]
+    if config.runs_vllm:  # 0.32 cannot start again in a process that ran its n-gram
         drafts.sort(key=lambda draft: draft.kind == "prompt-lookup")
-    named = settings.verifier or next((d.verifier for d in drafts if d.verifier), None)
-    if named is None:
-        raise SpeculatorError(
-            f"{', '.join(settings.model)}: no verifier is named. Pass --verifier."
-        )
-    return named, drafts, {}
+    verifier = config.verifier or next((d.verifier for d in drafts if d.verifier), None)
+    if verifier is None:
+        raise SpeculatorError(f"{', '.join(config.model)}: no verifier is named. Pass --verifier.")
+    return verifier, drafts
 
 
-def _find_served(settings: AcceptanceConfig) -> tuple[str, list["FoundDraft"], dict[str, Any]]:
-    """The verifier, the draft, and the servers that run them."""
-    from benchmarks.acceptance import live
-    from benchmarks.acceptance.drafts import FoundDraft
-
-    verifier, servers = live.find(settings.server, settings.verifier)
-    server = servers["speculating"]
-    name = settings.model[0] if settings.model else server.url.partition("//")[2]
+def _served_draft(config: AcceptanceConfig, server: live.Server) -> FoundDraft:
+    name = config.model[0] if config.model else server.url.partition("//")[2]
     folder = Path(name) if Path(name).is_dir() else None
-    return (
-        verifier,
-        [FoundDraft("served", name, server.speculative_tokens, folder)],
-        servers,
-    )
+    return FoundDraft("served", name, server.speculative_tokens, folder)
 
 
-def _engine(settings: AcceptanceConfig, checked: _Checked) -> tuple[Any, dict[str, Any]]:
-    """The engine, and the settings that it runs with where none were given."""
-    from benchmarks.acceptance.engines import LiveEngine, TransformersEngine, VLLMEngine
+def _make_engine(config: AcceptanceConfig, inputs: _Inputs) -> tuple[Engine, dict[str, JsonValue]]:
+    """The engine, and its settings where the user left them open."""
+    concurrency = config.concurrency
+    if inputs.servers:
+        server, baseline = inputs.servers["speculating"], inputs.servers.get("baseline")
+        return LiveEngine(server, baseline, concurrency, config.server), {"engine": "server"}
+    dtype = config.dtype or ("auto" if offline.has_gpu() else "float32")
+    if config.engine == "transformers":
+        return TransformersEngine(inputs.verifier, dtype, concurrency), {"dtype": dtype}
+    with offline.quiet():
+        from benchmarks.acceptance.vllm_engine import VLLMEngine  # vLLM is optional
 
-    concurrency = settings.concurrency
-    if checked.servers:
-        server, baseline = checked.servers["speculating"], checked.servers.get("baseline")
-        return LiveEngine(server, baseline, concurrency, settings.server), {"engine": "server"}
-    dtype = settings.dtype or ("auto" if offline.has_gpu() else "float32")
-    if settings.engine == "transformers":
-        return TransformersEngine(checked.verifier, dtype, concurrency), {"dtype": dtype}
-    engine_args = {**offline.default_arguments(), "seed": settings.seed, **settings.engine_args}
-    engine = VLLMEngine(checked.verifier, dtype, concurrency, engine_args)
+    engine_args = {**offline.default_arguments(), "seed": config.seed, **config.engine_args}
+    engine = VLLMEngine(inputs.verifier, dtype, concurrency, engine_args)
     return engine, {
         "dtype": dtype,
         "engine_args": engine_args,

@@ -1,4 +1,4 @@
-"""An acceptance report: its figures, its tables and its plot."""
+"""An acceptance report: figures, tables and files."""
 
 import json
 from pathlib import Path
@@ -157,7 +157,7 @@ ENOUGH_DRAFTS = 50
 
 
 def _worst_context(report: AcceptanceReport) -> str | None:
-    """A line on the draft and range of contexts that fall furthest behind; None where none does."""
+    """Names the draft and range of contexts furthest below the pooled tau; None if none is far."""
     lowest, line = FAR_BELOW, None
     for name, entry in _entries(report):
         tau = entry.pooled.acceptance_length
@@ -222,44 +222,11 @@ def _table(title: str, *columns: str) -> Table:
 
 def write_report(report: AcceptanceReport, folder: Path) -> None:
     """``report.json`` and ``acceptance.png``; each replaces an older one when it is whole."""
+    from benchmarks.acceptance.plot import write_plot  # matplotlib takes a second
+
     make_folder(folder)
     with replaced(folder / "acceptance.png") as temporary:
-        _plot(report, temporary)
+        write_plot(_entries(report), temporary)
     text = json.dumps(report.model_dump(mode="json"), indent=1)
     write_text(folder / "report.json", text + "\n")
     console.print(f"wrote {folder / 'report.json'} and {folder / 'acceptance.png'}")
-
-
-def _plot(report: AcceptanceReport, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
-
-    figure, (rates, histogram) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    counted = [(name, entry) for name, entry in _entries(report) if entry.pooled.num_drafts]
-    for name, entry in counted:
-        positions = range(1, entry.speculative_tokens + 1)
-        tau = f"tau = {entry.pooled.acceptance_length:.2f}"
-        label = f"{name}, K = {entry.speculative_tokens}, {tau}"
-        (line,) = rates.plot(positions, entry.pooled.joint_rates, marker="o", label=label)
-        conditional = [float("nan") if r is None else r for r in entry.pooled.conditional_rates]
-        rates.plot(positions, conditional, marker="x", linestyle=":", color=line.get_color())
-        histogram.plot(
-            range(entry.speculative_tokens + 1),
-            entry.pooled.histogram,
-            drawstyle="steps-mid",
-            label=name if entry.speed_up is None else f"{name}, {entry.speed_up:.2f}x",
-        )
-    rates.set(xlabel="position", ylabel="rate", ylim=(0, 1), title="joint (-) and conditional (..)")
-    rates.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if counted:
-        rates.legend(frameon=False)
-    histogram.set(xlabel="tokens kept of a draft", ylabel="share of drafts", ylim=(0, 1))
-    histogram.set_title("histogram, and speed-up")
-    if counted:
-        histogram.legend(frameon=False)
-    histogram.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(path, dpi=150, format="png")
-    pyplot.close(figure)

@@ -6,9 +6,22 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from pydantic import Field
 
-from benchmarks.acceptance.wire import ServerConfig
+from speculators_core.errors import SpeculatorError
 from speculators_core.flags import JsonOptions, Several, Switch, group
 from speculators_core.settings import Settings
+
+
+class ServerConfig(Settings):
+    """Running servers to measure, instead of an engine in this process."""
+
+    base_url: str | None = None
+    """URL of a vLLM server with a speculator, http://host:port; it decides draft, K and dtype."""
+    baseline_url: str | None = None
+    """URL of the same server without speculation, to compare speed and outputs with."""
+    api_key: str | None = Field(None, exclude=True, repr=False)
+    """API key of the servers; the variable `OPENAI_API_KEY` if not set."""
+    timeout_s: float = Field(300.0, gt=0)
+    """Longest silence of a server, in seconds, before a request counts as failed."""
 
 
 class AcceptanceConfig(Settings):
@@ -54,3 +67,58 @@ class AcceptanceConfig(Settings):
     """Folder for report.json and acceptance.png."""
     verbose: Annotated[bool, Switch] = False
     """Print vLLM's output while it starts, instead of writing it to a log file."""
+
+    @property
+    def runs_vllm(self) -> bool:
+        """Whether vLLM is to run in this process."""
+        return self.engine == "vllm" and self.server.base_url is None
+
+    def check(self) -> None:
+        """Raises SpeculatorError for options that do not go together."""
+        if self.engine_args and self.engine == "transformers":
+            raise SpeculatorError(
+                f"--engine-args {', '.join(self.engine_args)}: these are arguments of vLLM, which "
+                "--engine transformers does not run. Leave them out, or pass --engine vllm."
+            )
+        if self.server.base_url is None:
+            self._check_engine()
+        else:
+            self._check_served()
+
+    def _check_engine(self) -> None:
+        """For an engine in this process."""
+        of_servers = {"--baseline-url": self.server.baseline_url, "--api-key": self.server.api_key}
+        for option, value in of_servers.items():
+            if value:
+                raise SpeculatorError(
+                    f"{option} belongs to a server. Pass its URL as --base-url, or leave it out."
+                )
+        on_vllm = self.engine == "vllm"
+        if "assisted" in self.model and (on_vllm or self.concurrency > 1):
+            raise SpeculatorError(
+                "assisted is decoding of Transformers, one request at a time: use it with "
+                "--engine transformers --concurrency 1."
+            )
+        if "prompt-lookup" in self.model and on_vllm and len(self.k) > 1:
+            raise SpeculatorError(
+                "vLLM 0.32 cannot start again in a process that ran its prompt lookup: pass one "
+                f"number to --k, found {' '.join(map(str, self.k))}."
+            )
+
+    def _check_served(self) -> None:
+        """For running servers."""
+        decided: dict[str, object] = {
+            "--k": self.k,
+            "--dtype": self.dtype,
+            "--engine-args": self.engine_args,
+            "--engine transformers": self.engine == "transformers",
+        }
+        if found := [option for option, value in decided.items() if value]:
+            raise SpeculatorError(
+                f"{', '.join(found)}: decided by the server at --base-url when it is started. "
+                "Leave this out."
+            )
+        if len(self.model) > 1:
+            raise SpeculatorError(
+                f"--base-url serves one draft, found {len(self.model)} names in --model."
+            )

@@ -1,4 +1,4 @@
-"""Acceptance statistics from raw counts: each name as the README defines it."""
+"""Acceptance statistics from raw counts."""
 
 import random
 from collections import defaultdict

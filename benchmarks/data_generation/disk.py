@@ -1,4 +1,4 @@
-"""A shard compared with safetensors and with a plain memory map."""
+"""A shard compared with safetensors and a memory map."""
 
 import tempfile
 import time

@@ -1,4 +1,4 @@
-"""Prefill of vLLM with hidden states handed out, and without."""
+"""Prefill of vLLM with hidden states, and without."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Peak memory of a run and of one ten times as long."""
+"""Peak memory of a short run and a long one."""
 
 import json
 import resource

@@ -16,17 +16,14 @@ from benchmarks.ratios import Line, print_lines
 def run(*, settings: Annotated[DataBenchmarkConfig | None, Parameter(name="*")] = None) -> None:
     """Measures engines, stores and queues of data generation."""
     # Here: they import torch, for which --help and a wrong flag need not wait.
-    from benchmarks.data_generation.disk import measure_disk
-    from benchmarks.data_generation.engine import measure_engine
-    from benchmarks.data_generation.memory import measure_memory
-    from benchmarks.data_generation.queues import measure_queues
+    from benchmarks.data_generation import disk, engine, memory, queues
 
     settings = settings or DataBenchmarkConfig()
     measures: dict[Part, Callable[[DataBenchmarkConfig], Iterator[Line]]] = {
-        "engine": measure_engine,
-        "disk": measure_disk,
-        "queues": measure_queues,
-        "memory": measure_memory,
+        "engine": engine.measure_engine,
+        "disk": disk.measure_disk,
+        "queues": queues.measure_queues,
+        "memory": memory.measure_memory,
     }
     print_lines(
         "data generation", (line for part in settings.parts for line in measures[part](settings))

@@ -1,4 +1,4 @@
-"""An engine that writes to a queue, and queues without one."""
+"""Queues with an engine that writes, and alone."""
 
 import multiprocessing
 import time

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.playground``: rebuilds verifier, speculators and prompts from nothing."""
+"""``python -m benchmarks.playground``: rebuilds the playground."""
 
 import json
 import shlex
@@ -29,9 +29,9 @@ def rebuild(
     output:
         Folder to write into.
     only:
-        One part; the verifier must be there already for a speculator.
+        One part to build; a speculator needs the verifier in the output folder.
     work:
-        Folder for the speculators' data (some 3 GB) and runs, which go on from what is there.
+        Folder for data (some 3 GB) and runs of the speculators; those in it are resumed.
     """
     files = corpus.read_library()
     train = [file for file in files if not file.is_held_out]

@@ -1,7 +1,7 @@
-"""The text the playground learns from: the standard library's own source, as files and as chats.
+"""The playground's texts: the standard library's source.
 
-A twentieth of the files, chosen by the hash of their path, is held out: no training document is
-cut from them and every prompt is.
+It is used as files and as chats. A twentieth of the files, chosen by the hash of their path, is
+held out: training documents come from the other files, prompts from these alone.
 """
 
 import ast

@@ -1,8 +1,9 @@
-"""The last stage of the verifier's training: to leave a loop once it is in one.
+"""Teaches the playground's verifier to leave loops.
 
-A small model decodes greedily into loops, because each repetition makes the next more probable.
-Rows that repeat a few lines over and over teach it that each repetition is half as probable as the
-one before (DITTO, arXiv:2206.02369, equation 3); ordinary rows between them keep the rest.
+This is the last stage of its training. A small model decodes greedily into loops, because each
+repetition makes the next more probable. Rows that repeat a few lines over and over teach it that
+each repetition is half as probable as the one before (DITTO, arXiv:2206.02369, equation 3);
+ordinary rows between them keep the rest.
 """
 
 import random

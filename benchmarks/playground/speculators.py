@@ -1,8 +1,8 @@
-"""The playground's speculators: two commands of ours, by the plans that lie beside this file.
+"""Builds the playground's speculators with two commands.
 
-`speculators generate-data` has the verifier go on from beginnings of the library's text, greedily:
-what it writes is what a draft will see. `speculators train` learns from that. Both go on where an
-earlier run of the same plans stopped.
+Their plans are in this folder. `speculators generate-data` has the verifier continue beginnings of
+the library's text greedily, since a draft will see what the verifier writes. `speculators train`
+learns from these texts. Both resume an earlier run of the same plans.
 """
 
 import os
@@ -29,7 +29,7 @@ BEGINNINGS, STATES = "beginnings.jsonl", "states"
 
 
 def make_states(rows: Dataset, verifier: Path, work: Path) -> None:
-    """What the verifier writes behind beginnings of ``rows``, with its states, in ``work``."""
+    """Writes continuations of beginnings of ``rows``, with the verifier's states, to ``work``."""
     beginnings = work / BEGINNINGS
     work.mkdir(parents=True, exist_ok=True)
     write_lines(_beginnings(rows), beginnings)

@@ -1,4 +1,7 @@
-"""The playground's tokenizer: byte-level BPE whose words know Python's line breaks and indents."""
+"""The playground's tokenizer: byte-level BPE.
+
+Its words know Python's line breaks and indents.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Trainer settings that every stretch of the playground's training shares."""
+"""Trainer arguments common to all stages of the playground."""
 
 from pathlib import Path
 from typing import Any

@@ -1,9 +1,9 @@
-"""The playground's verifier: a deep and narrow Qwen3, grown from a shallow one.
+"""The playground's verifier: a deep and narrow Qwen3.
 
 A step of a deep verifier is long even where each layer is cheap, so speculation pays on a CPU.
 Training it deep from the start would spend most of the time on layers that have nothing to do yet:
-a quarter of the layers learns first, then the stack is repeated and training goes on
-(one-shot depthwise stacking, arXiv:2405.15319). A last stage teaches it to leave loops.
+a quarter of the layers learns first, then the stack is repeated and trained further (one-shot
+depthwise stacking, arXiv:2405.15319). A last stage teaches it to leave loops.
 """
 
 import random

@@ -13,9 +13,8 @@ from benchmarks import playground
 from benchmarks.acceptance.live import read_counters
 from benchmarks.acceptance.measurement import measure
 from benchmarks.acceptance.report import print_report, write_report
-from benchmarks.acceptance.settings import AcceptanceConfig
+from benchmarks.acceptance.settings import AcceptanceConfig, ServerConfig
 from benchmarks.acceptance.statistics import latency, tokens_per_second
-from benchmarks.acceptance.wire import ServerConfig
 from speculators_core.cli import main
 from speculators_core.console import console
 from speculators_core.diagnosis.acceptance_report import RequestRecord, Timing
@@ -228,7 +227,9 @@ def test_counts_speeds_and_prompts_of_a_server(served, tmp_path):
     # A server would take these from the verifier's generation_config.json.
     plain = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
     assert plain.items() <= sent[0].items()
-    assert report.remarks == ["drafts are counted by request, as the server tells with each answer"]
+    assert report.remarks == [
+        "drafts are counted by request, as the server reports with each answer"
+    ]
     write_report(report, tmp_path)
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["servers"]["speculating"]["version"] == "0.32.0"
@@ -258,7 +259,7 @@ def test_every_way_of_counting_gives_the_same_counts():
     assert by_server.counted == "by server"
     assert by_server.interval_95 is by_server.macro_acceptance_length is None
     assert by_server.categories == {}
-    assert "of all requests together" in report.remarks[0]
+    assert "for all requests together" in report.remarks[0]
     with console.capture() as shown:
         print_report(report)
     row = next(line for line in shown.get().splitlines() if "127.0.0.1" in line)
@@ -272,7 +273,7 @@ def test_somebody_elses_requests_are_noticed(served):
     stand_in.count = lambda num_tokens, accepted: count(num_tokens + 5, accepted)
     report = measure(settings(url))
     (remark,) = [r for r in report.remarks if "somebody else" in r]
-    assert "counted +20 tokens beside these 4 requests" in remark
+    assert "counted +20 tokens in addition to these 4 requests" in remark
 
 
 def test_late_counters_are_waited_for(served):
@@ -421,7 +422,7 @@ def test_wrong_urls_are_one_line(url, message, capsys):
             "/v1/models: not an answer of a vLLM server: data",
         ),
         ({"pages": {"/metrics": (302, "")}}, "/metrics: HTTP 302"),
-        ({"root": "/models/elsewhere"}, "not within reach here. Pass --verifier"),
+        ({"root": "/models/elsewhere"}, "not within reach here .*Pass --verifier"),
     ],
 )
 def test_servers_that_cannot_be_measured_are_refused_before_any_request(fields, message):
@@ -434,7 +435,7 @@ def test_servers_that_cannot_be_measured_are_refused_before_any_request(fields, 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"speculates": True}, "speculates itself"),
+        ({"speculates": True}, "speculates; expected a server without"),
         ({"version": "0.31.0"}, "version is 0.32.0 at .* and 0.31.0 at"),
         ({"caches": False}, "has_prefix_cache is True at .* and False at"),
         ({"root": str(playground.EAGLE3.parent)}, "Pass --verifier"),
@@ -449,12 +450,18 @@ def test_a_baseline_that_differs_in_more_than_speculation_is_refused(served, fie
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": (2,)}, "--k: the server of --base-url decides this itself"),
-        ({"dtype": "float32", "engine_args": {"a": 1}}, "--dtype, --engine-args: the server"),
-        ({"engine": "transformers"}, "--engine transformers: the server"),
+        ({"k": (2,)}, "--k: decided by the server at --base-url"),
+        (
+            {"dtype": "float32", "engine_args": {"a": 1}},
+            "--dtype, --engine-args: decided by the",
+        ),
+        ({"engine": "transformers"}, "--engine transformers: decided by the server"),
         ({"model": ("a", "b")}, "serves one draft, found 2 names"),
-        ({"url": None, "baseline": "http://x"}, "--baseline-url is of a server: it needs"),
-        ({"url": None, "api_key": "x"}, "--api-key is of a server: it needs --base-url"),
+        ({"url": None, "baseline": "http://x"}, "--baseline-url belongs to a server. Pass"),
+        (
+            {"url": None, "api_key": "x"},
+            "--api-key belongs to a server. Pass its URL as",
+        ),
     ],
 )
 def test_options_that_a_server_decides_are_refused(options, message):

@@ -4,11 +4,11 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import playground
-from benchmarks.acceptance.engines import Draft, _TransformersRunner
+from benchmarks.acceptance.engines import Decoding, Draft
 from benchmarks.acceptance.measurement import measure
-from benchmarks.acceptance.records import Decoding
 from benchmarks.acceptance.report import print_report, report_k, write_report
 from benchmarks.acceptance.settings import AcceptanceConfig
+from benchmarks.acceptance.transformers_engine import TransformersRunner
 from speculators_core.console import console
 from speculators_core.decoding.independent import LanguageModelDraft
 from speculators_core.decoding.prompts import TokenizedPrompt
@@ -79,7 +79,7 @@ def test_a_draft_that_fails_beyond_a_length_shows_it(report):
         for length in (100, 400, 500)
     ]
     draft = Draft("language-model", "short-sighted", 4)
-    runner = _TransformersRunner(verifier, draft, ShortSighted(verifier), 1)
+    runner = TransformersRunner(verifier, draft, ShortSighted(verifier), 1)
     records = runner.run(prompts, Decoding(80, 0.0, 0, ignore_eos=True), lambda: None)
     entry = report_k(4, [records], [], greedy=True)
     lengths = {name: part.acceptance_length for name, part in entry.contexts.items()}
@@ -179,7 +179,10 @@ def test_differing_outputs_are_found():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"engine_args": {"max_model_len": 64}}, "--engine-args are vLLM's; found max_model_len"),
+        (
+            {"engine_args": {"max_model_len": 64}},
+            "--engine-args max_model_len: these are",
+        ),
         ({"model": ("prompt-lookup",)}, "no verifier is named"),
         ({"model": ("assisted",), "concurrency": 2}, "one request at a time"),
         ({"engine": "vllm", "model": ("assisted",)}, "one request at a time"),

@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from benchmarks import playground
-from benchmarks.acceptance.engines import TransformersEngine, VLLMEngine
-from benchmarks.acceptance.records import Decoding
+from benchmarks.acceptance.engines import Decoding
+from benchmarks.acceptance.transformers_engine import TransformersEngine
+from benchmarks.acceptance.vllm_engine import VLLMEngine
 from speculators_core.errors import SpeculatorError
 from speculators_core.format.config import reload_and_populate_models, reload_schemas
 from speculators_core.registry import MODELS

@@ -11,10 +11,11 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from benchmarks import playground
-from benchmarks.acceptance.engines import TransformersEngine, VLLMEngine
+from benchmarks.acceptance.engines import Decoding
 from benchmarks.acceptance.measurement import measure
-from benchmarks.acceptance.records import Decoding
 from benchmarks.acceptance.settings import AcceptanceConfig
+from benchmarks.acceptance.transformers_engine import TransformersEngine
+from benchmarks.acceptance.vllm_engine import VLLMEngine
 from speculators_core.format.vocabulary import choose_draft_vocabulary
 from speculators_core.models.eagle3 import Eagle3DraftModel
 from tests.conftest import make_verifier

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from benchmarks.acceptance.engines import _speculator_settings
+from benchmarks.acceptance.vllm_engine import speculator_settings
 from speculators_core.errors import SpeculatorError
 from speculators_core.registry import MODELS
 from speculators_vllm.plugin.speculative_config import Source, check_served, complete
@@ -196,7 +196,7 @@ def test_vllm_is_told_what_the_plugin_would_tell_it(monkeypatch, chosen, is_on):
         monkeypatch.setenv("VLLM_PLUGINS", chosen)
     name = str(INTEROP / "peagle")
     explicit = {"method": "eagle3", "parallel_drafting": True, "num_speculative_tokens": 4}
-    assert _speculator_settings(name) == ({"model": name} | ({} if is_on else explicit))
+    assert speculator_settings(name) == ({"model": name} | ({} if is_on else explicit))
 
 
 def test_what_vllm_serves_with_the_plugin_alone_is_refused_without_it():
