@@ -1,4 +1,4 @@
-"""Peak memory of a short run and a long one."""
+"""Peak memory of short and long runs."""
 
 import json
 import resource
