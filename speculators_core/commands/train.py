@@ -1,6 +1,5 @@
 """``speculators train``: trains a speculator."""
 
-import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +10,7 @@ from cyclopts import Parameter
 from speculators_core.console import result_alone_on_stdout
 from speculators_core.flags import AsJson, Switch, flags_of
 from speculators_core.settings import Settings
+from speculators_core.training.ranks import rank
 from speculators_core.training.settings import TrainingPlan, read_training_plan
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ else:
     PlanFlags = flags_of(TrainingPlan)
 
 STOPPED_EXIT = 143
-"""As of a process that SIGTERM ended."""
+"""Exit code of a run that a signal stopped, as of a process that SIGTERM ended."""
 
 
 def run(
@@ -49,12 +49,11 @@ def run(
     if dry_run:
         rehearse(plan)
         return
-    is_first = os.environ.get("RANK", "0") == "0"
     with result_alone_on_stdout() if as_json else nullcontext():
         report = train(plan)
-    if is_first and as_json:
+    if rank() == 0 and as_json:
         print(report.model_dump_json(indent=2))
-    elif is_first:
+    elif rank() == 0:
         print_report(report)
     if report.speculator is None:
         sys.exit(STOPPED_EXIT)

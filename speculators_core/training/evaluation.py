@@ -1,8 +1,8 @@
-"""What a draft in training would be kept of when it is served: decoded, and predicted.
+"""Acceptance of a draft in training: decoded, and predicted.
 
-What a model's own ``forward`` measures is teacher-forced: every token before the one that it judges
-is the text's own. Acceptance is something else, and these are its figures, of the draft as it is
-served, each token on its own output:
+The figures that a model's ``forward`` returns are teacher-forced: all tokens before the judged one
+come from the text. These are the figures of acceptance instead, of the draft as it is served, where
+each token follows the draft's previous output:
 
     acceptance_length            prompts decoded with the verifier, by the reference decoder
     joint_k, conditional_k       the same by position, k from 1
@@ -44,13 +44,13 @@ Figure = TypeVar("Figure")
 
 DECODED_AT_ONCE = 4
 """Prompts of one batch of the reference decoder. On a CPU core 16 of the playground's prompts take
-EAGLE-3 8 s so, 14 s one by one and 10 s all at once; rows of unlike pace wait for each other."""
+EAGLE-3 8 s so, 14 s one by one and 10 s all at once; in a batch the rows wait for the slowest."""
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Examples that no step trains on; in memory, or mapped from a store."""
+    """Examples that are not trained on; in memory, or mapped from a store."""
 
     examples: Sequence[GeneratedExample]
     schema: Schema
@@ -60,7 +60,7 @@ class HeldOut:
 
 
 def named_prompts(section: EvaluationConfig) -> list[Prompt]:
-    """Those of ``section.prompts`` to decode, at even distances; none where it names none.
+    """The prompts of ``section.prompts`` to decode, at even distances; empty where it is not set.
 
     Raises:
         SpeculatorError: they cannot be read.
@@ -78,13 +78,13 @@ def choose_prompts(
     max_length: int,
     trust_remote_code: bool = False,
 ) -> list[list[int]]:
-    """Token ids of the prompts to decode: no two are the same, at most ``section.num_prompts``.
+    """Token ids of the prompts to decode: distinct ones, at most ``section.num_prompts``.
 
-    Those of ``section.prompts`` under the chat template of ``verifier`` (folder or hub id); else
-    what stands before the first trained token of each example. Of an example that is trained from
-    its start (plain text) it is the first quarter. Where there are too many they are taken at even
-    distances, so that a file in order of its categories is seen in all of them. ``max_length`` is
-    the number of positions that the verifier has.
+    They are those of ``section.prompts`` under the chat template of ``verifier`` (folder or hub
+    id), or the text before the first trained token of each example; of an example that is trained
+    from its start (plain text) it is the first quarter. Where there are too many they are taken at
+    even distances, so that a file sorted by category is sampled in all categories. ``max_length``
+    is the number of positions of the verifier.
 
     Raises:
         SpeculatorError: the prompts or the tokenizer cannot be read, or there is no prompt at all.
@@ -99,14 +99,14 @@ def choose_prompts(
     if not unique:
         raise SpeculatorError(
             f"evaluation.decode has no prompts: none of {len(examples)} held-out examples begins "
-            "with one. Set evaluation.prompts, or data.eval_examples, or evaluation.decode to "
-            "false."
+            "with one. Set evaluation.prompts, raise data.eval_examples, or set evaluation.decode "
+            "to false."
         )
     return _spread(unique, section.num_prompts)
 
 
 def _beginning(example: GeneratedExample, most: int) -> list[int]:
-    """The example's prompt; nothing where it has none, or one of more than ``most`` tokens."""
+    """The example's prompt; empty where it has none, or one of more than ``most`` tokens."""
     trained = example.loss_mask.nonzero().flatten()
     if not len(trained):
         return []
@@ -117,7 +117,7 @@ def _beginning(example: GeneratedExample, most: int) -> list[int]:
 
 
 def _spread(items: Sequence[Item], count: int) -> list[Item]:
-    """So many of the items at even distances; all where there are fewer."""
+    """``count`` of the items at even distances; all where there are fewer."""
     if len(items) <= count:
         return list(items)
     return [items[number * len(items) // count] for number in range(count)]
@@ -127,8 +127,8 @@ def _spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 @contextmanager
-def without_traces(draft: SpeculatorModel) -> Iterator[None]:
-    """Measures a draft: no gradients, no dropout; modes and random numbers go on as they stood."""
+def measuring(draft: SpeculatorModel) -> Iterator[None]:
+    """No gradients and no dropout inside; modes and random generators are restored afterwards."""
     modes = [(module, module.training) for module in draft.modules()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [draft.device] if draft.device.type == "cuda" else []
@@ -146,11 +146,11 @@ def without_traces(draft: SpeculatorModel) -> Iterator[None]:
 def decode_prompts(
     draft: SpeculatorModel, prompts: Sequence[Sequence[int]], max_tokens: int
 ) -> SurvivalCounts:
-    """What is kept of the draft over the verifier's greedy answers, counted as ever.
+    """Counts of accepted tokens over the verifier's greedy answers, by the reference decoder.
 
-    That is by the reference decoder: a prompt's first token comes from prefill and belongs to no
-    draft, the last step counts whole. The draft proposes greedily as many tokens as its config
-    says, whatever else its proposal method is. Weights keep their type.
+    A prompt's first token comes from prefill and does not count; the last step counts whole. The
+    draft proposes greedily, as many tokens as its config states, whatever its proposal method is.
+    Weights keep their type.
 
     Raises:
         SpeculatorError: the draft has no verifier attached in full.
@@ -158,7 +158,7 @@ def decode_prompts(
     num_tokens = draft.config.proposal.speculative_tokens
     counts = AcceptanceCounts(num_tokens)
     ordered = sorted(prompts, key=len)  # prompts of a batch are padded to the longest
-    with without_traces(draft):
+    with measuring(draft):
         for first in range(0, len(ordered), DECODED_AT_ONCE):
             group = ordered[first : first + DECODED_AT_ONCE]
             longest = max(map(len, group))
@@ -171,7 +171,7 @@ def decode_prompts(
                 proposal=GreedyTokenProposalConfig(speculative_tokens=num_tokens),
                 max_new_tokens=max_tokens,
                 do_sample=False,
-                repetition_penalty=1.0,  # whatever the verifier's generation config wants
+                repetition_penalty=1.0,  # whatever the verifier's generation config has
                 pad_token_id=0,
                 return_dict_in_generate=True,
             )
@@ -186,10 +186,10 @@ def decode_prompts(
 def roll_out_held_out(
     draft: SpeculatorModel, held_out: HeldOut, count: int, rank: int = 0, world: int = 1
 ) -> SurvivalCounts:
-    """What becomes of ``count`` drafts over the examples, at most; the same ones in each call.
+    """Survival of at most ``count`` drafts over the examples; the same drafts in each call.
 
-    Of the examples that drafts are made in, rank i of n has every n-th. The verifier's head must be
-    attached; its tokens are those of the stored states, in the head's own type.
+    Rank i of n takes every n-th of the examples that have drafts. The verifier's head must be
+    attached; its tokens follow from the stored states, in the type of the head.
 
     Raises:
         SpeculatorError: the schema lacks a state that the draft reads.
@@ -200,7 +200,7 @@ def roll_out_held_out(
     shares = share_drafts(list(map(len, places)), count)
     drawn = [at for at, share in enumerate(shares) if share]
     total = SurvivalCounts.none(num_tokens)
-    with without_traces(draft):
+    with measuring(draft):
         for at in drawn[rank::world]:
             example, share = held_out.examples[at], shares[at]
             reached, rows = reachable_positions(
@@ -217,7 +217,7 @@ def _verified_text(
     head: VerifierHead,
     rows: Sequence[int],
 ) -> VerifiedText:
-    """The example with the verifier's tokens after these rows."""
+    """The example with the verifier's next tokens at these rows."""
     aux, last = list(layout.aux_slots), layout.last_slot
     choices = torch.full_like(example.input_ids, UNKNOWN)
     index = torch.tensor(rows, device=choices.device)
@@ -236,7 +236,7 @@ def greedy_tokens(
 # ---- figures ----
 
 
-def evaluate_truth(
+def measure_acceptance(
     draft: SpeculatorModel,
     prompts: Sequence[Sequence[int]],
     held_out: HeldOut,
@@ -244,13 +244,13 @@ def evaluate_truth(
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, float]:
-    """Figures of acceptance, over the prompts and examples of all ranks; each gets the same.
+    """Figures of acceptance over the prompts and examples of all ranks; the same on each rank.
 
     All ranks of `torch.distributed` call it, with a plain draft: one sharded by FSDP2 cannot
-    decode. Each takes its share of the prompts and examples, which are the same on all ranks, or of
-    a stream each rank's own. A figure that nothing was counted for is left out: without
-    ``section.decode`` or ``section.roll_outs``, a conditional rate that no draft came to, or all
-    where every answer ended with its first token.
+    decode. Each takes its share of the prompts and examples, which are the same on all ranks; of a
+    stream each rank has its own. Figures without counts are left out: without ``section.decode`` or
+    ``section.roll_outs``, a conditional rate that no draft reached, or all where every answer ended
+    with its first token.
     """
     decoded = rolled = SurvivalCounts.none(draft.config.proposal.speculative_tokens)
     if section.decode:
@@ -270,7 +270,7 @@ def _sum_over_ranks(counts: SurvivalCounts, device: torch.device) -> SurvivalCou
 
 
 def _figures(counts: SurvivalCounts, prefix: str = "") -> dict[str, float]:
-    """By name, for the log; nothing where there was no draft."""
+    """Figures by name, for the log; empty where there was no draft."""
     if not counts.num_places:
         return {}
     joint = {f"{prefix}joint_{k}": rate for k, rate in enumerate(counts.joint, start=1)}
@@ -283,7 +283,7 @@ def _figures(counts: SurvivalCounts, prefix: str = "") -> dict[str, float]:
 
 
 def name_teacher_forced(metrics: Mapping[str, Figure]) -> dict[str, Figure]:
-    """A model's own metrics under names that nobody takes for acceptance; losses keep theirs.
+    """A model's metrics under names that cannot be mistaken for acceptance; losses keep theirs.
 
     cond_acc_1 -> teacher_forced_cond_acc_1
     """

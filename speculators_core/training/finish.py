@@ -1,7 +1,6 @@
 """The end of a run: the speculator, its papers, and whether it serves."""
 
 import logging
-import os
 import shlex
 import shutil
 import subprocess
@@ -31,6 +30,7 @@ from speculators_core.publishing.card_facts import (
 )
 from speculators_core.registry import COMMANDS
 from speculators_core.training.job import LOG, Job
+from speculators_core.training.ranks import environment_without_ranks
 from speculators_core.training.settings import TrainingPlan
 from speculators_core.training.states.run_folder import CONFIG, PROVENANCE, SPECULATOR
 
@@ -171,10 +171,10 @@ def measure(speculator: Path, plan: TrainingPlan, prompts: Sequence[Prompt]) -> 
 
 
 def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command of ours in a process that belongs to no torchrun."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    """Runs a command of `speculators` in a process that does not belong to torchrun's."""
     command = [sys.executable, "-m", "speculators_core", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=kept)
+    environment = environment_without_ranks()
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def _last_line(done: subprocess.CompletedProcess[str]) -> str:

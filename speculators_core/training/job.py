@@ -1,4 +1,4 @@
-"""A training run in memory: data, draft and trainer; faults that a user can mend come first."""
+"""A training run in memory: data, draft and trainer."""
 
 import gc
 import math
@@ -17,16 +17,17 @@ from speculators_core.decoding.prompts import Prompt
 from speculators_core.errors import SpeculatorError
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.training.budget.estimate import Estimate, estimate
+from speculators_core.training.device import compute_dtype, training_device
 from speculators_core.training.draft import draft_class, make_draft
 from speculators_core.training.evaluation import (
     HeldOut,
     choose_prompts,
-    evaluate_truth,
+    measure_acceptance,
     named_prompts,
 )
 from speculators_core.training.optimizers import MuonAdamW, adamw
 from speculators_core.training.ranks import rank, world_size
-from speculators_core.training.rows.online import Generation, Received, TextExamples
+from speculators_core.training.rows.online import TextExamples
 from speculators_core.training.rows.opening import (
     Source,
     generation_of,
@@ -39,13 +40,13 @@ from speculators_core.training.settings import TrainingPlan
 from speculators_core.training.sharding import shard
 from speculators_core.training.states.state import read_weights
 from speculators_core.training.states.state_folder import newest_state
+from speculators_core.training.stop import StopOnSignal
 from speculators_core.training.trainer import SpeculatorTrainer
 from speculators_core.training.watch import (
     Display,
     LogFile,
+    MarkRowsUsed,
     Schedule,
-    Settlement,
-    StopOnSignal,
 )
 from speculators_core.verifier.reading import load_verifier, read_verifier_config
 
@@ -63,11 +64,12 @@ class Job:
         self.generation = generation_of(plan)
         self.stop = StopOnSignal()
         self.trainer: SpeculatorTrainer | None = None
+        self._prompts: list[list[int]] | None = None
 
     @classmethod
     @contextmanager
     def open(cls, plan: TrainingPlan) -> Iterator["Job"]:
-        """Looks at options and data, then loads the verifier and makes the draft.
+        """Checks options and data, then loads the verifier and makes the draft.
 
         Raises:
             SpeculatorError: plan, data and verifier do not fit together, or cannot be read.
@@ -76,23 +78,23 @@ class Job:
         _check_trackers(plan)
         if plan.run.fsdp and world_size() == 1:
             raise SpeculatorError(
-                "run.fsdp shards over several processes, there is one: start it with `torchrun "
-                "--nproc-per-node N -m speculators_core train ...`, or leave it out."
+                "run.fsdp shards over several processes, found one. Start the run with `torchrun "
+                "--nproc-per-node N -m speculators_core train ...`, or leave run.fsdp out."
             )
         with ExitStack() as stack:
             stack.callback(_leave_group)
             job = cls(plan)
             if job.named_prompts:
-                _ = job.prompts  # a fault in them is found before anything is loaded
+                job.check_prompts()  # before anything is loaded
             source = job.source = open_source(plan, job.generation, stack)
             if isinstance(source, StoredExamples):
-                _ = job.prompts
+                job.check_prompts()
             job.draft = _make_draft(plan, source)
             del source
             yield job
 
     def release(self) -> None:
-        """Lets go of draft, verifier and optimizer, and of their memory: the job is over."""
+        """Frees the memory of draft, verifier and optimizer; the job cannot be used afterwards."""
         self.trainer = None
         for name in ("draft", "source", "rows", "held_out"):
             vars(self).pop(name, None)
@@ -109,14 +111,14 @@ class Job:
 
     @cached_property
     def split(self) -> Split | None:
-        """Of examples that have numbers."""
+        """The split of numbered examples; None for a stream."""
         return split_of(self.plan, self.source)
 
     @cached_property
     def rows(self) -> Rows | Stream:
-        """What is trained on. Of a stream, the first examples are received here."""
+        """The rows to train on. The held-out examples of a stream are received here."""
         data = self.plan.data
-        if isinstance(self.source, Generation | Received):
+        if self.source.is_stream:
             self.source.while_waiting = self.stop.check
             return Stream(self.source, self.layout, data.eval_examples, data.limit)
         assert self.split is not None
@@ -124,7 +126,7 @@ class Job:
 
     @cached_property
     def held_out(self) -> HeldOut:
-        if isinstance(self.source, Generation | Received):
+        if self.source.is_stream:
             assert isinstance(self.rows, Stream)
             return HeldOut(self.rows.held_out, self.source.schema)
         assert self.split is not None
@@ -136,7 +138,7 @@ class Job:
 
     @property
     def rows_per_step(self) -> int:
-        """Of all ranks."""
+        """Rows of one step, of all ranks."""
         return self.plan.optimizer.rows_per_step * world_size()
 
     @property
@@ -148,9 +150,8 @@ class Job:
         return math.ceil(plan.run.epochs * math.ceil(len(self.rows) / self.rows_per_step))
 
     def estimate(self, *, is_timed: bool) -> Estimate:
-        """What the run takes; ``is_timed``: some steps are made for that."""
-        is_stream = isinstance(self.source, Generation | Received)  # it is not opened for this
-        rows = None if is_stream else self.rows
+        """What the run takes; where ``is_timed``, from a few steps that are made for it."""
+        rows = None if self.source.is_stream else self.rows  # a stream is not opened for this
         assert not isinstance(rows, Stream)
         return estimate(
             self.plan,
@@ -166,7 +167,7 @@ class Job:
     # ---- the run ----
 
     def train(self) -> TrainerState:
-        """Trains, from the newest saved state if there is one.
+        """Trains, resuming from the newest saved state if there is one.
 
         Raises:
             SpeculatorError: a loss was not finite, or the data ended early.
@@ -179,29 +180,30 @@ class Job:
         state = trainer.state
         if state.global_step < self.num_steps and not (self.was_stopped or schedule.has_ended):
             raise SpeculatorError(
-                f"data.{plan.data.kind} gave no row that trains after step {state.global_step} of "
-                f"{self.num_steps}: more than the {plan.data.eval_examples} examples of "
-                "data.eval_examples must have a token to learn."
+                f"data.{plan.data.kind} had no more rows to train on after step "
+                f"{state.global_step} of {self.num_steps}. Generate more examples with a token to "
+                f"learn than data.eval_examples ({plan.data.eval_examples}), or lower "
+                "run.max_steps."
             )
         return state
 
     @contextmanager
     def watching(self, trainer: SpeculatorTrainer) -> Iterator[Schedule]:
-        """Evaluates, saves, logs and shows what the trainer does."""
+        """Evaluates, saves, logs and displays while the trainer runs."""
         plan, section = self.plan, self.plan.evaluation
         schedule = Schedule(section.every, plan.run.save_every, section.patience, trainer.evaluate)
         display = Display(self.rows_per_step * plan.data.row_length)
         for callback in (schedule, self.stop, LogFile(plan.run.output / LOG), display):
             trainer.add_callback(callback)
         if isinstance(self.rows, Stream):
-            trainer.add_callback(Settlement(self.rows.settle))
+            trainer.add_callback(MarkRowsUsed(self.rows))
         try:
             yield schedule
         finally:
             display.close()
 
     def best_draft(self) -> SpeculatorModel:
-        """The draft with the weights of its longest acceptance length, or the last ones.
+        """The draft with its best weights, those of the longest acceptance length, or the last.
 
         Every rank calls it.
         """
@@ -216,19 +218,19 @@ class Job:
 
     @property
     def was_stopped(self) -> bool:
-        """By SIGTERM, before its end."""
+        """Whether a signal stopped the run before its end."""
         was_waiting = self.trainer is not None and self.trainer.was_interrupted
         return self.stop.has_stopped or was_waiting
 
     def make_trainer(self) -> SpeculatorTrainer:
-        """The trainer without what `watch` adds to it."""
+        """The trainer without the callbacks of `watch`."""
         plan, draft = self.plan, self.draft
         arguments = training_arguments(plan, self.num_steps)
         arguments._n_gpu = min(arguments.n_gpu, 1)  # a process trains on one; torchrun starts more
         if plan.run.compile:
             for name, module in draft.named_modules():
                 if name.endswith(".mlp"):
-                    module.compile(dynamic=True)  # steps of an unroll have rows of unlike lengths
+                    module.compile(dynamic=True)  # rows differ in length between unroll steps
         if plan.run.fsdp:
             dtype = torch.bfloat16 if arguments.bf16 else None
             shard(draft, arguments.device, dtype)
@@ -249,19 +251,28 @@ class Job:
 
     @cached_property
     def named_prompts(self) -> list[Prompt]:
-        """Those of ``evaluation.prompts`` to decode."""
+        """The prompts of ``evaluation.prompts`` to decode."""
         return named_prompts(self.plan.evaluation)
 
-    @cached_property
-    def prompts(self) -> list[list[int]]:
-        """Token ids to decode at each evaluation.
+    def check_prompts(self) -> None:
+        """Reads the prompts to decode, unless that was done before.
+
+        It is called as early as they can be read, so that a fault in them costs no time.
 
         Raises:
             SpeculatorError: they cannot be read, or there are none.
         """
+        if self._prompts is None:
+            self._prompts = self._choose_prompts() if self.plan.evaluation.decode else []
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Token ids to decode at each evaluation."""
+        assert self._prompts is not None
+        return self._prompts
+
+    def _choose_prompts(self) -> list[list[int]]:
         section, model = self.plan.evaluation, self.plan.model
-        if not section.decode:
-            return []
         config = read_verifier_config(model.verifier, model.trust_remote_code).get_text_config()
         examples = [] if self.named_prompts else self.held_out.examples
         longest = config.max_position_embeddings
@@ -270,14 +281,14 @@ class Job:
     def _measure(self, draft: SpeculatorModel) -> dict[str, float]:
         section, held_out = self.plan.evaluation, self.held_out
         with self.stop.interruptible():
-            return evaluate_truth(draft, self.prompts, held_out, section, rank(), world_size())
+            return measure_acceptance(draft, self.prompts, held_out, section, rank(), world_size())
 
 
 # ---- options of Transformers' trainer ----
 
 
 def training_arguments(plan: TrainingPlan, num_steps: int) -> TrainingArguments:
-    """The plan in the trainer's words. Evaluation, saving and the end are `watch`'s."""
+    """The plan as arguments of the trainer; `watch` evaluates, saves and ends the run."""
     run, optimizer, data = plan.run, plan.optimizer, plan.data
     schedules = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}
     floor = {"min_lr_rate": optimizer.final_share} if optimizer.schedule == "cosine" else None
@@ -293,7 +304,7 @@ def training_arguments(plan: TrainingPlan, num_steps: int) -> TrainingArguments:
         lr_scheduler_kwargs=floor,
         warmup_steps=math.ceil(optimizer.warmup_share * num_steps),
         max_grad_norm=optimizer.max_grad_norm,
-        bf16=uses_bfloat16(plan),
+        bf16=compute_dtype(plan, training_device()) == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=run.gradient_checkpointing,
         seed=run.seed,
@@ -308,15 +319,8 @@ def training_arguments(plan: TrainingPlan, num_steps: int) -> TrainingArguments:
         dataloader_persistent_workers=workers > 0,
         # A fork of a process whose OpenMP threads have run would hang.
         dataloader_multiprocessing_context="spawn" if workers else None,
-        ignore_data_skip=data.kind == "queue",  # it has moved on by itself
+        ignore_data_skip=data.kind == "queue",  # rows that were used are not sent again
     )
-
-
-def uses_bfloat16(plan: TrainingPlan) -> bool:
-    """For the computation; weights and optimizer stay float32."""
-    if plan.run.dtype == "auto":
-        return torch.cuda.is_available()
-    return plan.run.dtype == "bfloat16"
 
 
 def _leave_group() -> None:
@@ -328,7 +332,8 @@ def _check_trackers(plan: TrainingPlan) -> None:
     for tracker in plan.run.trackers:
         if find_spec(tracker) is None:
             raise SpeculatorError(
-                f"run.trackers: {tracker} is not installed: `pip install {tracker}`."
+                f"run.trackers: {tracker} is not installed. Run `pip install {tracker}`, or leave "
+                "it out."
             )
 
 
@@ -342,10 +347,11 @@ def _make_draft(plan: TrainingPlan, source: Source) -> SpeculatorModel:
 
 
 def _load_verifier(plan: TrainingPlan, source: Source) -> PreTrainedModel | None:
-    """The whole verifier, where it decodes or runs over texts."""
+    """The whole verifier, where it decodes or runs over texts; on a CPU in float32."""
     if isinstance(source, TextExamples):
         return source.verifier
     if not plan.evaluation.decode:
         return None
-    dtype = torch.bfloat16 if uses_bfloat16(plan) and torch.cuda.is_available() else torch.float32
+    device = training_device()
+    dtype = compute_dtype(plan, device) if device.type == "cuda" else torch.float32
     return load_verifier(plan.model.verifier, dtype, plan.model.trust_remote_code)

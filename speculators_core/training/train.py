@@ -28,7 +28,9 @@ from speculators_core.training.states.run_folder import (
     check_folder,
     claim,
     is_finished,
+    newest_whole_state,
 )
+from speculators_core.training.stop import describe_kept, reporting_interrupt
 
 
 class TrainReport(Settings):
@@ -36,6 +38,9 @@ class TrainReport(Settings):
 
     speculator: Path | None
     """Folder of the checkpoint; None if the run was stopped before its end."""
+    saved_state: Path | None = None
+    """State from which the same command resumes a run that was stopped; None if it saved nothing,
+    or came to its end."""
     steps: int
     best_step: int | None = None
     """Step of the checkpoint's weights; the last one if None."""
@@ -46,7 +51,7 @@ class TrainReport(Settings):
 
 
 def train(plan: TrainingPlan) -> TrainReport:
-    """Trains what the plan asks for, or resumes the run in its folder.
+    """Trains by the plan, or resumes the run in its folder.
 
     Until plan, data and verifier have been checked, nothing is written but a lock, which is removed
     again. Under torchrun every process calls it, and the first one writes.
@@ -54,19 +59,25 @@ def train(plan: TrainingPlan) -> TrainReport:
     Raises:
         SpeculatorError: plan, data, verifier or folder are at fault, the run does not fit this
             machine, or a loss was not finite.
+        KeyboardInterrupt: Ctrl-C or SIGTERM outside of the steps, which finish and save first.
     """
     check_folder(plan)
     if is_finished(plan):
         text = (plan.run.output / REPORT).read_text(encoding="utf-8")
         return TrainReport.model_validate_json(text)
-    with claim(plan) if rank() == 0 else nullcontext() as folder, Job.open(plan) as job:
+    with (
+        claim(plan) if rank() == 0 else nullcontext() as folder,
+        reporting_interrupt(plan.run.output),
+        Job.open(plan) as job,
+    ):
         refuse(job.estimate(is_timed=False))
-        _ = job.prompts  # a fault in them leaves no folder behind
+        job.check_prompts()  # a fault in them leaves no folder
         if folder is not None:
             folder.start(this_command())
         state = job.train()
         if job.was_stopped:
-            return TrainReport(speculator=None, steps=state.global_step)
+            saved_state = newest_whole_state(plan.run.output)
+            return TrainReport(speculator=None, saved_state=saved_state, steps=state.global_step)
         return _end(job, state, is_first=folder is not None)
 
 
@@ -108,9 +119,10 @@ def rehearse(plan: TrainingPlan) -> None:
 
 
 def print_report(report: TrainReport) -> None:
-    """The end of the run, on the terminal."""
+    """Prints how the run ended."""
     if report.speculator is None:
-        console.print(f"stopped after step {report.steps}; run the same command again to resume")
+        kept = describe_kept(report.saved_state)
+        console.print(f"stopped after step {report.steps}; {kept}", markup=False, soft_wrap=True)
         return
     length = report.figures.get("acceptance_length")
     shown = "" if length is None else f", acceptance length {length:.3f}"

@@ -28,8 +28,8 @@ from speculators_core.training.rows.sources import PackedRow, Rows, Stream
 from speculators_core.training.sharding import gather_draft, is_sharded
 from speculators_core.training.states import state as saved
 from speculators_core.training.states.state_folder import rotate_states
+from speculators_core.training.stop import Interrupted
 from speculators_core.training.trainer_points import check_trainer
-from speculators_core.training.watch import Interrupted
 
 REPEATED = "repeated"
 """Key that marks a batch which another rank trains on too."""

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+from collections.abc import Callable
 
 import torch
 
@@ -23,6 +25,11 @@ def train_and_die(plan: str, lines: int, number: int) -> None:
 
 def signal_after(lines: int, number: int) -> None:
     """This process sends itself a signal when a run has logged so many lines."""
+    after_lines(lines, lambda: os.kill(os.getpid(), number))
+
+
+def after_lines(lines: int, act: Callable[[], None]) -> None:
+    """Acts when a run has logged so many lines."""
     on_log = LogFile.on_log
     written = 0
 
@@ -31,7 +38,7 @@ def signal_after(lines: int, number: int) -> None:
         on_log(*args, **kwargs)
         written += 1
         if written == lines:
-            os.kill(os.getpid(), number)
+            act()
 
     LogFile.on_log = counted
 
@@ -41,7 +48,7 @@ KILL, TERM = signal.SIGKILL, signal.SIGTERM
 
 def train_and_stop_evaluating(plan: str, number: int) -> None:
     """Is asked to stop in the midst of an evaluation."""
-    measure, calls = job.evaluate_truth, 0
+    measure, calls = job.measure_acceptance, 0
 
     def asked(*args):
         nonlocal calls
@@ -50,7 +57,7 @@ def train_and_stop_evaluating(plan: str, number: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return measure(*args)
 
-    job.evaluate_truth = asked
+    job.measure_acceptance = asked
     train_here(plan)
 
 
@@ -67,3 +74,12 @@ def train_as_rank(plan: str, rank: int, world_size: int, port: int, stopped: boo
         "MASTER_PORT": str(port),
     }
     train_here(plan)
+
+
+def train_with_workers_and_stop(plan: str, code: int) -> None:
+    """Sends Ctrl-C to itself and its children after three lines; ends with ``code`` if it saved."""
+    os.setsid()
+    after_lines(3, lambda: os.killpg(0, signal.SIGINT))
+    torch.set_num_threads(1)
+    report = train(TrainingPlan.model_validate_json(plan))
+    sys.exit(code if report.saved_state is not None else 0)

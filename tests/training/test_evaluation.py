@@ -27,11 +27,11 @@ from speculators_core.training.evaluation import (
     HeldOut,
     choose_prompts,
     decode_prompts,
-    evaluate_truth,
     greedy_tokens,
+    measure_acceptance,
+    measuring,
     name_teacher_forced,
     roll_out_held_out,
-    without_traces,
 )
 from speculators_core.training.settings import EvaluationConfig
 from speculators_core.verifier import head as verifier_head
@@ -103,7 +103,7 @@ def test_the_verifier_as_its_own_draft_is_kept_whole(terse, monkeypatch):
     for name in ("propose", "start_drafting"):
         monkeypatch.setattr(model, name, getattr(perfect, name))
     section = EvaluationConfig(max_tokens=MAX_TOKENS)
-    figures = evaluate_truth(model, PROMPTS, held_out(terse), section)
+    figures = measure_acceptance(model, PROMPTS, held_out(terse), section)
     assert figures["acceptance_length"] == 4.0
     assert all(
         figures[f"{rate}_{k}"] == 1.0 for rate in ("joint", "conditional") for k in (1, 2, 3)
@@ -162,7 +162,7 @@ def states_of_chance():
 def test_python_draws_what_it_would_have_drawn(terse):
     """Apart from the others: the checker of shapes, which runs in tests alone, draws from it."""
     model, before = make_draft("mtp", terse), random.getstate()
-    with without_traces(model):
+    with measuring(model):
         random.random()
         assert not torch.is_grad_enabled()
     assert random.getstate() == before
@@ -284,7 +284,7 @@ def test_greedy_tokens_are_the_heads_however_few_rows_at_a_time(terse, monkeypat
 def test_figures_are_those_of_both_counts(terse):
     model, stored = make_draft("eagle3", terse), held_out(terse)
     section = EvaluationConfig(max_tokens=MAX_TOKENS, roll_outs=40)
-    figures = evaluate_truth(model, PROMPTS, stored, section)
+    figures = measure_acceptance(model, PROMPTS, stored, section)
     decoded, rolled = (
         decode_prompts(model, PROMPTS, MAX_TOKENS),
         roll_out_held_out(model, stored, 40),
@@ -296,21 +296,21 @@ def test_figures_are_those_of_both_counts(terse):
             assert figures.get(f"{prefix}conditional_{k}") == counts.conditional[k - 1]
     assert all(type(figure) is float for figure in figures.values())
     shorter = section.model_copy(update={"max_tokens": 5})
-    assert evaluate_truth(model, PROMPTS, stored, shorter)["joint_1"] != figures["joint_1"]
+    assert measure_acceptance(model, PROMPTS, stored, shorter)["joint_1"] != figures["joint_1"]
 
 
 def test_what_is_not_measured_has_no_figure(terse):
     model, stored = make_draft("eagle3", terse), held_out(terse)
     off = EvaluationConfig(decode=False, roll_outs=10)
-    assert all(name.startswith("predicted_") for name in evaluate_truth(model, [], stored, off))
+    assert all(name.startswith("predicted_") for name in measure_acceptance(model, [], stored, off))
     model.attach_verifier(terse, "train_only")
-    assert evaluate_truth(model, [], stored, off)["predicted_acceptance_length"] >= 1.0
-    assert evaluate_truth(model, [], stored, EvaluationConfig(decode=False, roll_outs=0)) == {}
+    assert measure_acceptance(model, [], stored, off)["predicted_acceptance_length"] >= 1.0
+    assert measure_acceptance(model, [], stored, EvaluationConfig(decode=False, roll_outs=0)) == {}
 
 
 def test_a_rank_decodes_its_share_of_the_prompts(terse):
     model, section = make_draft("eagle3", terse), EvaluationConfig(max_tokens=MAX_TOKENS)
-    alone = evaluate_truth(model, PROMPTS, held_out(terse), section, rank=1, world=3)
+    alone = measure_acceptance(model, PROMPTS, held_out(terse), section, rank=1, world=3)
     share = decode_prompts(model, PROMPTS[1::3], MAX_TOKENS)
     assert alone["acceptance_length"] == share.acceptance_length
     assert share != decode_prompts(model, PROMPTS, MAX_TOKENS)
@@ -329,7 +329,7 @@ def measure_as(rank, world):
     terse = make_verifier(vocab_size=12)
     section = EvaluationConfig(max_tokens=MAX_TOKENS, roll_outs=40)
     model = make_draft("eagle3", terse)
-    return evaluate_truth(model, PROMPTS, held_out(terse), section, rank, world)
+    return measure_acceptance(model, PROMPTS, held_out(terse), section, rank, world)
 
 
 def test_two_processes_find_what_one_finds(tmp_path):

@@ -74,7 +74,7 @@ def refused(given, tmp_path, **changes):
         ({"model": {"start_from": "other"}}, "one of algorithm .* and start_from"),
         ({"model": {"draft_vocab_size": 5000}}, "draft_vocab_size 5000"),
         ({"model": {"verifier": "nowhere"}}, "nowhere"),
-        ({"run": {"fsdp": True}}, "run.fsdp shards over several processes, there is one"),
+        ({"run": {"fsdp": True}}, "run.fsdp shards over several processes, found one"),
     ],
 )
 def test_a_fault_is_one_line_and_nothing_is_written(given, tmp_path, changes, message):
@@ -92,7 +92,7 @@ def test_data_of_another_verifier_are_refused(given, tmp_path):
     other.lm_head.weight.data += 0.1
     other.save_pretrained(tmp_path / "other")
     message = refused(given, tmp_path, model={"verifier": str(tmp_path / "other")})
-    assert "weights are others" in message
+    assert "its weights differ" in message
 
 
 def test_an_empty_store_is_refused(given, tmp_path):
@@ -301,7 +301,7 @@ def test_patience_ends_a_run_early(given, tmp_path):
 def test_the_best_state_becomes_the_speculator(given, tmp_path, monkeypatch):
     lengths = iter([1.5, 3.0, 2.0])
     monkeypatch.setattr(
-        "speculators_core.training.job.evaluate_truth",
+        "speculators_core.training.job.measure_acceptance",
         lambda *_: {"acceptance_length": next(lengths)},
     )
     plan = plan_of(

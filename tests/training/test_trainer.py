@@ -12,8 +12,8 @@ from speculators_core.errors import SpeculatorError
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.training.optimizers import MuonAdamW
 from speculators_core.training.rows.sources import Rows
+from speculators_core.training.stop import Interrupted
 from speculators_core.training.trainer import SpeculatorTrainer, _OutOfRows
-from speculators_core.training.watch import Interrupted
 from tests.conftest import SMALL_RECIPES, make_batch, make_draft, make_eagle3, pack_texts
 
 

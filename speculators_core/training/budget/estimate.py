@@ -35,14 +35,13 @@ from speculators_core.training.budget.free_space import (
 )
 from speculators_core.training.budget.rehearsal import (
     StepMemory,
-    compute_dtype,
     measure_rate,
     states_width,
     step_memory,
 )
+from speculators_core.training.device import compute_dtype, training_device
 from speculators_core.training.evaluation import DECODED_AT_ONCE
 from speculators_core.training.optimizers import MuonAdamW
-from speculators_core.training.ranks import training_device
 from speculators_core.training.settings import TrainingPlan
 
 logger = logging.getLogger(__name__)

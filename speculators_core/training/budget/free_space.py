@@ -1,4 +1,4 @@
-"""What a process of a run can have of devices, main memory and disks."""
+"""Free memory and disk space that a process of a run can use."""
 
 import os
 from collections.abc import Iterable
@@ -10,15 +10,14 @@ from torch import nn
 
 from speculators_core.errors import SpeculatorError
 from speculators_core.models.speculator import SpeculatorModel
+from speculators_core.training.ranks import local_world_size
 
 MAIN_MEMORY = "main memory"
-
-
 DISK = "disk of "
 
 
 def available_bytes(place: str, draft: SpeculatorModel, output: Path) -> int:
-    """What is free, and what draft, verifier or an earlier start of the run hold there already.
+    """Free bytes, and those that draft, verifier or an earlier start of the run use already.
 
     ``place`` is `MAIN_MEMORY`, a device or the `DISK` of ``output``. Processes of one machine share
     its main memory.
@@ -30,7 +29,7 @@ def available_bytes(place: str, draft: SpeculatorModel, output: Path) -> int:
     held = bytes_of([draft, *attached_to(draft)], device_type)
     if place != MAIN_MEMORY:
         return torch.cuda.mem_get_info(place)[0] + held
-    return free_main_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + held
+    return free_main_memory_bytes() // local_world_size() + held
 
 
 def attached_to(draft: SpeculatorModel) -> list[nn.Module]:
@@ -43,7 +42,7 @@ def attached_to(draft: SpeculatorModel) -> list[nn.Module]:
 
 
 def bytes_of(modules: Iterable[nn.Module], device_type: str | None = None) -> int:
-    """Of all weights and buffers, each memory once; of one kind of device where it is named."""
+    """Bytes of all weights and buffers, each memory once; on one kind of device if named."""
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
     storages = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
@@ -54,13 +53,13 @@ def bytes_of(modules: Iterable[nn.Module], device_type: str | None = None) -> in
 
 
 def free_disk_bytes(folder: Path) -> int:
-    """Of the disk that the folder is on, or will be."""
+    """Free bytes of the disk that the folder is on, or will be."""
     folder = folder.resolve()
     return disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
 
 
 def free_main_memory_bytes() -> int:
-    """What the system can still give, within the limits of this process's control groups."""
+    """Memory that is still available, within the limits of this process's control groups."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         fields = dict(line.split(":", 1) for line in lines)
@@ -73,7 +72,7 @@ def free_main_memory_bytes() -> int:
 def _free_in_groups(
     own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
 ) -> list[int]:
-    """What is left below the limit of each control group, of version 1 or 2, that has one.
+    """Memory left below the limit of each control group, of version 1 or 2, that has a limit.
 
     Files in the cache count as free: they are dropped when memory is short.
     """

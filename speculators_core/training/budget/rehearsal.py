@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from speculators_core.batch import Batch
 from speculators_core.models.parts.attention import QUERY_BLOCK
 from speculators_core.models.speculator import SpeculatorModel
+from speculators_core.training.device import compute_dtype
 from speculators_core.training.optimizers import MuonAdamW, adamw
 from speculators_core.training.settings import TrainingPlan
 
@@ -298,12 +299,6 @@ def _stand_in(rehearsal: Rehearsal, name: str, tensor: Tensor) -> Tensor:
 
 
 # ---- a row and how it is trained on ----
-
-
-def compute_dtype(plan: TrainingPlan, device: torch.device) -> torch.dtype:
-    """Of the computation and of the states that it reads; weights stay float32."""
-    is_short = plan.run.dtype == "bfloat16" or (plan.run.dtype == "auto" and device.type == "cuda")
-    return torch.bfloat16 if is_short else torch.float32
 
 
 def _precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:

@@ -1,9 +1,10 @@
-"""Examples that are made while training runs: beside it, in it, or on another machine."""
+"""Examples that are generated while training runs."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,25 +29,25 @@ from speculators_core.settings import read_sections
 def read_generation_plan(file: Path, is_elsewhere: bool = False) -> GenerationPlan:
     """The plan of a `speculators generate-data` configuration.
 
-    What it says of its store counts only where it runs elsewhere.
+    Its options for a store or queue are used only where it runs elsewhere.
 
     Raises:
         SpeculatorError: the file cannot be read, or an option in it is unknown or out of bounds.
     """
     sections = read_sections(file, GenerationPlan, {})
     if not is_elsewhere:
-        own = {"kind": "mp_queue", "urls": ["ipc://here"], "path": None, "compression": "none"}
-        sections["sync"] = {**(sections.get("sync") or {}), **own}
+        here = {"kind": "mp_queue", "urls": ["ipc://here"], "path": None, "compression": "none"}
+        sections["sync"] = {**(sections.get("sync") or {}), **here}
     return placed(GenerationPlan.read(sections, str(file)), file.resolve().parent)
 
 
 class Generation:
-    """Generation in a process of its own, started for each pass, whose examples come here.
+    """Generation in a separate process, started for each pass, which sends its examples here.
 
-    A pass has all examples of the plan, the same ones each time; several workers give them in
-    whatever order they are made.
+    Each pass has all examples of the plan; with several workers in the order of their completion.
     """
 
+    is_stream: Literal[True] = True
     is_held = False
 
     def __init__(self, plan: GenerationPlan, queue_size: int) -> None:
@@ -69,11 +70,11 @@ class Generation:
         self._watcher.start()
 
     def hold(self) -> Iterator[GeneratedExample]:
-        """Raises SpeculatorError where the run met one, or was killed."""
+        """Raises SpeculatorError where the generation failed, or was killed."""
         try:
             yield from self._source.read()
         except SpeculatorError as error:
-            self.while_waiting()  # a signal that ends both is no fault
+            self.while_waiting()  # a signal that ends both processes is not a fault
             raise self._fault or error from error
         self._watcher.join()
         if self._fault is not None:
@@ -84,7 +85,7 @@ class Generation:
         self._source.done(keys)
 
     def _watch(self, process: GenerationProcess, source: QueueSource) -> None:
-        """Until the process has ended; whoever waits for the queue is told of its fault at once."""
+        """Waits for the process to end; a fault of it closes the queue, so that nobody waits."""
         try:
             process.report()
         except SpeculatorError as error:
@@ -92,29 +93,31 @@ class Generation:
             source.close()
 
     def close(self) -> None:
-        """Stops the process, and gives the queue's memory back."""
+        """Stops the process and frees the memory of the queue."""
         if self._process is not None:
             self._process.stop()
             self._watcher.join()
-            if self._fault is None:  # else it has been closed
+            if self._fault is None:  # a fault has closed it already
                 self._source.close()
             self._process = None
 
 
 class Received:
-    """Examples of generation elsewhere, which come to this process's own URL of the plan."""
+    """Examples of generation elsewhere, which are sent to this process's URL of the plan."""
 
+    is_stream: Literal[True] = True
     is_held = True
 
     def __init__(self, plan: GenerationPlan, queue_size: int, rank: int, world_size: int) -> None:
         """Raises:
-        SpeculatorError: the plan does not send to as many URLs as the training has processes.
+        SpeculatorError: the plan does not have one URL for each process of the training.
         """
         urls = plan.sync.urls
         if plan.sync.kind != "zmq" or len(urls) != world_size:
             raise SpeculatorError(
-                f"data.queue: sync has kind {plan.sync.kind} and {len(urls)} urls; expected zmq "
-                f"and {world_size}, one for each process of the training."
+                f"data.queue: sync.kind is {plan.sync.kind} with {len(urls)} sync.urls; expected "
+                f"zmq with {world_size}, one for each process of the training. Change them in the "
+                "configuration."
             )
         self.schema = schema_of(plan)
         self._sync = plan.sync.model_copy(update={"queue_size": queue_size})
@@ -125,17 +128,18 @@ class Received:
 
     def open(self, number: int) -> None:
         """Raises:
-        SpeculatorError: it is not the first pass, or the URL is taken.
+        SpeculatorError: it is not the first pass, or the URL is in use.
         """
         if number:
             raise SpeculatorError(
-                "data.queue has ended before run.max_steps: let it send more, or train less."
+                "data.queue ended before run.max_steps. Generate more examples, or lower "
+                "run.max_steps."
             )
         self._source = ZmqStore.source(self.schema, self._sync, self._url, self._workers)
         self._source.while_waiting = self.while_waiting
 
     def hold(self) -> Iterator[GeneratedExample]:
-        """Raises SpeculatorError where nobody sends."""
+        """Raises SpeculatorError where nothing is sent."""
         assert self._source is not None
         yield from self._source.hold()
 
@@ -149,24 +153,29 @@ class Received:
 
 
 class TextExamples:
-    """Texts by number; the verifier, on Transformers, runs over them when they are asked for."""
+    """Texts by number; the verifier, on Transformers, runs over a text when it is read."""
+
+    is_stream: Literal[False] = False
 
     def __init__(self, plan: GenerationPlan) -> None:
         """Reads all texts, and loads the verifier.
 
         Raises:
-            SpeculatorError: texts or verifier cannot be read, or there are no texts.
+            SpeculatorError: texts or verifier cannot be read, or no text can be used.
         """
         if plan.data.states.tokens == "all":
             raise SpeculatorError(
-                "data.texts takes texts as they are: set data.states.tokens to prompt, or write "
-                "the verifier's answers first with `speculators regenerate`."
+                "data.texts: data.states.tokens is all, which needs answers of the verifier; "
+                "expected prompt. Set it so, or write answers first with `speculators regenerate`."
             )
         self.schema = schema_of(plan)
         self.name = ", ".join(source.path for source in plan.data.datasets)
         self._examples = list(islice(read_plan_examples(plan, Counts()), plan.run.limit))
         if not self._examples:
-            raise SpeculatorError(f"{self.name}: no text of it can be used.")
+            raise SpeculatorError(
+                f"{self.name}: no text can be used; at least one must have tokens to learn. See "
+                "data.min_trained_tokens."
+            )
         self._pipeline = TransformersPipeline(plan, self.schema)
 
     @property
@@ -189,7 +198,8 @@ class TextExamples:
         for result in made:
             if isinstance(result, Failure):
                 raise SpeculatorError(
-                    f"example {result.key!r} cannot be run: {result.reason}. Leave it out."
+                    f"{self.name}: example {result.key!r} cannot be run: {result.reason}. Remove "
+                    "it from the texts."
                 )
         return [result for result in made if isinstance(result, GeneratedExample)]
 

@@ -1,4 +1,4 @@
-"""What a run learns from: opened, held against its verifier, and split."""
+"""Opens the data of a run, checks them against its verifier, and splits them."""
 
 from contextlib import ExitStack
 from functools import partial
@@ -8,24 +8,25 @@ from speculators_core.data_generation.examples import Schema
 from speculators_core.data_generation.settings import GenerationPlan
 from speculators_core.errors import SpeculatorError
 from speculators_core.provenance import sample_weights
+from speculators_core.training.device import training_device
 from speculators_core.training.draft import CountTokens
-from speculators_core.training.ranks import rank, training_device, world_size
+from speculators_core.training.ranks import rank, world_size
 from speculators_core.training.rows.online import (
     Generation,
     Received,
     TextExamples,
     read_generation_plan,
 )
-from speculators_core.training.rows.sources import Examples, Split, StoredExamples
+from speculators_core.training.rows.sources import Arrivals, Examples, Split, StoredExamples
 from speculators_core.training.settings import TrainingPlan, TrainModelConfig
 from speculators_core.verifier.fit import check_tokenizer
 from speculators_core.verifier.reading import read_verifier_config
 
-Source = Examples | Generation | Received
+Source = Examples | Arrivals
 
 
 def generation_of(plan: TrainingPlan) -> GenerationPlan | None:
-    """The plan by which examples are made; None where they are in a store.
+    """The plan by which examples are generated; None where they are in a store.
 
     Raises:
         SpeculatorError: its file cannot be read, or an option in it is unknown or out of bounds.
@@ -39,13 +40,13 @@ def open_source(plan: TrainingPlan, generation: GenerationPlan | None, stack: Ex
     """The examples, which are closed with ``stack``. Texts load the verifier.
 
     Raises:
-        SpeculatorError: there are none, or they were made with another verifier.
+        SpeculatorError: there are no examples, or another verifier made them.
     """
     data = plan.data
     if generation is None:
         assert data.store is not None
         stored = StoredExamples(data.store)
-        check_data(stored.schema, stored.made_from.get("weights"), plan.model, stored.name)
+        check_data(stored.schema, stored.verifier_weights, plan.model, stored.name)
         return stored
     weights = sample_weights(generation.data.verifier)
     check_data(schema_of(generation), weights, plan.model, str(getattr(data, data.kind)))
@@ -56,8 +57,8 @@ def open_source(plan: TrainingPlan, generation: GenerationPlan | None, stack: Ex
     if data.online is not None:
         if world_size() > 1:
             raise SpeculatorError(
-                f"data.online feeds one process, there are {world_size()}: start `speculators "
-                "generate-data` by itself and train from data.queue, or from data.store."
+                f"data.online feeds one process, the training has {world_size()}. Start "
+                "`speculators generate-data` separately and set data.queue, or set data.store."
             )
         source: Generation | Received = Generation(generation, data.queue_size)
     else:
@@ -67,10 +68,10 @@ def open_source(plan: TrainingPlan, generation: GenerationPlan | None, stack: Ex
 
 
 def check_data(schema: Schema, weights: str | None, model: TrainModelConfig, where: str) -> None:
-    """Holds data against the verifier that the draft is for; ``weights`` is a hash of theirs.
+    """Validates data against the draft's verifier; ``weights`` is a hash of their verifier's.
 
     Raises:
-        SpeculatorError: they were made with a verifier of another shape, weights or tokenizer.
+        SpeculatorError: a verifier of another shape, weights or tokenizer made them.
     """
     verifier = model.verifier
     text = read_verifier_config(verifier, model.trust_remote_code).get_text_config()
@@ -82,25 +83,24 @@ def check_data(schema: Schema, weights: str | None, model: TrainModelConfig, whe
         ("weights", weights or "", sample_weights(verifier) or weights or ""),
     ):
         if theirs != ours:
-            shown = "weights are others" if what == "weights" else f"{what} is {theirs}, not {ours}"
+            shown = "weights differ" if what == "weights" else f"{what} is {theirs}, not {ours}"
             raise SpeculatorError(
-                f"{where}: made with {schema.verifier}, and not with {verifier}: its {shown}. "
+                f"{where}: made with {schema.verifier}, expected {verifier}: its {shown}. "
                 f"Generate data with `data.verifier: {verifier}`."
             )
     check_tokenizer(where, schema.verifier, verifier)
 
 
 def split_of(plan: TrainingPlan, source: Source) -> Split | None:
-    """Of examples that have numbers."""
-    if isinstance(source, Generation | Received):
+    """The split of numbered examples; None for a stream, whose first ones are held out."""
+    if source.is_stream:
         return None
     return Split.draw(source, plan.data.eval_examples, plan.data.limit, plan.run.seed)
 
 
 def token_counter(plan: TrainingPlan, source: Source) -> CountTokens | None:
-    """Of examples that have numbers: of those that are trained on."""
+    """Counts the tokens to learn of the examples that are trained on; None for a stream."""
     split = split_of(plan, source)
-    if split is None:
+    if source.is_stream or split is None:
         return None
-    assert not isinstance(source, Generation | Received)
     return partial(source.count_tokens, split.train)

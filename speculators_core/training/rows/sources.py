@@ -1,22 +1,25 @@
-"""Where rows come from: a store, a queue, generation beside the training, or texts.
+"""Packed rows of numbered examples and of streams.
 
-A store and texts have numbers (`Rows`), so every epoch has an order of its own and a run that was
-killed goes on at the very row. A queue is taken as it comes (`Stream`).
+Examples of a store and of texts have numbers (`Rows`): every epoch has another order, and a run
+that was killed resumes at the exact row. A queue is used in the order in which it arrives
+(`Stream`).
 """
 
 import random
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from speculators_core.data_generation.examples import GeneratedExample, Schema
 from speculators_core.data_generation.packing import RowLayout, fill_rows
@@ -24,7 +27,7 @@ from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
 
 MAX_EVAL_SHARE = 0.1
-"""Of the examples, at most so many are held out."""
+"""Largest share of the examples that is held out."""
 REMEMBERED_ROWS = 256
 """Rows of a stream whose examples can still be named."""
 
@@ -35,17 +38,18 @@ PackedRow = dict[str, Tensor]
 class Examples(Protocol):
     """Examples by number."""
 
+    is_stream: Literal[False]
     schema: Schema
     name: str
-    """Where they are, for messages."""
+    """Place of the examples, for messages."""
 
     @property
     def lengths(self) -> Int64[np.ndarray, "examples"]:
-        """Tokens of each."""
+        """Tokens of each example."""
 
     @property
     def num_trained(self) -> Int64[np.ndarray, "examples"]:
-        """Tokens to learn of each."""
+        """Tokens to learn of each example."""
 
     def key(self, number: int) -> str: ...
 
@@ -57,7 +61,9 @@ class Examples(Protocol):
 
 
 class StoredExamples:
-    """Of a store on disk. Another process opens the store anew."""
+    """The examples of a store on disk. A process that receives the object opens the store again."""
+
+    is_stream: Literal[False] = False
 
     def __init__(self, folder: Path) -> None:
         """Raises:
@@ -78,12 +84,8 @@ class StoredExamples:
         self._keys = index.column("key")
         self._num_trained = index.column("num_trained").to_numpy().astype(np.int64)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "name": self.name}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
+    def __reduce__(self) -> tuple[type["StoredExamples"], tuple[Path]]:
+        return StoredExamples, (self.folder,)
 
     @property
     def lengths(self) -> Int64[np.ndarray, "examples"]:
@@ -94,8 +96,10 @@ class StoredExamples:
         return self._num_trained
 
     @property
-    def made_from(self) -> dict[str, Any]:
-        return self._store.manifest.made_from
+    def verifier_weights(self) -> str | None:
+        """Hash of the weights of the verifier that made them; None where it was not recorded."""
+        found = self._store.manifest.made_from.get("weights")
+        return found if isinstance(found, str) else None
 
     def key(self, number: int) -> str:
         return self._keys[number].as_py()
@@ -113,14 +117,14 @@ class StoredExamples:
 
 @dataclass(frozen=True)
 class Split:
-    """Which examples are trained on, in their order, and which are held out."""
+    """Numbers of the examples to train on, in their order, and of those that are held out."""
 
     train: list[int]
     held_out: list[int]
 
     @classmethod
     def draw(cls, examples: Examples, eval_examples: int, limit: int | None, seed: int) -> "Split":
-        """By the seed; examples without a token to learn are left out.
+        """A split that the seed decides; examples without a token to learn are left out.
 
         Raises:
             SpeculatorError: nothing is left to train on.
@@ -131,17 +135,14 @@ class Split:
         train = numbers[num_held_out:][:limit]
         if not train:
             raise SpeculatorError(
-                f"{examples.name} has {len(examples.lengths)} examples, and none with a token to "
-                "learn. See `speculators inspect`."
+                f"{examples.name}: none of {len(examples.lengths)} examples has a token to learn; "
+                "at least one is needed. `speculators inspect` shows the loss mask."
             )
         return cls(train, sorted(numbers[:num_held_out]))
 
 
 class Rows(Dataset):
-    """Packed rows of numbered examples, the same in every epoch; a sampler draws their order.
-
-    Item n has the fields of a `Batch`, and ``row``, its number.
-    """
+    """Packed rows of numbered examples, the same in every epoch; a sampler draws their order."""
 
     def __init__(self, examples: Examples, numbers: Sequence[int], layout: RowLayout) -> None:
         self.examples = examples
@@ -154,30 +155,39 @@ class Rows(Dataset):
         return len(self.rows)
 
     def __getitem__(self, row: int) -> PackedRow:
+        _leave_ctrl_c_to_main_process()
         examples = self.examples.read(self.rows[row])
         return {**vars(self.layout.pack(examples)), "row": torch.tensor([row])}
 
     def keys_of(self, row: int) -> list[str]:
-        """Of the examples of a row."""
+        """Keys of the examples of a row."""
         return [self.examples.key(number) for number in self.rows[row]]
 
     @property
     def num_tokens(self) -> int:
-        """Without padding."""
+        """Tokens of all rows without padding."""
         assert self.layout.row_length is not None
         numbers = np.concatenate([np.asarray(row) for row in self.rows])
         return int(np.minimum(self.examples.lengths[numbers], self.layout.row_length).sum())
 
 
-class Arrivals(Protocol):
-    """Examples that come by themselves, pass after pass."""
+@cache
+def _leave_ctrl_c_to_main_process() -> None:
+    """Ctrl-C reaches the processes that read rows ahead too; the main one still needs them."""
+    if get_worker_info() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+
+class Arrivals(Protocol):
+    """Examples that arrive by themselves, pass after pass."""
+
+    is_stream: Literal[True]
     schema: Schema
     while_waiting: Callable[[], None]
-    """Called every few seconds of a wait for an example; what it raises ends the wait."""
+    """Called every few seconds of a wait for an example; an exception from it ends the wait."""
     is_held: bool
-    """Whether those that nobody called `done` come again, to this process or to another; else one
-    is done when the next is asked for."""
+    """Whether examples that were not reported as `done` arrive again, at this process or another.
+    Where False, an example is done when the next is requested."""
 
     def open(self, number: int) -> None:
         """Begins a pass.
@@ -187,34 +197,34 @@ class Arrivals(Protocol):
         """
 
     def hold(self) -> Iterator[GeneratedExample]:
-        """The rest of the pass; where they are held, until no more come before some are done.
+        """The rest of the pass; of held examples, until no more arrive before some are done.
 
-        A call begins with those that an earlier one gave and that are not done; one that gives
-        none says that the pass is over.
+        A call begins with the examples of earlier calls that are not done. A call that yields
+        nothing means that the pass is over.
 
         Raises:
-            SpeculatorError: whoever makes them has failed, or is not there.
+            SpeculatorError: the generation has failed, or is not running.
         """
 
     def done(self, keys: Iterable[str]) -> None:
-        """These will not be needed again."""
+        """These examples will not be needed again."""
 
 
 class Stream(IterableDataset):
-    """Packed rows of examples as they come, without an end: after a pass the next one begins.
+    """Packed rows of examples in the order of their arrival, one pass after another.
 
-    It is one iterator: who asks for it again gets the rows after those that were given.
+    All iterators over it are one: a second one continues after the rows of the first.
 
-    The first ``eval_examples`` are held out, and left out of every later pass by their keys.
-    ``limit`` examples of a pass are trained on, at most. A pass without any is the end.
+    The first ``eval_examples`` are held out, and left out of every later pass by their keys. At
+    most ``limit`` examples of a pass are trained on. The stream ends with a pass that is empty.
 
-    With one worker generation gives the same examples in the same order in each pass and each
-    start of a run, so a run that goes on skips the rows that it has used and trains on the very
-    next; they are generated again for that. Several workers deliver as they come: examples then
-    have another order in each pass and each start, and a run that goes on may hold out others.
+    With one worker, generation yields the same examples in the same order in each pass and each
+    start of a run. A resumed run therefore skips the rows that it has used, which are generated
+    again, and trains on the exact next one. With several workers the order differs between passes
+    and between starts, and a resumed run may hold out other examples.
 
-    What a queue sends is done when the step that it was used in is over: `settle`. A run that was
-    killed gets the rest again.
+    The examples of a queue are done when the step that used them is over (`mark_used`). A run that
+    was killed receives the others again.
     """
 
     def __init__(
@@ -228,7 +238,7 @@ class Stream(IterableDataset):
         self._arrivals = arrivals
         self._limit = limit
         self._num_rows = 0
-        self._unsettled: list[str] = []
+        self._in_use: list[str] = []
         self._keys: deque[tuple[int, list[str]]] = deque(maxlen=REMEMBERED_ROWS)
         self.held_out: list[GeneratedExample] = []
         arrivals.open(0)
@@ -253,18 +263,20 @@ class Stream(IterableDataset):
                 return
             self._arrivals.open(number)
 
-    def settle(self) -> None:
+    def mark_used(self) -> None:
         """All rows so far have been used: a queue may forget their examples."""
-        self._arrivals.done(self._unsettled)
-        self._unsettled = []
+        self._arrivals.done(self._in_use)
+        self._in_use = []
 
     def keys_of(self, row: int) -> list[str]:
-        """Of the examples of one of the last rows; none of one that was forgotten."""
+        """Keys of the examples of one of the last rows; empty for an older row."""
         return next((keys for number, keys in reversed(self._keys) if number == row), [])
 
     def _rows_of_pass(self) -> Iterator[list[GeneratedExample]]:
-        """Where a queue has no room for more, rows that are not used yet are settled ahead of time,
-        and if there are none a row goes out before it is full.
+        """The rows of one pass.
+
+        Where a queue is full, the rows that are still in use are marked used ahead of time; if
+        there are none, a row is given out before it is full.
         """
         num_given, is_at_end = 0, False
 
@@ -282,12 +294,12 @@ class Stream(IterableDataset):
             left = None if self._limit is None else self._limit - num_given
             for row in self.layout.rows(islice(trained(), left)):
                 is_over = False
-                if is_at_end and self._unsettled:
-                    break  # its examples come again, and others after them
+                if is_at_end and self._in_use:
+                    break  # its examples arrive again, and others after them
                 num_given += len(row)
                 if self._arrivals.is_held:
-                    self._unsettled += [example.key for example in row]
+                    self._in_use += [example.key for example in row]
                 yield row
             if is_over:
                 return
-            self.settle()
+            self.mark_used()

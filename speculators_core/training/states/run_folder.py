@@ -41,7 +41,7 @@ CONFIG = "config.yaml"
 PROVENANCE = "run.json"
 SPECULATOR = "speculator"
 REPORT = "report.json"
-FREE = frozenset(
+CHANGEABLE_ON_RESUME = frozenset(
     {
         "model.trust_remote_code",
         "data.num_workers",
@@ -58,7 +58,7 @@ FREE = frozenset(
         "run.license",
     }
 )
-"""Options that leave the draft as it is: a run may be gone on with under others."""
+"""Options that do not affect the draft: a run may be resumed with other values."""
 FOLDER_OR_ID = ("verifier", "start_from", "prompts")
 """Options that name something on this machine or on the hub."""
 GIT_TIMEOUT_S = 10
@@ -202,8 +202,14 @@ def _check_free(folder: Path) -> None:
 
 def _has_saved(folder: Path) -> bool:
     """Whether a run has left a state or a speculator."""
-    states = (path for path in folder.iterdir() if step_of(path) is not None)
-    return (folder / SPECULATOR).exists() or any((path / MANIFEST).exists() for path in states)
+    return (folder / SPECULATOR).exists() or newest_whole_state(folder) is not None
+
+
+def newest_whole_state(folder: Path) -> Path | None:
+    """The state of the latest step that is whole, though its files may have been damaged since."""
+    states = {path: step_of(path) for path in folder.glob("checkpoint-*")}
+    whole = [(step, path) for path, step in states.items() if step and (path / MANIFEST).exists()]
+    return max(whole, default=(0, None))[1]
 
 
 def in_full(plan: TrainingPlan) -> TrainingPlan:
@@ -298,7 +304,7 @@ def _difference(folder: Path, found: RunRecord, now: RunRecord) -> str | None:
 def _deciding(record: RunRecord, where: Path) -> dict[str, Any]:
     """What decides the draft, by full names; options that the record lacks have their defaults."""
     plan = TrainingPlan.read(record.plan, str(where)).model_dump(mode="json")
-    options = {key: value for key, value in flat(plan).items() if key not in FREE}
+    options = {key: value for key, value in flat(plan).items() if key not in CHANGEABLE_ON_RESUME}
     del options["optimizer.rows_per_step"]  # other processes may have as many rows in all
     return {
         **options,

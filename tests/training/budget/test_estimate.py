@@ -23,11 +23,11 @@ from speculators_core.training.budget.estimate import (
 )
 from speculators_core.training.budget.free_space import DISK, MAIN_MEMORY
 from speculators_core.training.budget.rehearsal import (
-    compute_dtype,
     measure_rate,
     rehearse,
     step_memory,
 )
+from speculators_core.training.device import compute_dtype
 from speculators_core.training.optimizers import MuonAdamW
 from speculators_core.training.settings import TrainingPlan
 from speculators_core.training.train import train

@@ -137,7 +137,7 @@ def test_a_queue_sends_again_what_was_not_used():
             rows = stream(Queue(source), eval_examples=1)
             assert keys(rows, 2) == [[1], [3]]
             wait_until(lambda: are_acknowledged(0, 2))
-            rows.settle()
+            rows.mark_used()
             wait_until(lambda: are_acknowledged(0, 1, 2, 3))
             assert keys(rows, 1) == [[4]]
         with closing(ZmqStore.source(SCHEMA, sync, source.url, timeout_s=TIMEOUT_S)) as source:
@@ -164,6 +164,6 @@ def test_a_queue_that_is_too_small_gives_up_rows_that_are_out_before_a_full_one(
         sender.start()
         rows = stream(Queue(source), per_row * NUM_TOKENS)
         assert keys(rows, len(expected)) == expected
-        rows.settle()
+        rows.mark_used()
         sender.join(timeout=20)
         assert not sender.is_alive()

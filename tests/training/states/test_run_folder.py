@@ -15,8 +15,8 @@ from speculators_core.errors import SpeculatorError
 from speculators_core.training.settings import TrainingPlan, read_training_plan
 from speculators_core.training.states import run_folder
 from speculators_core.training.states.run_folder import (
+    CHANGEABLE_ON_RESUME,
     CONFIG,
-    FREE,
     PROVENANCE,
     REPORT,
     SPECULATOR,
@@ -188,7 +188,7 @@ FREE_CHANGES = {
 
 @pytest.mark.parametrize("name", FREE_CHANGES)
 def test_what_leaves_the_draft_as_it_is_may_change(tmp_path, name):
-    assert {*FREE_CHANGES, "run.output"} == FREE
+    assert {*FREE_CHANGES, "run.output"} == CHANGEABLE_ON_RESUME
     (tmp_path / "q.yaml").write_text(
         "{data: {verifier: v, datasets: [{path: p}]}, sync: {kind: zmq, urls: ['tcp://h:1']}}"
     )
