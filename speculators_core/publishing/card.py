@@ -1,7 +1,7 @@
-"""The model card of a speculator: ``README.md``, as the hub reads it and as a person does.
+"""The model card of a speculator: ``README.md``, for the hub and for people.
 
-What is not known when a card is written stands in it as a placeholder, and is filled in when the
-folder goes to the hub (`complete`). Its last line holds a hash of the rest: a card that somebody
+What is unknown when a card is written is a placeholder in it, which is filled in when the folder is
+uploaded to the hub (`complete`). The last line is a hash of the text above it: a card that somebody
 has edited is never overwritten.
 """
 
@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -27,15 +27,12 @@ CARD = "README.md"
 
 
 REPOSITORY = "<this repository>"
-"""Stands for the hub id of a speculator that is not on the hub yet."""
-
+"""Placeholder for the hub id of a speculator that is not on the hub yet."""
 
 VERIFIER = "<verifier>"
-"""Stands for a verifier without a hub id: a card names no folder of a machine."""
+"""Placeholder for a verifier without a hub id: a card names no folder of a machine."""
 
-
-UNKNOWN_LICENSE = "Unknown: nobody has stated one. Ask who published this before you use it."
-
+UNKNOWN_LICENSE = "Unknown: none is stated. Ask the publisher before you use this speculator."
 
 SEAL = "<!-- written by speculators-vllm, sha256 "
 
@@ -44,13 +41,13 @@ DATA_FILES = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".txt")
 
 
 class Algorithm(NamedTuple):
-    """What a reader who meets an algorithm for the first time is told."""
+    """An algorithm for a reader who does not know it."""
 
     title: str
     paper: str
     idea: str
     stock: dict[str, str | bool] | None
-    """What vLLM without our plug-in must be told; None where it cannot serve the algorithm."""
+    """Speculative config for vLLM without the plug-in; None if it cannot serve the algorithm."""
 
 
 ALGORITHMS = {
@@ -63,7 +60,7 @@ ALGORITHMS = {
     "peagle": Algorithm(
         "P-EAGLE",
         "2602.01469",
-        "it is EAGLE-3's network and drafts all its tokens in one pass",
+        "it has the network of EAGLE-3 and drafts all its tokens in one pass",
         {"method": "eagle3", "parallel_drafting": True},
     ),
     "dflash": Algorithm(
@@ -75,14 +72,14 @@ ALGORITHMS = {
     "mtp": Algorithm(
         "MTP (FastMTP)",
         "2509.18362",
-        "it is one more block of the verifier's own kind and drafts one token at a time",
+        "it is one more layer of the same kind as the verifier's and drafts one token at a time",
         None,
     ),
 }
 
 
 def write_card(folder: Path, facts: CardFacts) -> bool:
-    """Writes the card of the speculator in a folder, unless somebody wrote or edited the one there.
+    """Writes the card of the speculator in a folder, unless somebody wrote or edited it.
 
     Returns whether it was written.
 
@@ -102,7 +99,7 @@ def make_card(folder: Path, facts: CardFacts) -> str:
     Raises:
         SpeculatorError: the folder holds no speculator.
     """
-    if not folder.is_dir():  # or it would be taken for a hub id
+    if not folder.is_dir():  # it would be mistaken for a hub id
         raise SpeculatorError(f"{folder}: no such folder; expected one that holds a speculator.")
     config = SpeculatorModelConfig.from_pretrained(folder)
     tensors = checkpoint.stored_tensors(folder).values()
@@ -111,7 +108,7 @@ def make_card(folder: Path, facts: CardFacts) -> str:
     sources = facts.data.datasets if facts.data else ()
     data = ModelCardData(
         base_model=public,
-        # The hub knows four relations; like an adapter, a draft is of no use without its base.
+        # The hub has four relations; like an adapter, a draft is useless without its base.
         base_model_relation="adapter" if public else None,
         datasets=list(dict.fromkeys(d.path for d in sources if _is_on_hub(d))) or None,
         language=list(facts.languages) or None,
@@ -135,9 +132,9 @@ def make_card(folder: Path, facts: CardFacts) -> str:
 
 
 def complete(text: str, repository: str, verifier: str, license: str | None = None) -> str:
-    """A card with what is known once it goes to the hub; without gaps it stays as it is.
+    """A card with its placeholders filled in; one without placeholders is returned unchanged.
 
-    ``license`` is put where the card names none.
+    ``license`` is used where the card states none.
 
     Raises:
         SpeculatorError: the card's front matter cannot be read.
@@ -160,18 +157,18 @@ def parse(text: str, where: str | Path = CARD) -> ModelCard:
     """A card's front matter (`.data`) and body (`.text`).
 
     Raises:
-        SpeculatorError: the front matter is no YAML, or not what the hub takes.
+        SpeculatorError: the front matter is not valid YAML, or the hub would refuse it.
     """
     try:
         return ModelCard(text)
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        told = " ".join(str(error).split())
-        raise SpeculatorError(f"{where}: its front matter cannot be read: {told}.") from error
+        cause = " ".join(str(error).split())
+        raise SpeculatorError(f"{where}: its front matter cannot be read: {cause}.") from error
 
 
 def read_text(path: Path) -> str:
     """Raises:
-    SpeculatorError: it cannot be read, or is no text.
+    SpeculatorError: it cannot be read, or is not text.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -180,13 +177,13 @@ def read_text(path: Path) -> str:
 
 
 def license_of(card: ModelCard) -> str | None:
-    """The licence that a card's front matter names."""
+    """The licence that a card's front matter states."""
     named = card.data.get("license")
     return None if named in (None, "", "unknown") else str(named)
 
 
 def is_ours(text: str) -> bool:
-    """Whether a card is as it was written here."""
+    """Whether a card was written here and has not been edited since."""
     content = _without_seal(text)
     return content != text and text == _sealed(content)
 
@@ -200,7 +197,9 @@ def _what_it_is(config: SpeculatorModelConfig, verifier: str, num_parameters: in
     if known is not None:
         title = known.title
         about = f" ([arXiv:{known.paper}](https://arxiv.org/abs/{known.paper})): {known.idea}"
-    lossy = " Its default proposal method is lossy: it keeps tokens that are not the verifier's."
+    lossy = ""
+    if config.proposal.lossy_options:
+        lossy = " Its default proposal method is lossy: tokens that differ are accepted too."
     vocabulary, layer_ids = config.vocabulary, config.stated_layer_ids
     sizes = f"{vocabulary.size:,} of the verifier's {vocabulary.verifier_size:,}"
     architectures = ", ".join(config.verifier.architectures)
@@ -208,7 +207,7 @@ def _what_it_is(config: SpeculatorModelConfig, verifier: str, num_parameters: in
     facts = _bullets(
         f"Algorithm: {title}{about}",
         f"Verifier: `{verifier}`" + (f" ({architectures})" if architectures else ""),
-        f"Tokens of a proposal: {config.proposal.speculative_tokens}",
+        f"Tokens per proposal: {config.proposal.speculative_tokens}",
         f"Parameters: {num_parameters:,}, stored as {dtype}",
         None if vocabulary.is_whole else f"Vocabulary: {sizes} tokens",
         f"Layers of the verifier that it reads: {' '.join(map(str, layer_ids))}"
@@ -217,9 +216,9 @@ def _what_it_is(config: SpeculatorModelConfig, verifier: str, num_parameters: in
     )
     return (
         f"# {title} speculator for {verifier}\n\n"
-        "A speculator is a small draft model: it proposes several tokens, and its verifier, the "
-        "model whose answers are wanted, checks them in one pass. The answers stay the verifier's "
-        f"and come sooner.{lossy if config.proposal.lossy_options else ''}\n\n{facts}"
+        "A speculator is a small draft model for speculative decoding: it proposes several tokens, "
+        "and the verifier, the model whose output is wanted, checks them in one pass. The output "
+        f"is the verifier's, and takes less time.{lossy}\n\n{facts}"
     )
 
 
@@ -235,7 +234,7 @@ def _acceptance(measured: Measurement | None, verifier: str) -> str:
     drawn = f"at temperature {measured.temperature:g}" if measured.temperature else "greedy"
     return (
         f"{title}Tokens emitted per verifier step, the bonus token included; "
-        f"{measured.speculative_tokens} tokens a proposal, {drawn}.\n\n"
+        f"{measured.speculative_tokens} tokens per proposal, {drawn}.\n\n"
         f"{_table(('category', 'acceptance length', 'prompts'), rows)}\n\n"
         f"Measured by\n\n{_code(measured.command)}\n\nwith {_pairs(measured.versions)}."
     )
@@ -250,33 +249,33 @@ def _use(config: SpeculatorModelConfig, verifier: str) -> str:
         settings = {**known.stock, "num_speculative_tokens": num_tokens}
         stock = f"vLLM without the plug-in:\n\n{_serve(verifier, settings)}"
     load = (
-        "from speculators_core.models.speculator import SpeculatorModel\n\n"
+        "from speculators_core import SpeculatorModel\n\n"
         f'name, verifier = "{REPOSITORY}", "{verifier}"\n'
         "speculator = SpeculatorModel.from_pretrained(name, verifier=verifier)\n"
         "output = speculator.generate(input_ids, max_new_tokens=64)"
     )
     return (
-        "## Use\n\nvLLM with the plug-in `speculators-vllm`, which takes the rest from the "
-        f"checkpoint:\n\n{_serve(verifier, {})}\n\n{stock}\n\n"
+        "## Use\n\nvLLM with the plug-in `speculators-vllm`, which reads all other settings from "
+        f"the checkpoint:\n\n{_serve(verifier, {})}\n\n{stock}\n\n"
         f"Transformers:\n\n{_code(load, 'python')}"
     )
 
 
-def _serve(verifier: str, settings: Mapping[str, Any]) -> str:
-    told = json.dumps({"model": REPOSITORY, **settings})
-    return _code(f"vllm serve {verifier} --speculative-config '{told}'")
+def _serve(verifier: str, settings: Mapping[str, str | bool | int]) -> str:
+    config = json.dumps({"model": REPOSITORY, **settings})
+    return _code(f"vllm serve {verifier} --speculative-config '{config}'")
 
 
 def _data(data: DataFacts | None) -> str:
     if data is None:
         return "## Data\n\nNot recorded."
     answers = {
-        True: "The verifier wrote the answers itself.",
-        False: "Answers stand as the data have them; nothing says that the verifier wrote them.",
-        None: "Whether the verifier wrote the answers was not recorded.",
+        True: "The verifier wrote the answers.",
+        False: "The answers come from the data; there is no record that the verifier wrote them.",
+        None: "Whether the verifier wrote the answers is not recorded.",
     }
     counts = {"examples": data.num_examples, "tokens": data.num_tokens}
-    counts["of them to learn"] = data.num_trained
+    counts["of them trained on"] = data.num_trained
     counted = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count is not None)
     return (
         f"## Data\n\n{_bullets(*map(_dataset, data.datasets))}\n\n"
@@ -288,14 +287,26 @@ def _training(run: TrainingFacts | None) -> str:
     if run is None:
         return "## Training\n\nNot recorded."
     schedule = f", {run.schedule} schedule" if run.schedule else ""
-    best = "" if run.best_step is None else f"; the weights are of step {run.best_step:,}"
+    best = "" if run.best_step is None else f"; the weights are those of step {run.best_step:,}"
     return "## Training\n\n" + _bullets(
-        f"Went on from: `{_public_name(run.started_from)}`" if run.started_from else None,
+        f"Continued from: `{_public_name(run.started_from)}`" if run.started_from else None,
         f"Steps: {run.num_steps:,}{best}",
-        f"Tokens: {run.num_tokens:,} without padding, in rows of {run.row_length:,}",
+        f"Tokens: {run.num_tokens:,} without padding, packed in rows of {run.row_length:,}",
+        _lengths(run),
         f"Optimizer: {run.optimizer}, learning rate {run.learning_rate:g}{schedule}",
         f"Time: {run.seconds / 3600:.2f} hours" if run.seconds is not None else None,
         f"Hardware: {run.hardware}" if run.hardware else None,
+    )
+
+
+def _lengths(run: TrainingFacts) -> str | None:
+    if run.lengths is None:
+        return None
+    is_cut = run.lengths.longest > run.row_length
+    cut = f", cut to {run.row_length:,}" if is_cut else ""
+    return (
+        f"Length of examples: {run.lengths.mean:,.0f} tokens on average, at most "
+        f"{run.lengths.longest:,}{cut}; {run.lengths.describe_longer()}"
     )
 
 
@@ -303,26 +314,26 @@ def _limits(facts: CardFacts, verifier: str) -> str:
     run, measured = facts.training, facts.measured
     languages = ", ".join(facts.languages)
     return "## Limits\n\n" + _bullets(
-        f"It was made for `{verifier}`. Beside other weights, those of a fine-tune too, fewer of "
-        "its tokens are kept; beside a model of another shape it does not run.",
-        f"It learnt from texts of at most {run.row_length:,} tokens. In longer ones fewer of its "
-        "tokens may be kept."
-        if run
-        else "How long the texts were that it learnt from is not recorded.",
-        (f"Languages of its data: {languages}." if languages else "Languages are not recorded.")
-        + " In others, and in domains that the data do not have, fewer of its tokens are kept.",
-        "The acceptance lengths above are greedy; texts that are sampled have shorter ones."
+        f"It was made for `{verifier}`. With other weights, such as those of a fine-tune, fewer of "
+        "its tokens are accepted; with a model of another shape it does not run.",
+        f"It was trained on examples of at most {min(run.lengths.longest, run.row_length):,} "
+        "tokens. In longer texts fewer of its tokens may be accepted."
+        if run and run.lengths
+        else "The length of the examples that it was trained on is not recorded.",
+        (f"Languages of the data: {languages}." if languages else "Languages are not recorded.")
+        + " In other languages and domains fewer of its tokens are accepted.",
+        "The acceptance lengths above are greedy; they are shorter when tokens are sampled."
         if measured and not measured.temperature
         else None,
-        "What it gains in time depends on hardware, batch size, engine and prompts.",
-        "Faults and biases of the answers are the verifier's.",
+        "The speed-up depends on hardware, batch size, engine and prompts.",
+        "Errors and biases of the answers are the verifier's.",
     )
 
 
 def _license_line(license: str | None) -> str:
     if license is None:
         return UNKNOWN_LICENSE
-    return f"`{license}`, of these weights. The verifier and the data have their own."
+    return f"`{license}`, for these weights. The verifier and the data have their own licences."
 
 
 # ---- pieces ----
@@ -343,7 +354,7 @@ def _is_on_hub(dataset: DatasetConfig) -> bool:
 
 
 def _dataset(dataset: DatasetConfig) -> str:
-    """A line on a data set; of a local one the name alone: its folders are nobody's business."""
+    """A line on a data set; a local one is named without its folders, which are private."""
     url = f"https://huggingface.co/datasets/{dataset.path}"
     is_public = _is_on_hub(dataset)
     parts = (
@@ -356,7 +367,7 @@ def _dataset(dataset: DatasetConfig) -> str:
 
 
 def _public_name(name: str) -> str:
-    """A hub id, or the name alone of a folder."""
+    """A hub id, or the name of a folder without the path to it."""
     return name if is_hub_id(name) else Path(name).name
 
 

@@ -1,4 +1,4 @@
-"""What a model card says that neither the config nor the weights of a speculator know."""
+"""Facts of a model card that a speculator's folder does not hold."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import yaml
 from pydantic import Field
 
 from speculators_core.data_generation.answers.answer_file import beside
+from speculators_core.data_generation.lengths import Lengths
 from speculators_core.data_generation.settings import DatasetConfig
 from speculators_core.data_generation.stores.disk import MANIFEST, DiskStore
 from speculators_core.data_generation.stores.inspection import summarize
@@ -14,24 +15,24 @@ from speculators_core.settings import Settings, load_yaml
 
 
 class DataFacts(Settings):
-    """What the draft learnt from."""
+    """The data that the draft was trained on."""
 
     datasets: tuple[DatasetConfig, ...] = Field(min_length=1)
     num_examples: int | None = Field(None, ge=0)
     num_tokens: int | None = Field(None, ge=0)
-    """Of all examples together, those of prompts included."""
+    """Tokens of all examples, prompts included."""
     num_trained: int | None = Field(None, ge=0)
-    """Tokens that the draft learnt to propose."""
+    """Tokens that the draft was trained to propose."""
     answers_are_own: bool | None = None
     """Whether the verifier wrote the answers; None where that was not recorded."""
 
     @classmethod
     def of_store(cls, folder: Path) -> "DataFacts":
-        """What a store says of itself.
+        """The facts that a store records.
 
         Raises:
-            SpeculatorError: there is no store, a shard is damaged, or it does not say what it was
-                made from.
+            SpeculatorError: there is no store, a shard is damaged, or the data that it was made
+                from are not recorded.
         """
         made_from = DiskStore.open(folder).manifest.made_from.get("data")
         entries = made_from.get("datasets") if isinstance(made_from, dict) else None
@@ -65,19 +66,20 @@ class TrainingFacts(Settings):
 
     num_steps: int = Field(ge=0)
     best_step: int | None = Field(None, ge=0)
-    """Whose weights the draft has; the last step's where None."""
+    """Step whose weights the draft has; the last one where None."""
     num_tokens: int = Field(ge=0)
-    """Tokens that went through the draft up to these weights, each as often as it did; without
-    padding."""
+    """Tokens that were trained on up to these weights, once for each pass, without padding."""
     optimizer: str
     learning_rate: float = Field(gt=0)
-    """At its highest."""
+    """Peak learning rate."""
     row_length: int = Field(ge=1)
-    """Tokens of a row: the longest text that the draft has seen."""
+    """Tokens of a packed row; longer examples are cut to it."""
+    lengths: Lengths | None = None
+    """Lengths of the examples that were trained on, before they are cut."""
     schedule: str | None = None
-    """How the learning rate falls."""
+    """Schedule of the learning rate."""
     started_from: str | None = None
-    """Speculator that went on learning; None for a fresh draft."""
+    """Speculator whose training was continued; None for a fresh draft."""
     seconds: float | None = Field(None, ge=0)
     hardware: str | None = None
 
@@ -92,7 +94,7 @@ class CategoryAcceptance(Settings):
 
 
 class Measurement(Settings):
-    """Acceptance by category, and what it takes to measure it again."""
+    """Acceptance by category, with the command that repeats the measurement."""
 
     rows: tuple[CategoryAcceptance, ...] = Field(min_length=1)
     command: str = Field(min_length=1)
@@ -100,19 +102,19 @@ class Measurement(Settings):
     versions: dict[str, str]
     """Packages and hardware (`provenance.environment`)."""
     speculative_tokens: int = Field(ge=1)
-    """Tokens of a proposal (K)."""
+    """Tokens per proposal (K)."""
     temperature: float = Field(0.0, ge=0)
 
 
 class CardFacts(Settings):
-    """All of them; a card says of what is absent that it is not known."""
+    """All facts of a card, which reports absent ones as unknown."""
 
     license: str | None = None
-    """The hub's word for it: `apache-2.0`."""
+    """Licence by the hub's name: `apache-2.0`."""
     languages: tuple[str, ...] = ()
-    """Of the data: ISO 639 codes, and `code` for programs."""
+    """Languages of the data: ISO 639 codes, and `code` for programs."""
     data: DataFacts | None = None
     training: TrainingFacts | None = None
     measured: Measurement | None = None
     versions: dict[str, str] = Field(default_factory=dict)
-    """Of the packages that trained it (`provenance.versions`)."""
+    """Versions of the packages that trained it (`provenance.versions`)."""

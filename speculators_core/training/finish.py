@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from transformers import TrainerState
 
+from speculators_core.data_generation.lengths import Lengths
 from speculators_core.decoding.prompts import Prompt
 from speculators_core.diagnosis.acceptance_report import AcceptanceReport
 from speculators_core.diagnosis.check_report import CheckReport
@@ -66,8 +67,11 @@ def _lines_of_best(state: TrainerState) -> list[dict[str, float]]:
     return [line for line in state.log_history if line["step"] == step]
 
 
-def card_facts(job: Job) -> CardFacts:
-    """What the model card says of the run, before its speculator is measured."""
+def card_facts(job: Job, lengths: Lengths) -> CardFacts:
+    """The facts of the run for the model card, before its speculator is measured.
+
+    ``lengths``: of the examples that were trained on.
+    """
     plan = job.plan
     assert job.trainer is not None
     state, here = job.trainer.state, environment()
@@ -81,6 +85,7 @@ def card_facts(job: Job) -> CardFacts:
             optimizer=plan.optimizer.name,
             learning_rate=plan.optimizer.learning_rate,
             row_length=plan.data.row_length,
+            lengths=lengths if lengths.num_examples else None,
             schedule=plan.optimizer.schedule,
             started_from=plan.model.start_from,
             hardware=here["device"],

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments, set_s
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from speculators_core.batch import Batch
+from speculators_core.data_generation.lengths import Lengths
 from speculators_core.data_generation.packing import RowLayout
 from speculators_core.decoding.prompts import Prompt
 from speculators_core.errors import SpeculatorError
@@ -201,6 +202,15 @@ class Job:
             yield schedule
         finally:
             display.close()
+
+    def example_lengths(self) -> Lengths:
+        """Lengths of the examples that were trained on, on all ranks; every rank calls it."""
+        lengths = self.rows.lengths
+        if isinstance(self.rows, Stream) and torch.distributed.is_initialized():
+            of_ranks: list[Lengths | None] = [None] * world_size()
+            torch.distributed.all_gather_object(of_ranks, lengths)
+            return sum(filter(None, of_ranks), start=Lengths())
+        return lengths
 
     def best_draft(self) -> SpeculatorModel:
         """The draft with its best weights, those of the longest acceptance length, or the last.

@@ -90,10 +90,10 @@ def _end(job: Job, state: TrainerState, is_first: bool) -> TrainReport:
         best_step=state.best_global_step,
         figures=best_figures(state),
     )
-    draft = job.best_draft()
+    draft, lengths = job.best_draft(), job.example_lengths()
     if not is_first:
         return report
-    facts = card_facts(job)
+    facts = card_facts(job, lengths)
     write_speculator(plan, draft, facts)
     del draft
     job.release()  # what follows loads the verifier in processes of its own

@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from speculators_core.console import LINE_EVERY_S, console
+from speculators_core.data_generation.lengths import Lengths
 from speculators_core.files import write_text
 from speculators_core.training.rows.sources import Stream
 
@@ -89,13 +90,29 @@ class Schedule(TrainerCallback):
 
 
 class MarkRowsUsed(TrainerCallback):
-    """Marks the rows of a stream used when their step is over."""
+    """Marks the rows of a stream used when their step is over.
+
+    The lengths of their examples are part of the saved state: of a queue, a resumed run receives
+    the examples after it alone.
+    """
+
+    KEY = "example_lengths"
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
 
-    def on_step_end(self, *_: object, **__: object) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        saved = state.stateful_callbacks.get(self.KEY)
+        if saved is not None and self._stream.is_held:
+            self._stream.lengths = Lengths.model_validate(saved)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self._stream.mark_used()
+        state.stateful_callbacks[self.KEY] = self._stream.lengths.model_dump(mode="json")
 
 
 class LogFile(TrainerCallback):

@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from benchmarks import playground
+from speculators_core.data_generation.lengths import Lengths
 from speculators_core.data_generation.settings import DatasetConfig
 from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
@@ -57,6 +58,9 @@ TRAINING = TrainingFacts(
     learning_rate=1e-3,
     schedule="cosine",
     row_length=2048,
+    lengths=Lengths(
+        num_examples=1200, num_tokens=960_000, longest=5210, num_longer=(732, 120, 4, 0)
+    ),
     seconds=5400,
     hardware="NVIDIA H100",
 )
@@ -118,7 +122,7 @@ def test_card_tells_what_config_and_weights_say(folder):
         f"# EAGLE-3 speculator for {PUBLIC}",
         "https://arxiv.org/abs/2503.01840",
         f"Verifier: `{PUBLIC}`",
-        "Tokens of a proposal: 3",
+        "Tokens per proposal: 3",
         f"Parameters: {num_parameters:,}, stored as float32",
         "Layers of the verifier that it reads: 1 2 3",
     ):
@@ -152,10 +156,10 @@ def test_facts_of_data_and_training_are_told(folder):
     data, training = section(text, "Data"), section(text, "Training")
     assert "[HuggingFaceH4/ultrachat_200k](https://huggingface.co/datasets/" in data
     assert "split `train_sft`, at most 1,000 rows" in data
-    assert "1,200 examples, 3,000,000 tokens, 2,000,000 of them to learn. The verifier" in data
+    assert "1,200 examples, 3,000,000 tokens, 2,000,000 of them trained on. The verifier" in data
     for told in (
-        "Steps: 5,000; the weights are of step 4,500",
-        "10,240,000 without padding, in rows of 2,048",
+        "Steps: 5,000; the weights are those of step 4,500",
+        "10,240,000 without padding, packed in rows of 2,048",
         "muon, learning rate 0.001, cosine",
     ):
         assert told in training, told
@@ -169,9 +173,9 @@ def test_facts_of_data_and_training_are_told(folder):
 @pytest.mark.parametrize(
     ("own", "told"),
     [
-        (True, "The verifier wrote the answers itself"),
-        (False, "nothing says that the verifier wrote them"),
-        (None, "was not recorded"),
+        (True, "The verifier wrote the answers."),
+        (False, "there is no record that the verifier wrote them"),
+        (None, "is not recorded"),
     ],
 )
 def test_whose_the_answers_are_is_told(folder, own, told):
@@ -183,7 +187,7 @@ def test_measurement_is_told_with_the_command_that_repeats_it(folder):
     told = section(make_card(folder, ALL), "Acceptance length")
     assert "| code | 3.46 | 80 |\n| chat | 2.10 | 40 |" in told
     assert f"```\n{MEASURED.command}\n```" in told
-    assert "3 tokens a proposal, greedy" in told
+    assert "3 tokens per proposal, greedy" in told
     assert "vllm 0.32.0, device NVIDIA H100" in told
 
 
@@ -191,6 +195,29 @@ def test_sampled_measurement_is_not_called_greedy(folder):
     measured = MEASURED.model_copy(update={"temperature": 0.6})
     text = make_card(folder, CardFacts(measured=measured))
     assert "at temperature 0.6" in text and "greedy" not in text
+
+
+def test_lengths_of_examples_are_stated_and_not_that_of_a_row(folder):
+    text = make_card(folder, ALL)
+    assert (
+        "Length of examples: 800 tokens on average, at most 5,210, cut to 2,048; 61% longer than "
+        "512 tokens, 10% than 1,024, 0.3% than 2,048, none than 4,096"
+    ) in section(text, "Training")
+    assert "trained on examples of at most 2,048 tokens" in section(text, "Limits")
+    short = TRAINING.model_copy(update={"lengths": Lengths.of([148] * 9 + [160])})
+    text = make_card(folder, CardFacts(training=short))
+    assert "149 tokens on average, at most 160; none longer than 512 tokens\n" in text
+    assert "trained on examples of at most 160 tokens" in section(text, "Limits")
+    unknown = TRAINING.model_copy(update={"lengths": None})
+    text = make_card(folder, CardFacts(training=unknown))
+    assert "Length of examples" not in text
+    assert "length of the examples that it was trained on is not recorded" in text
+
+
+def test_code_of_the_card_loads_the_class_from_the_face(folder):
+    code = re.search(r"```python\n(.*?)\n", section(make_card(folder, ALL), "Use"))
+    assert code[1] == "from speculators_core import SpeculatorModel"
+    exec(code[1], {})
 
 
 def test_category_cannot_break_the_table(folder):
@@ -218,7 +245,7 @@ def test_no_folder_of_this_machine_is_named(verifier, verifier_folder, tmp_path)
     text = make_card(folder, ALL.model_copy(update={"training": training}))
     assert str(tmp_path) not in text and "/home/me" not in text
     assert str(verifier_folder) not in text
-    assert "`own.jsonl` (local data)" in text and "Went on from: `earlier`" in text
+    assert "`own.jsonl` (local data)" in text and "Continued from: `earlier`" in text
     assert VERIFIER in text and parse(text).data.base_model is None
 
 

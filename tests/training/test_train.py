@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from speculators_core.data_generation.lengths import Lengths
 from speculators_core.diagnosis.check_report import CheckReport
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.training import finish
+from speculators_core.training.rows.sources import Split, StoredExamples
 from speculators_core.training.train import train
 from tests.conftest import SMALL_RECIPES
 from tests.training.making import log_of, plan_of
@@ -35,9 +37,13 @@ def test_a_run_ends_with_a_speculator_and_its_papers(given, tmp_path, algorithm)
     for figure in ("acceptance_length", "predicted_acceptance_length", "joint_1"):
         assert f"eval_{figure}" in evaluations[-1]
     assert any(name.startswith("eval_teacher_forced_") for name in evaluations[-1])
+    card = (report.speculator / "README.md").read_text()
+    stored = StoredExamples(given / "states")
+    trained = Split.draw(stored, 6, None, 0).train
+    lengths = Lengths.of(stored.lengths[trained].tolist())
+    assert f"{lengths.mean:.0f} tokens on average, at most {lengths.longest}; none longer" in card
     length = evaluations[-1]["eval_acceptance_length"]
     if report.best_step in (None, 8):
-        card = (report.speculator / "README.md").read_text()
         assert f"| held-out examples | {length:.2f} | 3 |" in card
         assert "speculators train --config config.yaml" in card
     assert json.loads((run / "report.json").read_text())["steps"] == 8

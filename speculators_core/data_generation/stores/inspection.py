@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from speculators_core.console import console
+from speculators_core.data_generation.lengths import Lengths
 from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
 from speculators_core.settings import Settings
@@ -25,7 +26,7 @@ class StoreSummary(Settings):
     num_trained: int
     num_written: int
     """Tokens that the verifier wrote."""
-    longest: int
+    lengths: Lengths
     num_shards: int
     size_bytes: int
     token_bytes: int
@@ -45,12 +46,12 @@ def summarize(folder: Path, verify: bool = False) -> StoreSummary:
     store = DiskStore.open(folder)
     damaged = store.find_damage() if verify else {}
     totals: Counter[str] = Counter()
-    longest = 0
+    lengths = Lengths()
     set_aside: dict[str, str] = {}
     for _, header in store.headers(leave_out=damaged):
         set_aside |= {aside.key: aside.reason for aside in header.set_aside}
+        lengths += Lengths.of(entry.num_tokens for entry in header.entries)
         for entry in header.entries:
-            longest = max(longest, entry.num_tokens)
             totals["examples"] += 1
             totals["tokens"] += entry.num_tokens
             totals["prompt"] += entry.num_prompt_tokens
@@ -63,7 +64,7 @@ def summarize(folder: Path, verify: bool = False) -> StoreSummary:
         num_tokens=totals["tokens"],
         num_trained=totals["trained"],
         num_written=totals["tokens"] - totals["prompt"],
-        longest=longest,
+        lengths=lengths,
         num_shards=len(store.shard_paths()),
         size_bytes=store.size_bytes,
         token_bytes=store.schema.token_bytes,
@@ -80,13 +81,14 @@ def summarize(folder: Path, verify: bool = False) -> StoreSummary:
 def print_summary(summary: StoreSummary) -> None:
     """The numbers as a table, then what is set aside or damaged."""
     table = Table(title=Text(summary.folder), show_header=False)
-    mean = summary.num_tokens / max(summary.num_examples, 1)
-    trained = summary.num_trained / max(summary.num_tokens, 1)
+    trained, lengths = summary.num_trained / max(summary.num_tokens, 1), summary.lengths
     lines: dict[str, object] = {
         "verifier": summary.verifier,
         "complete": "yes" if summary.is_complete else "no; resume with --run.resume",
         "examples": summary.num_examples,
-        "tokens": f"{summary.num_tokens} (mean {mean:.0f}, longest {summary.longest})",
+        "tokens": summary.num_tokens,
+        "length of examples": f"mean {lengths.mean:.0f}, longest {lengths.longest}; "
+        f"{lengths.describe_longer()}",
         "tokens to learn": f"{summary.num_trained} ({trained:.1%})",
         "tokens the verifier wrote": summary.num_written,
         "layers": " ".join(map(str, summary.layer_ids)),

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from speculators_core.data_generation.examples import GeneratedExample, Schema
+from speculators_core.data_generation.lengths import Lengths
 from speculators_core.data_generation.packing import RowLayout, fill_rows
 from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
@@ -164,11 +165,19 @@ class Rows(Dataset):
         return [self.examples.key(number) for number in self.rows[row]]
 
     @property
+    def lengths(self) -> Lengths:
+        """Lengths of the examples, before those longer than a row are cut."""
+        return Lengths.of(self._lengths().tolist())
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all rows without padding."""
         assert self.layout.row_length is not None
+        return int(np.minimum(self._lengths(), self.layout.row_length).sum())
+
+    def _lengths(self) -> Int64[np.ndarray, "examples"]:
         numbers = np.concatenate([np.asarray(row) for row in self.rows])
-        return int(np.minimum(self.examples.lengths[numbers], self.layout.row_length).sum())
+        return self.examples.lengths[numbers]
 
 
 @cache
@@ -240,6 +249,8 @@ class Stream(IterableDataset):
         self._num_rows = 0
         self._in_use: list[str] = []
         self._keys: deque[tuple[int, list[str]]] = deque(maxlen=REMEMBERED_ROWS)
+        self.lengths = Lengths()
+        """Lengths of the examples of all rows so far, once for each pass."""
         self.held_out: list[GeneratedExample] = []
         arrivals.open(0)
         for example in islice(arrivals.hold(), eval_examples):
@@ -258,10 +269,16 @@ class Stream(IterableDataset):
                 self._keys.append((self._num_rows, [example.key for example in examples]))
                 row = torch.tensor([self._num_rows])
                 self._num_rows += 1
+                self.lengths += Lengths.of(len(example.input_ids) for example in examples)
                 yield {**vars(self.layout.pack(examples)), "row": row}
             if self._num_rows == num_before:
                 return
             self._arrivals.open(number)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a resumed run receives the examples that are not marked used, and no others."""
+        return self._arrivals.is_held
 
     def mark_used(self) -> None:
         """All rows so far have been used: a queue may forget their examples."""

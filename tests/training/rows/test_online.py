@@ -16,6 +16,7 @@ import yaml
 
 from speculators_core.commands.train import STOPPED_EXIT
 from speculators_core.data_generation.engines.pipeline import schema_of
+from speculators_core.data_generation.lengths import Lengths
 from speculators_core.data_generation.packing import RowLayout
 from speculators_core.data_generation.queues.zmq_store import ZmqStore
 from speculators_core.data_generation.runs.generate import generate_data_process
@@ -24,6 +25,7 @@ from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
 from speculators_core.training.settings import TrainingPlan
 from speculators_core.training.train import train
+from speculators_core.training.watch import MarkRowsUsed
 from tests.data_generation.processes import processes
 from tests.data_generation.queues.queue_processes import wait_until
 from tests.training.making import NUM_EXAMPLES, log_of, plan_of, weights_of
@@ -204,6 +206,10 @@ def test_a_training_that_waits_for_a_queue_is_saved_and_stopped(given, tmp_path,
         assert num_steps > 1
         assert stopped_at(plan, num_steps) == (STOPPED_EXIT, [f"checkpoint-{num_steps}"])
         used = {key for row in rows[: 2 * num_steps] for key in row}
+        state = tmp_path / "run" / f"checkpoint-{num_steps}" / "trainer_state.json"
+        lengths = Lengths.of(len(examples[int(key[2:])].input_ids) for key in used)
+        saved = json.loads(state.read_text())["stateful_callbacks"][MarkRowsUsed.KEY]
+        assert Lengths.model_validate(saved) == lengths
         assert set(sink.take_acknowledged()) == used | {f"0/{n}" for n in range(6)}
     finally:
         sink.abort()

@@ -9,6 +9,7 @@ import torch
 from accelerate import skip_first_batches
 from torch.utils.data import DataLoader
 
+from speculators_core.data_generation.lengths import Lengths
 from speculators_core.data_generation.packing import RowLayout
 from speculators_core.data_generation.queues.zmq_store import ZmqStore
 from speculators_core.training.rows.sources import Stream
@@ -103,6 +104,15 @@ def test_the_same_examples_are_held_out_of_every_pass_whatever_its_order():
     rows = stream(Passes(examples, examples[::-1], examples[3:] + examples[:3]), eval_examples=2)
     assert [example.key for example in rows.held_out] == ["0/0", "0/1"]
     assert keys(rows, 12) == [[n] for n in (2, 3, 4, 5, 5, 4, 3, 2, 3, 4, 5, 2)]
+
+
+def test_a_stream_counts_the_lengths_of_what_it_gave():
+    """Without what is held out, and once for each pass."""
+    examples = [make(n, 3 + n) for n in range(4)]
+    rows = stream(Passes(examples, examples), 100, eval_examples=1)
+    assert rows.lengths == Lengths()
+    assert keys(rows, 2) == [[1, 2, 3], [1, 2, 3]]
+    assert rows.lengths == Lengths.of([4, 5, 6, 4, 5, 6])
 
 
 def test_a_run_that_goes_on_gets_the_row_after_those_that_it_skips():
