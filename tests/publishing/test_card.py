@@ -415,3 +415,10 @@ def test_regenerated_answers_are_the_verifiers_own_who_wrote_them(tmp_path, by, 
 def test_store_that_does_not_say_its_data_is_refused(tmp_path):
     with pytest.raises(SpeculatorError, match="does not state the data"):
         DataFacts.of_store(make_store(tmp_path / "states", []))
+
+
+@pytest.mark.parametrize("name", playground.SPECULATORS)
+def test_cards_of_the_playground_are_those_of_this_writer(name):
+    text = (playground.CHECKPOINTS / name / CARD).read_text()
+    assert is_ours(text)
+    assert "from speculators_core import SpeculatorModel\n" in text
