@@ -20,7 +20,7 @@ CHECKED = """
 batch format.vocabulary
 verifier.head verifier.taps verifier.proof verifier.fit verifier.reading
 verifier.attachment
-decoding.acceptance decoding.drafter decoding.row_cache decoding.generation decoding.sequences
+decoding.acceptance decoding.drafter decoding.row_cache decoding.sequences
 decoding.rules decoding.independent
 diagnosis.replay diagnosis.rollout diagnosis.suspects
 models.parts.attention models.parts.unroll models.parts.layers models.parts.losses
