@@ -520,7 +520,9 @@ def _divided(value: Any, known: Container[str]) -> tuple[Any, dict[str, Any]]:
 
 def _keys_of(method: Any) -> Container[str]:
     """The keys of a proposal method's class; an unknown class has every key that stands there."""
-    kind = method.get("proposal_type") if isinstance(method, Mapping) else None
+    if not isinstance(method, Mapping):
+        return ()
+    kind = method.get("proposal_type")
     return PROPOSALS.load(kind).model_fields if kind in PROPOSALS.names() else list(method)
 
 
