@@ -18,23 +18,20 @@ from jaxtyping import install_import_hook  # noqa: E402  # after the OpenMP libr
 
 CHECKED = """
 batch format.vocabulary
-verifier.head verifier.taps verifier.proof verifier.fit verifier.reading
-verifier.attachment
-decoding.acceptance decoding.drafter decoding.row_cache decoding.sequences
+verifier.head verifier.taps verifier.proof verifier.fit verifier.reading verifier.attachment
+decoding.acceptance decoding.drafter decoding.row_cache decoding.generation decoding.sequences
 decoding.rules decoding.independent
-diagnosis.replay diagnosis.rollout diagnosis.suspects
 models.parts.attention models.parts.unroll models.parts.layers models.parts.losses
-models.parts.masks
+models.parts.masks models.verifier_side
+diagnosis.replay diagnosis.rollout diagnosis.suspects
 training.evaluation training.metrics training.trainer
-data_generation.packing data_generation.dataset data_generation.examples
+data_generation.examples data_generation.packing data_generation.dataset
 data_generation.engines.pipeline data_generation.engines.transformers
 data_generation.queues.shared_memory data_generation.queues.zmq_store
-data_generation.queues.mp_queue data_generation.queues.ends
+data_generation.queues.mp_queue data_generation.queues.ends data_generation.queues.frames
 """
-CHECKED_IN_VLLM = """
-hidden_states.files hidden_states.stream hidden_states.outbox hidden_states.courier
-generation.arrivals generation.engine generation.server generation.answers
-"""
+# Not hidden_states.files: what it reads becomes a record before `HiddenStates.faults` judges it.
+CHECKED_IN_VLLM = "hidden_states.stream hidden_states.courier plugin.cpu_sampling"
 install_import_hook(
     [
         *(f"speculators_core.{module}" for module in CHECKED.split()),
@@ -57,6 +54,8 @@ from speculators_core.data_generation.examples import GeneratedExample  # noqa: 
 from speculators_core.data_generation.packing import RowLayout  # noqa: E402
 from speculators_core.models.dflash import DFlashDraftModel  # noqa: E402
 from speculators_core.models.eagle3 import Eagle3DraftModel  # noqa: E402
+from speculators_core.models.eagle_stack import EagleStackModel  # noqa: E402
+from speculators_core.models.feature_draft import FeatureDraftModel  # noqa: E402
 from speculators_core.models.mtp import MTPDraftModel  # noqa: E402
 from speculators_core.models.peagle import PEagleDraftModel  # noqa: E402
 from speculators_core.models.speculator import SpeculatorModel  # noqa: E402
@@ -69,7 +68,7 @@ DRAFTS = {
     "dflash": DFlashDraftModel,
     "mtp": MTPDraftModel,
 }
-for draft in DRAFTS.values():
+for draft in (*DRAFTS.values(), SpeculatorModel, FeatureDraftModel, EagleStackModel):
     for name, member in list(vars(draft).items()):
         if inspect.isfunction(member):
             setattr(draft, name, jaxtyped(member, typechecker=beartype))

@@ -72,6 +72,8 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
     ``scores`` and ``logits`` of a row are zero after its end token.
     """
 
+    scores: tuple[Float[Tensor, "sequences vocab"], ...] | None = None
+    logits: tuple[Float[Tensor, "sequences vocab"], ...] | None = None
     acceptance: list[AcceptanceCounts] | None = None
     """One record for each row of the batch."""
     lossy_options: dict[str, int | float] | None = None
@@ -89,7 +91,7 @@ def generate(
     generator: torch.Generator | None = None,
     streamer: BaseStreamer | None = None,
     **kwargs: Any,
-) -> Int[Tensor, "texts total"] | SpeculativeOutput:
+) -> Int[Tensor, "sequences total"] | SpeculativeOutput:
     """Speculative decoding; every other argument as for the verifier's ``generate``.
 
     With ``num_return_sequences`` there are as many texts of each prompt, one after another.
@@ -122,7 +124,7 @@ def generate(
         generation_config: GenerationConfig,
         # The mask is among these: Transformers would not prepare one that has a name here.
         **model_inputs: Any,
-    ) -> Int[Tensor, "batch total"] | SpeculativeOutput:
+    ) -> Int[Tensor, "sequences total"] | SpeculativeOutput:
         _check_options(vars(generation_config))
         rules = Rules(
             logits_processor,
@@ -329,7 +331,9 @@ def _select(confirmed: Confirmed, rows: Int[Tensor, "rows"]) -> Confirmed:
     )
 
 
-def _output(sequences: Sequences, rules: Rules) -> Int[Tensor, "batch total"] | SpeculativeOutput:
+def _output(
+    sequences: Sequences, rules: Rules
+) -> Int[Tensor, "sequences total"] | SpeculativeOutput:
     length, rows = sequences.length, sequences.rows
     assert length is not None
     padded = sequences.padded(length)

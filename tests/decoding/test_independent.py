@@ -162,7 +162,7 @@ def test_engine_samples_by_its_settings(folders):
 def test_models_of_different_vocabularies_are_refused(verifier):
     other = make_verifier(vocab_size=VOCAB_SIZE + 1)
     config = SpeculativeConfig(main_model_path="main", draft_model_path="other")
-    with pytest.raises(SpeculatorError, match="other: vocabulary of 97 tokens, and that of main"):
+    with pytest.raises(SpeculatorError, match="other: vocabulary of 97 tokens, but main has"):
         SpeculativeInferenceEngine(verifier, other, make_tokenizer(), config)
 
 

@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Shaped
@@ -99,7 +99,7 @@ class Label(Settings):
     file: SharedFile | None = None
 
     @model_validator(mode="after")
-    def _prompt_is_a_part(self) -> Self:
+    def _prompt_is_a_part(self) -> "Label":
         if self.num_prompt_tokens > self.num_tokens:
             raise ValueError(f"{self.num_prompt_tokens} prompt tokens of {self.num_tokens}")
         return self
