@@ -1,8 +1,9 @@
-"""The model card of a speculator: ``README.md``, for the hub and for people.
+"""The model card of a speculator.
 
-What is unknown when a card is written is a placeholder in it, which is filled in when the folder is
-uploaded to the hub (`complete`). The last line is a hash of the text above it: a card that somebody
-has edited is never overwritten.
+It is the folder's ``README.md``, which the hub reads as people do. What is unknown when a card is
+written is a placeholder in it, which is filled in when the folder is uploaded to the hub
+(`complete`). The last line is a hash of the text above it: a card that somebody has edited is never
+overwritten.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The device of a training process, and the type that it computes in."""
+"""Device and number type of a training process."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The draft that is trained: fresh, shaped by a config, or one that goes on learning."""
+"""The draft to train: fresh, shaped or continued."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +18,15 @@ from speculators_core.training.settings import TrainModelConfig
 from speculators_core.verifier.reading import read_tokenizer, read_verifier_config
 
 CountTokens = Callable[[], Int64[Tensor, "vocab"]]
-"""How often each token is one to learn, in the data."""
+"""How often each token is one to learn in the data."""
 
 
 def draft_class(model: TrainModelConfig) -> type[SpeculatorModel]:
-    """The class of the draft, once its options are found to be its own.
+    """The class of the draft, whose options have been checked.
 
     Raises:
-        SpeculatorError: the algorithm is unknown, or an option of it is unknown or out of bounds.
+        SpeculatorError: the algorithm is unknown, or one of its options is unknown or out of
+            bounds.
     """
     if model.algorithm is None:
         assert model.start_from is not None
@@ -88,14 +89,14 @@ def _fresh(
 def _shaped(
     model: TrainModelConfig, of_class: type[SpeculatorModel], count_tokens: CountTokens | None
 ) -> SpeculatorModel:
-    """Of the shape of ``draft_config``, whose verifier's place ours takes."""
+    """A fresh draft of the shape of ``draft_config``, for another verifier."""
     assert model.draft_config is not None
     folder = model.draft_config.parent if model.draft_config.is_file() else model.draft_config
     config = SpeculatorModelConfig.from_pretrained(folder)
     if config.speculators_model_type != model.algorithm:
         raise SpeculatorError(
-            f"{model.draft_config} is of a {config.speculators_model_type} draft, model.algorithm "
-            f"is {model.algorithm}."
+            f"{model.draft_config}: config of a {config.speculators_model_type} draft; expected "
+            f"{model.algorithm}, which is model.algorithm. Change either."
         )
     vocabulary = config.vocabulary
     size = None if vocabulary.is_whole else vocabulary.size
@@ -117,7 +118,7 @@ def _attach(
 
 
 def _name(model: TrainModelConfig) -> str:
-    """What the checkpoint calls the verifier."""
+    """The name of the verifier in the checkpoint."""
     if model.verifier_name is not None:
         return model.verifier_name
     folder = Path(model.verifier)
@@ -125,7 +126,7 @@ def _name(model: TrainModelConfig) -> str:
 
 
 def stored_layer_ids(schema: Schema) -> tuple[int, ...]:
-    """The aux layers whose states the data hold."""
+    """The aux layers whose states are in the data."""
     return schema.layer_ids[:-1] if schema.has_last else schema.layer_ids
 
 
@@ -136,14 +137,14 @@ def _vocabulary(
         return None, None
     if count_tokens is None:
         raise SpeculatorError(
-            f"a draft vocabulary of {size} tokens is chosen by their counts, which a queue does "
-            "not have: train on data.store or data.texts, or with the whole vocabulary."
+            f"a draft vocabulary of {size} tokens is chosen by counts over all data, which a "
+            "queue does not have. Set data.store or data.texts, or use the whole vocabulary."
         )
     counts = count_tokens()
     always = special_token_ids(read_tokenizer(model.verifier, model.trust_remote_code))
     if not len(always) <= size <= len(counts):
         raise SpeculatorError(
-            f"model.draft_vocab_size {size}: expected {len(always)} (the special tokens) to "
+            f"model.draft_vocab_size is {size}; expected {len(always)} (the special tokens) to "
             f"{len(counts)} (the verifier's vocabulary)."
         )
     seen = {token: count for token, count in enumerate(counts.tolist()) if count}
@@ -151,7 +152,7 @@ def _vocabulary(
 
 
 def _check_special_tokens(draft: SpeculatorModel, model: TrainModelConfig) -> None:
-    """Raises SpeculatorError where the draft cannot say a token that ends or marks a text."""
+    """Raises SpeculatorError where the draft cannot propose a token that ends or marks a text."""
     token_ids = draft.draft_token_ids
     if token_ids is None:
         return
@@ -160,6 +161,6 @@ def _check_special_tokens(draft: SpeculatorModel, model: TrainModelConfig) -> No
     if missing:
         names = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in missing[:5])
         raise SpeculatorError(
-            f"the draft's vocabulary of {len(token_ids)} tokens has no {names}: it could never "
-            "propose them. Choose another with model.draft_vocab_size."
+            f"the draft's vocabulary of {len(token_ids)} tokens lacks {names}, which it could "
+            "never propose. Train a fresh draft with model.draft_vocab_size, which includes them."
         )

@@ -1,4 +1,4 @@
-"""Finds the cause of a loss or gradient that is not finite."""
+"""Causes of losses and gradients that are not finite."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The end of a run: the speculator, its papers, and whether it serves."""
+"""The end of a run: checkpoint, model card, check, measurement."""
 
 import logging
 import shlex
@@ -43,7 +43,7 @@ PROMPTS = "prompts.jsonl"
 
 
 def write_speculator(plan: TrainingPlan, draft: SpeculatorModel, facts: CardFacts) -> None:
-    """Writes ``run/speculator``, whole or not at all: checkpoint, card, and the run's papers."""
+    """Writes ``run/speculator``, whole or not at all: checkpoint, card, and records of the run."""
     run = plan.run.output
     with replaced_folder(run / SPECULATOR) as part:
         draft.to("cpu", as_dtype(plan.run.saved_dtype)).save_pretrained(part)
@@ -54,7 +54,7 @@ def write_speculator(plan: TrainingPlan, draft: SpeculatorModel, facts: CardFact
 
 
 def best_figures(state: TrainerState) -> dict[str, float]:
-    """Of the evaluation of the weights that the speculator has."""
+    """Figures of the evaluation of the speculator's weights."""
     found: dict[str, float] = {}
     for line in _lines_of_best(state):
         found |= {n.removeprefix("eval_"): v for n, v in line.items() if n.startswith("eval_")}
@@ -62,7 +62,7 @@ def best_figures(state: TrainerState) -> dict[str, float]:
 
 
 def _lines_of_best(state: TrainerState) -> list[dict[str, float]]:
-    """Of the log; there is one at each evaluation, and at the end."""
+    """Lines of the log at the step of the speculator's weights, one of them at least."""
     step = state.best_global_step or state.global_step
     return [line for line in state.log_history if line["step"] == step]
 
@@ -121,14 +121,14 @@ def _data_facts(job: Job) -> DataFacts | None:
     try:
         return DataFacts.of_store(job.plan.data.store)
     except SpeculatorError as error:  # a store that somebody wrote without a plan
-        logger.warning("the model card says nothing of the data: %s", error)
+        logger.warning("left the data out of the model card: %s", error)
         return None
 
 
 def check(speculator: Path, verifier: str) -> str | None:
-    """What `speculators check` says of it, in a process of its own; None without vLLM."""
+    """The verdict of `speculators check`, in a separate process; None without vLLM."""
     if "check" not in COMMANDS.names() or find_spec("vllm") is None:
-        logger.warning("vLLM is not installed: whether %s serves was not checked", speculator)
+        logger.warning("did not check whether %s serves: vLLM is not installed", speculator)
         return None
     done = _command("check", str(speculator), "--verifier", verifier, "--json")
     try:
@@ -140,9 +140,9 @@ def check(speculator: Path, verifier: str) -> str | None:
 
 
 def measure(speculator: Path, plan: TrainingPlan, prompts: Sequence[Prompt]) -> Measurement | None:
-    """Acceptance by category over these prompts, by `speculators acceptance`.
+    """Acceptance by category over these prompts, by `speculators acceptance`; None without prompts.
 
-    They are left in ``run/prompts.jsonl``. None where there are none.
+    The prompts are written to ``run/prompts.jsonl``.
     """
     file, output = speculator.parent / PROMPTS, speculator.parent / MEASURED
     if not prompts or "acceptance" not in COMMANDS.names():
@@ -153,7 +153,7 @@ def measure(speculator: Path, plan: TrainingPlan, prompts: Sequence[Prompt]) -> 
     here = ["--prompts", str(file), "--verifier", plan.model.verifier, "--model", str(speculator)]
     done = _command("acceptance", *options, *here, "--output", str(output))
     if done.returncode:
-        logger.warning("acceptance was not measured by category: %s", _last_line(done))
+        logger.warning("did not measure acceptance by category: %s", _last_line(done))
         return None
     report = AcceptanceReport.model_validate_json((output / "report.json").read_bytes())
     (draft,) = report.drafts

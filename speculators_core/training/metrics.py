@@ -1,4 +1,4 @@
-"""Figures of many batches, weighed by their tokens and summed over all ranks."""
+"""Weighted means over batches and ranks."""
 
 from collections.abc import Mapping
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 class WeightedMeans:
-    """Means by name. Values stay on their device until they are asked for, so nothing waits."""
+    """Means by name. Values stay on their device until they are read, so that no step waits."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor | float], weight: Tensor) -> None:
-        """One batch's means; ``weight`` is what they are means over."""
+        """Adds the means of one batch; ``weight`` is the number of tokens that they cover."""
         for name, value in values.items():
             mean = torch.as_tensor(value, dtype=torch.float64, device=weight.device).detach()
             own = torch.stack([mean * weight, weight.to(torch.float64)])

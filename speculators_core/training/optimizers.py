@@ -1,4 +1,4 @@
-"""Muon for the matrices inside a model and AdamW for all else, as one optimizer."""
+"""Muon for matrices and AdamW for the rest."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ def adamw(
 def _adamw(
     weights: Sequence[torch.nn.Parameter], learning_rate: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    groups: list[dict[str, Any]] = [
+    groups: list[dict[str, object]] = [
         {"params": [w for w in weights if w.ndim >= 2]},
         {"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.0},
     ]
@@ -31,8 +31,8 @@ def _adamw(
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) on hidden weight matrices, AdamW on embeddings, heads and vectors.
 
-    Both take one learning rate: Muon's update is scaled to the root mean square that AdamW's
-    has (arXiv:2502.16982, equation 4). Schedulers and checkpoints see an ordinary optimizer.
+    Both have one learning rate: Muon's update is scaled to the root mean square of AdamW's
+    (arXiv:2502.16982, equation 4). Schedulers and checkpoints see an ordinary optimizer.
     """
 
     def __init__(self, model: PreTrainedModel, learning_rate: float, weight_decay: float = 0.1):
@@ -57,7 +57,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share_groups()
 
     def _share_groups(self) -> None:
-        """A scheduler that writes into ``param_groups`` writes into the parts."""
+        """A scheduler that writes to ``param_groups`` writes to the parts."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()

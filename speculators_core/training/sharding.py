@@ -1,4 +1,4 @@
-"""A draft over several devices: FSDP2 shards, and a whole copy of it for decoding."""
+"""A draft sharded over devices, and its whole copy."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""`transformers.Trainer` for drafts: its loop, with our loss, evaluation and saved states."""
+"""Transformers' Trainer with our loss, evaluation and states."""
 
 import dataclasses
 import json
@@ -94,7 +94,7 @@ class SpeculatorTrainer(Trainer):
         self.measure = measure
         self.keep = keep
         self.was_interrupted = False
-        """While it waited for a row."""
+        """Whether a signal interrupted the run while it waited for a row."""
         self._saved_step = 0
         """Step of the newest state; before the first step there is nothing to save."""
         self._means = WeightedMeans()
@@ -161,7 +161,7 @@ class SpeculatorTrainer(Trainer):
         return batches, num_trained
 
     def _gathered(self, counts: Tensor) -> Tensor:
-        """One row a rank."""
+        """The counts of all ranks, one row each."""
         rows = counts[None]
         return self.accelerator.gather(rows) if self.args.world_size > 1 else rows
 
@@ -197,7 +197,7 @@ class SpeculatorTrainer(Trainer):
 
     @property
     def _dtype(self) -> torch.dtype:
-        """Of the states that the draft reads."""
+        """Type of the states that the draft reads."""
         return torch.bfloat16 if self.args.bf16 else self.speculator.dtype
 
     def _batch(self, inputs: PackedRow) -> Batch:
@@ -231,7 +231,7 @@ class SpeculatorTrainer(Trainer):
     ) -> dict[str, float]:
         """Losses and teacher-forced figures over held-out rows, and the figures of ``measure``.
 
-        Rows are split over the ranks; of a stream each rank has rows of its own. All ranks make the
+        Rows are split over the ranks; of a stream each rank has different ones. All ranks make the
         same number of passes, surplus ones without weight. Random generators are left unchanged.
         An evaluation that is interrupted is made up for when the run, saved and stopped here, is
         resumed.
@@ -281,7 +281,7 @@ class SpeculatorTrainer(Trainer):
         return 0 if num_without else int(most)
 
     def _note_best(self, found: Mapping[str, float]) -> None:
-        """A longer acceptance length is better; between equal ones the lower loss is."""
+        """The longer acceptance length is better; of equal ones, that with the lower loss."""
         if "acceptance_length" not in found:
             return
         score = [found["acceptance_length"], -found.get("loss", 0.0)]

@@ -72,7 +72,7 @@ def refused(given, tmp_path, **changes):
         ({"data": {"store": None, "texts": "t", "num_workers": 1}}, "num_workers 1 has no effect"),
         ({"run": {"epochs": 2.0}}, "epochs 2.0 has no effect: run.max_steps is set"),
         ({"model": {"start_from": "other"}}, "one of algorithm .* and start_from"),
-        ({"model": {"draft_vocab_size": 5000}}, "draft_vocab_size 5000"),
+        ({"model": {"draft_vocab_size": 5000}}, "draft_vocab_size is 5000; expected"),
         ({"model": {"verifier": "nowhere"}}, "nowhere"),
         ({"run": {"fsdp": True}}, "run.fsdp shards over several processes, found one"),
     ],
@@ -282,7 +282,7 @@ def test_a_draft_is_shaped_by_a_config(given, tmp_path):
     )
     assert not draft.config.norm_output and len(draft.layers) == 2
     message = refused(given, tmp_path, model={**shaped, "algorithm": "mtp", "objective": {}})
-    assert "is of a eagle3 draft, model.algorithm is mtp" in message
+    assert "config of a eagle3 draft; expected mtp" in message
 
 
 def test_patience_ends_a_run_early(given, tmp_path):
@@ -353,7 +353,7 @@ def test_a_dry_run_looks_at_the_folder(given, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(sections_of(given, tmp_path)))
-    with pytest.raises(SpeculatorError, match="and no run"):
+    with pytest.raises(SpeculatorError, match="holds notes.txt and not a run"):
         run_command(config=file, dry_run=True)
 
 

@@ -1,1 +1,1 @@
-"""What a run will take: memory, time and disk."""
+"""What a run takes: memory, time and disk."""

@@ -1,20 +1,19 @@
-"""Whether a run fits its machine, and how long it takes, found before it starts.
+"""Memory, disk space and time of a run.
 
     weights       float32, trained or frozen
-    gradients     float32, of those that train; DDP has a copy of them to send
-    optimizer     AdamW keeps two float32 of each weight, Muon one of each of its matrices
-    activations   what a step computes with, as the allocator holds it: see `rehearsal`
-    row           states as they are stored, and in the type of the computation
+    gradients     float32, of trained weights; DDP has a copy of them to send
+    optimizer     AdamW keeps two float32 for each weight, Muon one for each weight of its matrices
+    activations   tensors of a step, as the allocator holds them: see `rehearsal`
+    row           states in the stored type, and in the type of the computation
 
-Between steps come evaluation, with the verifier's KV cache and a whole copy of a sharded draft, and
-the verifier's pass over texts: they take what the step has freed, and count by what they need more.
+Evaluation (the verifier's KV cache, a whole copy of a sharded draft) and the verifier's pass over
+texts come between steps. They use the memory that the step has freed, and count only beyond it.
 """
 
 import logging
 from copy import copy
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -48,24 +47,24 @@ logger = logging.getLogger(__name__)
 
 FLOAT_BYTES = 4
 INDEX_BYTES = 3 * 8 + 1
-"""Of a row's token: id, document, position and loss mask."""
+"""Id, document, position and loss mask of a token of a row."""
 PREFETCHED_ROWS = 2
-"""Of each worker of a `DataLoader`."""
+"""Rows that each worker of a `DataLoader` reads ahead."""
 LIBRARIES_BYTES = 64 * 2**20
-"""What a first step loads and sets up: kernels, thread pools, workspaces of matrix products."""
+"""Memory that the first step takes for kernels, thread pools and workspaces."""
 
 
 class Budget(Settings):
-    """What a run needs of one place, and what it can have there."""
+    """The memory or disk space that a run needs at one place, and what is available there."""
 
     place: str
     """A device, main memory or a disk."""
     parts: dict[str, int]
-    """Bytes by what they are for."""
+    """Bytes by purpose."""
     available_bytes: int
-    """What is free, and what the run holds there already."""
+    """Free bytes, and those that the run uses there already."""
     savings: dict[str, int] = Field(default_factory=dict)
-    """Bytes that options would save, by what to set; where it does not fit."""
+    """Bytes that changes of options would save; empty where the run fits."""
 
     @property
     def needed_bytes(self) -> int:
@@ -77,20 +76,20 @@ class Budget(Settings):
 
 
 class Estimate(Settings):
-    """What a run takes, of each process."""
+    """What each process of a run takes."""
 
     budgets: tuple[Budget, ...]
     trained_parameters: int
     frozen_parameters: int
     num_steps: int
     num_rows: int | None
-    """Of one pass over the data; None where they do not say."""
+    """Rows of one pass over the data; None where that is not known."""
     num_tokens: int | None
-    """The same, without padding."""
+    """Tokens of one pass without padding; None where that is not known."""
     rate_tokens_per_s: float | None
-    """Of one process, padding included; None where it was not measured."""
+    """Rate of one process, padding included; None where it was not measured."""
     seconds: float | None
-    """Of all steps; evaluation and saving come on top."""
+    """Time of all steps, without evaluation and saving."""
 
 
 def estimate(
@@ -110,10 +109,11 @@ def estimate(
     """What a run of ``draft`` takes on this machine.
 
     The draft may be on the meta device; its verifier, or the verifier's head, must be attached.
-    ``num_eval_tokens``: of the held-out examples; where None, as if each filled a row.
-    ``verifier_bytes``: of the whole verifier or its head; as attached where None. ``stored_dtype``:
-    of the states in the data. ``rate_tokens_per_s``: where None and ``is_timed``, a few steps are
-    timed on the run's device (see `measure_rate`), if the run fits and the draft has weights.
+    ``num_eval_tokens``: tokens of the held-out examples; where None, each counts as a full row.
+    ``verifier_bytes``: size of the whole verifier or its head; as attached where None.
+    ``stored_dtype``: type of the states in the data. ``rate_tokens_per_s``: where None and
+    ``is_timed``, a few steps are timed on the run's device (see `measure_rate`), if the run fits
+    and the draft has weights.
 
     Raises:
         SpeculatorError: no verifier is attached.
@@ -148,19 +148,19 @@ def refuse(estimate: Estimate) -> None:
         if budget.is_enough:
             continue
         most = max(budget.parts, key=lambda part: budget.parts[part])
-        advice = "Free some, or take a place that has more."
+        advice = "Free some, or use a place that has more."
         if budget.savings:
             option = max(budget.savings, key=lambda name: budget.savings[name])
             advice = f"Set {option}, which saves {_size(budget.savings[option])}."
         raise SpeculatorError(
-            f"the run needs {_size(budget.needed_bytes)} of {budget.place}, and "
-            f"{_size(budget.available_bytes)} are available; {most} takes "
+            f"the run needs {_size(budget.needed_bytes)} of {budget.place}; "
+            f"{_size(budget.available_bytes)} are available. {most} takes "
             f"{_size(budget.parts[most])}. {advice}"
         )
 
 
 def print_estimate(estimate: Estimate) -> None:
-    """A table of what is needed, and a line each of parameters, data and time."""
+    """Prints a table of the budgets, then parameters, data and time."""
     table = Table(title="what the run takes", title_justify="left")
     for column in ("place", "part", "size"):
         table.add_column(column, justify="right" if column == "size" else "left")
@@ -168,7 +168,7 @@ def print_estimate(estimate: Estimate) -> None:
         parts = [(part, size_bytes) for part, size_bytes in budget.parts.items() if size_bytes]
         for number, (part, size_bytes) in enumerate(parts):
             table.add_row("" if number else budget.place, part, _size(size_bytes))
-        table.add_row("", "in all", _size(budget.needed_bytes), style="bold")
+        table.add_row("", "total", _size(budget.needed_bytes), style="bold")
         table.add_row("", "available", _size(budget.available_bytes), end_section=True)
     trained, frozen = estimate.trained_parameters, estimate.frozen_parameters
     rows, tokens = (
@@ -198,7 +198,7 @@ def _size(size_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class _Run:
-    """A draft and where it trains; plans differ in what they need of it."""
+    """A draft and where it trains, for plans that differ in what they need."""
 
     draft: SpeculatorModel
     device: torch.device
@@ -239,7 +239,7 @@ class _Run:
         }
 
     def _alternatives(self, plan: TrainingPlan) -> dict[str, TrainingPlan]:
-        """Plans that may need less, by the option that makes the difference."""
+        """Plans that may need less, by the change of an option."""
         data, evaluation = plan.data, plan.evaluation
         shorter = max(16, data.row_length // 2)
         found = {
@@ -262,22 +262,22 @@ class _Run:
     # ---- counts ----
 
     def _weight_bytes(self, float_bytes: int = FLOAT_BYTES) -> int:
-        """Of parameters and buffers."""
+        """Size of parameters and buffers."""
         return sum(
             tensor.numel() * (float_bytes if tensor.is_floating_point() else tensor.itemsize)
             for tensor in self.draft.state_dict().values()
         )
 
     def _optimizer_bytes(self, plan: TrainingPlan) -> tuple[int, int]:
-        """What is kept between steps, and what a step works with."""
+        """Size of the state that is kept between steps, and of what a step needs temporarily."""
         of_muon: list[int] = []
         if plan.optimizer.name == "muon":
             for part in MuonAdamW(self.draft, plan.optimizer.learning_rate).parts:
                 if isinstance(part, torch.optim.Muon):
                     of_muon += [w.numel() for group in part.param_groups for w in group["params"]]
         of_adamw = self.num_trained - sum(of_muon)
-        # AdamW on a GPU takes the roots of all second moments at once. Muon works on one matrix:
-        # its update, and in bfloat16 the orthogonal one and products of it.
+        # AdamW on a GPU computes the roots of all second moments at once. Muon works on one matrix
+        # at a time: its update, and in bfloat16 the orthogonal one and products of it.
         working = FLOAT_BYTES * (of_adamw + 4 * max(of_muon, default=0))
         return FLOAT_BYTES * (2 * of_adamw + sum(of_muon)), working
 
@@ -285,7 +285,7 @@ class _Run:
         return self._weight_bytes() + self._optimizer_bytes(plan)[0]
 
     def _token_bytes(self, dtype: torch.dtype) -> int:
-        """Of a token's states: those that the draft reads, and the last."""
+        """Size of a token's states: those that the draft reads, and the last."""
         return (len(self.draft.aux_layer_ids) + 1) * states_width(self.draft) * dtype.itemsize
 
     # ---- memory of the device ----
@@ -306,9 +306,9 @@ class _Run:
             "verifier": self.verifier_bytes,
             "libraries": LIBRARIES_BYTES,
         }
-        between = 0  # what is held between steps
+        between = 0  # used between steps
         if plan.run.fsdp:
-            # In the type of the computation, and gradients in float32 on their way to the sum.
+            # In the type of the computation, and gradients in float32 until they are summed.
             share = dtype.itemsize / FLOAT_BYTES
             parts["gathered shards"] = int(share * weights + (share + 1) * trained)
             between += 2 * weights  # gathered for evaluation, beside the draft that takes it
@@ -327,14 +327,14 @@ class _Run:
         if key not in self.rehearsed:
             try:
                 self.rehearsed[key] = step_memory(self.draft, plan, self.device)
-            except RuntimeError as error:  # another package's draft, that asks for values
+            except RuntimeError as error:  # another package's draft, which reads values
                 name = type(self.draft).__name__
-                logger.warning("activations of %s not counted: %s", name, first_line(error))
+                logger.warning("did not count activations of %s: %s", name, first_line(error))
                 self.rehearsed[key] = StepMemory(0, 0)
         return self.rehearsed[key]
 
     def _verifier_work_bytes(self, plan: TrainingPlan) -> int:
-        """The KV cache of decoded prompts, each counted as long as a row, and one layer's work."""
+        """Size of the KV cache of decoded prompts, as long as a row, and of one layer's work."""
         config, length = _verifier_config(self.draft), plan.data.row_length
         size = self.draft.verifier_head.lm_head.weight.itemsize
         hidden, heads = config.hidden_size, config.num_attention_heads
@@ -343,8 +343,8 @@ class _Run:
         if plan.evaluation.decode:
             num_texts, cached = DECODED_AT_ONCE, length + plan.evaluation.max_tokens
         token_cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * size
-        # Residual, norm, attention's own and its output; gate, up and product; the states that are
-        # read, and they side by side; the mask of rows by rows, as bool and as a term of scores.
+        # Residual, norm, attention and its output; gate, up and product; the states that are read,
+        # and their concatenation; the mask of rows by rows, as bool and as a term of scores.
         widths = 2 * hidden + 4 * heads * head_dim + 3 * config.intermediate_size
         widths += 2 * (len(self.draft.aux_layer_ids) + 1) * hidden
         worked_on = length * (size * widths + (1 + size) * length)
@@ -357,7 +357,7 @@ class _Run:
         row = data.row_length * token
         held_out = round(data.eval_examples * self.eval_tokens_each)
         workers = data.num_workers if data.kind == "store" else 0
-        ahead = workers * (PREFETCHED_ROWS + 2) or 2  # one in the making lies beside its examples
+        ahead = workers * (PREFETCHED_ROWS + 2) or 2  # one is being made from its examples
         parts = {
             "rows read ahead": ahead * row,
             "held-out examples and rows": 2 * held_out * token,
@@ -368,14 +368,14 @@ class _Run:
         return parts
 
 
-def _with(plan: TrainingPlan, section: str, **options: Any) -> TrainingPlan:
-    """The plan with other options in one of its sections."""
+def _with(plan: TrainingPlan, section: str, **options: object) -> TrainingPlan:
+    """The plan with changed options in one of its sections."""
     changed = getattr(plan, section).model_copy(update=options)
     return plan.model_copy(update={section: changed})
 
 
 def _verifier_config(draft: SpeculatorModel) -> PretrainedConfig:
-    """Of the verifier attached in full; else as far as the draft's own layers tell."""
+    """Config of the verifier that is attached in full; else an estimate from the draft's layers."""
     whole, *_ = attached_to(draft)
     if isinstance(whole, PreTrainedModel):
         return whole.config.get_text_config()

@@ -1,4 +1,4 @@
-"""Free memory and disk space that a process of a run can use."""
+"""Free memory and disk space of a process."""
 
 import os
 from collections.abc import Iterable

@@ -1,8 +1,8 @@
-"""A training step without memory, to count what it would hold; and a few real ones, to time them.
+"""Memory of a training step, counted without running it.
 
-The draft's own forward and backward run on *fake* tensors, which have a shape and a type but no
-memory, and what lives of them at one time is added up. So the count holds for every algorithm,
-objective and type, and changes with the code that it is about.
+The draft's forward and backward run on *fake* tensors, which have a shape and a type but no memory,
+and the sizes of those alive at one time are added up. The count therefore covers every algorithm,
+objective and type, and follows changes of their code. Real steps are made only to time them.
 """
 
 import math
@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,25 +32,25 @@ aten = torch.ops.aten
 CPU = torch.device("cpu")
 INDEXING = (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default)
 SEARCH_STEPS = 3
-"""Halvings of the range in which the worst length of documents lies."""
+"""Halvings of the range that contains the worst length of documents."""
 MAPPED_BYTES = 2**25
-"""Memory of this size or more glibc gives back to the system as soon as it is freed."""
+"""Size from which glibc returns memory to the system as soon as it is freed."""
 HEAP_MARGIN = 1.5
-"""A heap can give what was freed to a request of another size only in part. So it grows to more
-than the tensors that live at one time, and less than the most that lived of each size, added up.
-With glibc 2.36, four algorithms, widths of 128 to 512 and rows of 512 to 4096, main memory grew in
-six steps to 0.9 to 1.5 times the geometric mean of the two."""
+"""A heap can reuse freed memory for a request of another size only in part. So it grows to more
+than the tensors alive at one time, and less than the sum of the most alive of each size. With glibc
+2.36, four algorithms, widths of 128 to 512 and rows of 512 to 4096, main memory grew in six steps
+to 0.9 to 1.5 times the geometric mean of the two."""
 GPU_ALLOCATOR_SHARE = 0.2
-"""Of the tensors that live at one time, as unused pieces of blocks."""
+"""Share of unused pieces of blocks, relative to the tensors alive at one time."""
 TIMED_STEPS = 2
 TIMED_S = 20.0
 """No further step is timed after so long."""
 SHORT_ROW = 1024
-"""Tokens of a row that takes no time."""
+"""Tokens of a row that is fast enough to begin with."""
 
 
 class Fake(Tensor):
-    """A tensor without memory; its shape and type are those of one on the meta device."""
+    """A tensor without memory, with the shape and type of one on the meta device."""
 
     like: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # a C one
@@ -70,14 +71,14 @@ class Fake(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]  # PyTorch declares it without the function
-        raise NotImplementedError(f"{func} of a fake tensor, outside of its rehearsal")
+        raise NotImplementedError(f"{func} of a fake tensor, outside of `Rehearsal`")
 
 
 class Rehearsal(TorchDispatchMode):
-    """Adds up the bytes of all tensors that are made and alive while it is entered.
+    """Adds up the bytes of all tensors that are made and alive inside.
 
-    What is computed from fake tensors is fake. Indices and masks are real, because the shapes of
-    others depend on them, and on the CPU; one that a fake tensor is written into keeps what it had.
+    Results of operations on fake tensors are fake. Indices and masks are real, on the CPU, because
+    the shapes of other tensors depend on them; writing a fake tensor into one leaves it unchanged.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -85,7 +86,7 @@ class Rehearsal(TorchDispatchMode):
         self.device = device
         self.is_backward = False
         self.has_recomputed = False
-        """Attention was computed once more in the backward pass instead of being kept."""
+        """Whether attention was computed again in the backward pass instead of being kept."""
         self.live_bytes = self.peak_bytes = 0
         self._live_of: Counter[int] = Counter()
         self._most_of: Counter[int] = Counter()
@@ -93,21 +94,21 @@ class Rehearsal(TorchDispatchMode):
 
     @property
     def allocator_bytes(self) -> int:
-        """What the allocator holds beyond the tensors that live at one time."""
+        """Memory that the allocator holds beyond the tensors alive at one time."""
         if self.device.type != "cpu":
             return round(self.peak_bytes * GPU_ALLOCATOR_SHARE)
         apart = sum(self._most_of.values())
         return round(HEAP_MARGIN * (self.peak_bytes * apart) ** 0.5) - self.peak_bytes
 
     def stand_in(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Fake:
-        """A fake tensor of the same shape, which was there before and is not counted."""
+        """A fake tensor of the same shape for one that existed before, which is not counted."""
         like = torch.empty_like(tensor, dtype=dtype or tensor.dtype, device="meta")
         self._known.add(like.untyped_storage()._cdata)
         return Fake(like, self.device)
 
     def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+        self, function: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if any(isinstance(leaf, Fake) for leaf in _leaves([*args, *kwargs.values()])):
             made = self._on_shapes(function, args, kwargs)
@@ -119,9 +120,9 @@ class Rehearsal(TorchDispatchMode):
         self.has_recomputed |= self.is_backward and function is aten._softmax.default
         return made
 
-    def _on_shapes(self, function: Any, args: tuple, kwargs: dict) -> Any:
+    def _on_shapes(self, function: OpOverload, args: tuple, kwargs: dict) -> object:
         if function is aten._local_scalar_dense.default:
-            return 1  # a value that nobody knows: of a metric, say
+            return 1  # an unknown value, such as that of a metric
         written = function._schema.arguments[0].alias_info
         is_written = written is not None and written.is_write
         if is_written and not isinstance(args[0], Fake):
@@ -134,11 +135,11 @@ class Rehearsal(TorchDispatchMode):
         )
         return args[0] if is_written else _mapped(self._as_fake, made)
 
-    def _as_fake(self, leaf: Any) -> Any:
+    def _as_fake(self, leaf: object) -> object:
         return Fake(leaf, self.device) if isinstance(leaf, Tensor) else leaf
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        """Once for all views of it, until the last one is gone."""
+        """Counts a storage once for all its views, until the last one is deleted."""
         address, size = storage._cdata, storage.nbytes()
         if address not in self._known:
             self._known.add(address)
@@ -157,7 +158,7 @@ class Rehearsal(TorchDispatchMode):
         self._most_of[kind] = max(self._most_of[kind], self._live_of[kind])
 
 
-def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+def _leaves(values: Iterable[object]) -> Iterator[object]:
     for value in values:
         if isinstance(value, list | tuple):
             yield from _leaves(value)
@@ -165,14 +166,14 @@ def _leaves(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
-def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+def _mapped(change: Callable[[object], object], value: object) -> object:
     if isinstance(value, list | tuple):
         kind = tuple if isinstance(value, tuple) else list
         return kind(_mapped(change, item) for item in value)
     return change(value)
 
 
-def _on_meta(leaf: Any) -> Any:
+def _on_meta(leaf: object) -> object:
     if isinstance(leaf, Fake):
         return leaf.like
     if isinstance(leaf, Tensor):
@@ -181,7 +182,7 @@ def _on_meta(leaf: Any) -> Any:
 
 
 def _places(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """Masks as the places that they mark: how many there are decides on shapes."""
+    """Masks as the places that they mark, whose number decides shapes."""
     found: list[Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype == torch.bool:
@@ -192,13 +193,13 @@ def _places(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
 
 
 class _Step(nn.Module):
-    """Forward and backward of a draft in one call, so that fake weights serve both."""
+    """Forward and backward of a draft in one call, so that both use the fake weights."""
 
     def __init__(self, draft: SpeculatorModel) -> None:
         super().__init__()
         self.draft, self.head = draft, draft.verifier_head
 
-    def forward(self, row: Batch, options: Mapping[str, Any], rehearsal: Rehearsal) -> None:
+    def forward(self, row: Batch, options: Mapping[str, object], rehearsal: Rehearsal) -> None:
         with _precision(row.aux_hidden_states.dtype, rehearsal.device):
             _, loss, _ = self.draft(row, **options)
         rehearsal.is_backward = True
@@ -206,14 +207,14 @@ class _Step(nn.Module):
 
 
 class StepMemory(NamedTuple):
-    """What forward and backward of one row hold at most, beside weights, gradients and the row."""
+    """Peak memory of forward and backward of one row, beside weights, gradients and the row."""
 
     tensor_bytes: int
-    """Of the tensors that live at one time."""
+    """Size of the tensors alive at one time."""
     allocator_bytes: int
-    """Of what the allocator holds beyond them."""
+    """Memory that the allocator holds beyond them."""
     has_recomputed: bool = False
-    """Attention was computed once more in the backward pass."""
+    """Whether attention was computed again in the backward pass."""
 
     @property
     def size_bytes(self) -> int:
@@ -221,11 +222,11 @@ class StepMemory(NamedTuple):
 
 
 def step_memory(draft: SpeculatorModel, plan: TrainingPlan, device: torch.device) -> StepMemory:
-    """The most that a step over one full row can hold, whatever documents are in it.
+    """Peak memory of a step over one full row, for the worst lengths of its documents.
 
     Attention keeps its scores for the backward pass where they are few (`attention.py`), as in a
-    row of shorter documents: the most may be held where the first document is of any length. Kept
-    scores grow with the square of it, which tells what lies between the longest that was found to
+    row of shorter documents, so the peak may be at any length of the first document. Kept scores
+    grow with its square, which gives the peak between the longest first document that was found to
     keep them and the shortest that was not.
     """
     high = plan.data.row_length
@@ -258,12 +259,12 @@ def _size(memory: StepMemory) -> int:
 def rehearse(
     draft: SpeculatorModel, plan: TrainingPlan, device: torch.device, first_document: int
 ) -> StepMemory:
-    """Memory of a step over a full row that begins with a document of so many tokens.
+    """Memory of a step over a full row whose first document has ``first_document`` tokens.
 
-    Weights count as float32, whatever they are now, those of the verifier's head as they are.
+    The draft's weights count as float32, those of the verifier's head in their present type.
 
     Raises:
-        NotImplementedError: the draft's ``forward`` decides something by the values of its states.
+        NotImplementedError: the draft's ``forward`` depends on the values of its states.
     """
     options, _ = draft.get_trainer_kwargs(**plan.model.objective)
     rehearsal, step, dtype = Rehearsal(device), _Step(draft), compute_dtype(plan, device)
@@ -284,9 +285,9 @@ def rehearse(
 
 
 def _stand_in(rehearsal: Rehearsal, name: str, tensor: Tensor) -> Tensor:
-    """For a weight of a `_Step`, with its gradient where it trains.
+    """A fake tensor for a weight of a `_Step`, with its gradient if it is trained.
 
-    Ids of the draft's vocabulary are real, whichever they are.
+    Ids of the draft's vocabulary are real, with arbitrary values.
     """
     if not tensor.is_floating_point():
         return torch.zeros_like(tensor, device=CPU)
@@ -301,7 +302,7 @@ def _stand_in(rehearsal: Rehearsal, name: str, tensor: Tensor) -> Tensor:
 # ---- a row and how it is trained on ----
 
 
-def _precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+def _precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
@@ -318,19 +319,19 @@ def _make_row(
     device: torch.device,
     states_on: torch.device | None = None,
 ) -> Batch:
-    """A row of random tokens, all to be learnt: a document of so many, and short ones behind it.
+    """A row of random tokens, all trained: a first document of this length, then short ones.
 
-    Its states, of this type, are on ``device`` where ``states_on`` is None.
+    Its states have type ``dtype`` and are on ``states_on``, or on ``device`` where that is None.
     """
     width, states_on = states_width(draft), states_on or device
     rows = torch.arange(length, device=device)
-    behind = rows - first_document
+    after = rows - first_document
     num_tokens = len(draft.verifier_head.embed_tokens.weight)
     aux_width = len(draft.aux_layer_ids) * width
     return Batch(
         input_ids=torch.randint(num_tokens, (1, length), device=device),
-        document_ids=torch.where(behind < 0, 0, 1 + behind // QUERY_BLOCK)[None],
-        position_ids=torch.where(behind < 0, rows, behind % QUERY_BLOCK)[None],
+        document_ids=torch.where(after < 0, 0, 1 + after // QUERY_BLOCK)[None],
+        position_ids=torch.where(after < 0, rows, after % QUERY_BLOCK)[None],
         loss_mask=torch.ones(1, length, dtype=torch.bool, device=device),
         aux_hidden_states=torch.randn(1, length, aux_width, dtype=dtype, device=states_on),
         last_hidden_states=torch.randn(1, length, width, dtype=dtype, device=states_on),
@@ -339,8 +340,10 @@ def _make_row(
 
 @contextmanager
 def _as_trained(draft: SpeculatorModel, plan: TrainingPlan, device: torch.device) -> Iterator[None]:
-    """In training mode, recomputing its layers if the plan says so; modes and random numbers of
-    this process are afterwards as they were."""
+    """Training mode inside, with gradient checkpointing if the plan asks for it.
+
+    Modes and random generators of this process are restored afterwards.
+    """
     was_training, was_recomputing = draft.training, draft.is_gradient_checkpointing
     recomputes = plan.run.gradient_checkpointing and draft.supports_gradient_checkpointing
     devices = [device] if device.type == "cuda" else []
@@ -360,13 +363,14 @@ def _as_trained(draft: SpeculatorModel, plan: TrainingPlan, device: torch.device
 
 
 def measure_rate(draft: SpeculatorModel, plan: TrainingPlan, device: torch.device) -> float:
-    """Tokens a second, padding included, of whole steps over one full row: forward, backward,
-    optimizer. The first step, which is slower, counts only where it alone takes `TIMED_S`.
+    """Tokens per second, padding included, of whole steps over one full row.
 
-    Where steps over a full row would take longer, shorter rows are timed, and a full one is taken
-    to follow the power of the length that the last two show.
+    A step is forward, backward and optimizer. The first one, which is slower, counts only if it
+    alone takes `TIMED_S`. Where steps over a full row would take longer than that, shorter rows are
+    timed, and the time of a full one is extrapolated by the power of the length that fits the last
+    two.
 
-    Draft and verifier move to the device. Weights are afterwards as they were, without gradients.
+    Draft and verifier move to the device. Weights are restored afterwards, without gradients.
     """
     draft.to(device)
     if draft.attached is not None:
@@ -403,7 +407,7 @@ def measure_rate(draft: SpeculatorModel, plan: TrainingPlan, device: torch.devic
 
 
 def _time_row(time_steps: Callable[[int], float], row_length: int) -> float:
-    """Seconds of a step over a row, from rows of it and of its halves as far as time allows."""
+    """Seconds of a step over a row, from rows of this length, or of as much as time allows."""
     lengths = [row_length]
     while lengths[0] >= 2 * SHORT_ROW:
         lengths.insert(0, lengths[0] // 2)

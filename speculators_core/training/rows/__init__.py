@@ -1,1 +1,1 @@
-"""Where the rows of training come from."""
+"""Rows to train on."""

@@ -1,4 +1,4 @@
-"""Opens the data of a run, checks them against its verifier, and splits them."""
+"""The data of a run: opened, checked, split."""
 
 from contextlib import ExitStack
 from functools import partial

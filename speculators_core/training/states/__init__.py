@@ -1,1 +1,1 @@
-"""What a run saves, and the folder that holds it."""
+"""Saved states of a run, and its folder."""

@@ -1,11 +1,11 @@
-"""The folder of a training run: whose it is, what made it, and whether it can be gone on with.
+"""A run's folder: plan, starts, lock.
 
 config.yaml       the plan in full, which reruns it
 run.json          the plan, and each start: command, versions, machine, commit
 checkpoint-500/   saved states, see `state_folder`
-speculator/       the draft in the end
-prompts.jsonl     those of evaluation.prompts that were decoded, in the end
-report.json       there when the run came to its end
+speculator/       the draft at the end
+prompts.jsonl     prompts of evaluation.prompts that were decoded at the end
+report.json       present when the run has come to its end
 """
 
 import logging
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import Field, JsonValue, ValidationError
@@ -65,15 +65,15 @@ GIT_TIMEOUT_S = 10
 
 
 class Commit(Settings):
-    """Of the repository that a run was started in."""
+    """The git commit of the directory that a run was started in."""
 
     commit: str
     is_dirty: bool
-    """Tracked files differ from it."""
+    """Whether tracked files differ from it."""
 
 
 class Start(Settings):
-    """A start of the run, the first or a later one."""
+    """One start of the run, the first or a later one."""
 
     command: str
     started_at: str
@@ -84,32 +84,32 @@ class Start(Settings):
 
 
 class RunRecord(Settings):
-    """What the folder says of its run."""
+    """The record of a run in its folder."""
 
     format: Literal["speculators-run-1"] = "speculators-run-1"
     plan: dict[str, JsonValue]
     weights: dict[str, str | None]
-    """Samples of the weights that it starts from, where they are on this machine."""
+    """Hashes of samples of the weights that it starts from, where they are on this machine."""
     rows_per_step: int = Field(ge=1)
-    """Of all processes."""
+    """Rows of one step, of all processes."""
     content: dict[str, JsonValue]
-    """Of data and prompts on this machine: hashes, and the options that data are made with."""
+    """Hashes of data and prompts on this machine, and the options that data are made with."""
     starts: tuple[Start, ...] = ()
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder that is this process's until it is let go of."""
+    """The folder of a run while this process holds its lock."""
 
     path: Path
     plan: TrainingPlan
     is_resumed: bool
-    """There is a run of the same plan to go on with."""
+    """Whether there is a run of the same plan to resume."""
 
     def start(self, command: Sequence[str]) -> None:
-        """Writes down what is started, ``command`` without its secrets, and tidies up.
+        """Records this start, with ``command`` without its secrets, and tidies up.
 
-        What a killed process left half-written is ended or goes.
+        Files that a killed process left half-written are completed or removed.
 
         Raises:
             SpeculatorError: the folder cannot be written.
@@ -121,7 +121,7 @@ class RunFolder:
 
     def _enter(self, command: Sequence[str]) -> None:
         if not self.is_resumed and (self.path / PROVENANCE).exists():
-            logger.info("%s held a run of another plan that had saved nothing", self.path)
+            logger.info("replaced a run of another plan in %s, which had saved nothing", self.path)
         record = _read_record(self.path) if self.is_resumed else _record_of(self.plan)
         record = record.model_copy(update={"starts": (*record.starts, _this_start(command))})
         if not self.is_resumed:
@@ -134,19 +134,19 @@ class RunFolder:
 
 
 def is_finished(plan: TrainingPlan) -> bool:
-    """Whether the run came to its end: its speculator and its report are there."""
+    """Whether the run has come to its end: its speculator and its report exist."""
     folder = _folder_of(plan)
     return (folder / SPECULATOR).is_dir() and (folder / REPORT).is_file()
 
 
 def check_folder(plan: TrainingPlan) -> bool:
-    """Looks whether ``run.output`` is free, or holds this run; nothing is written.
+    """Checks that ``run.output`` is free, or holds this run; nothing is written.
 
-    Free is also the folder of a run of another plan that has saved nothing yet. Returns whether
-    there is a run of this plan to go on with.
+    The folder of a run of another plan is free too, if that has saved nothing yet. Returns whether
+    there is a run of this plan to resume.
 
     Raises:
-        SpeculatorError: it holds a run of another plan, or something that is no run.
+        SpeculatorError: it holds a run of another plan, or something other than a run.
     """
     folder = _folder_of(plan)
     if not (folder / PROVENANCE).exists():
@@ -155,22 +155,22 @@ def check_folder(plan: TrainingPlan) -> bool:
     difference = _difference(folder, _read_record(folder), _record_of(plan))
     if difference is not None and _has_saved(folder):
         raise SpeculatorError(
-            f"{folder} holds a run with {difference}. Run with the same, or name another "
-            "run.output."
+            f"{folder} holds a run with {difference}. Set it to the same to resume that run, or "
+            "choose another run.output."
         )
     return difference is None
 
 
 @contextmanager
 def claim(plan: TrainingPlan) -> Iterator[RunFolder]:
-    """The folder ``run.output``, held for this plan; one process at a time.
+    """The folder ``run.output``, locked for this plan; one process at a time.
 
-    Until `RunFolder.start` nothing but a lock is written, and without it a folder that was made
-    for the lock goes again.
+    Until `RunFolder.start` nothing but a lock is written; without a start, a folder that was made
+    for the lock is removed again.
 
     Raises:
-        SpeculatorError: another process has it, it holds a run of another plan or no run at all,
-            or it cannot be written.
+        SpeculatorError: another process has the lock, the folder holds a run of another plan or
+            something other than a run, or it cannot be written.
     """
     folder = _folder_of(plan)
     if not (folder / PROVENANCE).exists():
@@ -182,7 +182,7 @@ def claim(plan: TrainingPlan) -> Iterator[RunFolder]:
         finally:
             if made and [path.name for path in folder.iterdir()] == [LOCK]:
                 (folder / LOCK).unlink()
-                with suppress(OSError):  # somebody else has moved in
+                with suppress(OSError):  # another process has written there
                     for path in made:
                         path.rmdir()
 
@@ -196,7 +196,8 @@ def _check_free(folder: Path) -> None:
     others = [name for name in others if not name.startswith(".")]
     if others:
         raise SpeculatorError(
-            f"{folder} holds {others[0]} and no run. Name another run.output, or empty it."
+            f"{folder} holds {others[0]} and not a run; expected a run, or an empty folder. Choose "
+            "another run.output, or empty it."
         )
 
 
@@ -213,7 +214,7 @@ def newest_whole_state(folder: Path) -> Path | None:
 
 
 def in_full(plan: TrainingPlan) -> TrainingPlan:
-    """The plan with its local places in full, so that it says the same in every directory."""
+    """The plan with absolute local paths, so that it is the same in every directory."""
     sections = {}
     for name, section in plan:
         places = {
@@ -242,7 +243,7 @@ def _record_of(plan: TrainingPlan) -> RunRecord:
 
 
 def _content_of(plan: TrainingPlan) -> dict[str, JsonValue]:
-    """What decides the rows and prompts, by names; of what is not on this machine nothing."""
+    """What decides the rows and prompts, by name; files that are not on this machine have None."""
     data, found = plan.data, dict[str, JsonValue]()
     files = [] if plan.evaluation.prompts is None else [plan.evaluation.prompts]
     generation = generation_of(plan)
@@ -257,7 +258,7 @@ def _content_of(plan: TrainingPlan) -> dict[str, JsonValue]:
 
 
 def _hash_store(folder: Path) -> str | None:
-    """Of the checksums of all examples; None where there is no store."""
+    """Hash of the checksums of all examples; None where there is no store."""
     if not (folder / STORE_MANIFEST).exists():
         return None
     digest = xxh3_64()
@@ -268,7 +269,7 @@ def _hash_store(folder: Path) -> str | None:
 
 
 def _hash_local(path: Path) -> str | None:
-    """Of a file, or of all files of a folder; None where there is neither."""
+    """Hash of a file, or of all files of a folder; None where there is neither."""
     path = path.expanduser()
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
     if not files:
@@ -287,13 +288,13 @@ def _read_record(folder: Path) -> RunRecord:
         return RunRecord.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise SpeculatorError(
-            f"{path} is not of a training run, or damaged: {first_fault(error)}. Name another "
-            "run.output."
+            f"{path} is not the record of a training run, or is damaged: {first_fault(error)}. "
+            "Choose another run.output."
         ) from error
 
 
 def _difference(folder: Path, found: RunRecord, now: RunRecord) -> str | None:
-    """What first keeps both records from leading to the same draft; None where nothing does."""
+    """The first difference that leads to different drafts; None where there is none."""
     before, after = (_deciding(record, folder / PROVENANCE) for record in (found, now))
     for key in dict.fromkeys([*after, *before]):
         if before.get(key) != after.get(key):
@@ -301,11 +302,11 @@ def _difference(folder: Path, found: RunRecord, now: RunRecord) -> str | None:
     return None
 
 
-def _deciding(record: RunRecord, where: Path) -> dict[str, Any]:
-    """What decides the draft, by full names; options that the record lacks have their defaults."""
+def _deciding(record: RunRecord, where: Path) -> dict[str, JsonValue]:
+    """What decides the draft, by full name; options that the record lacks have their defaults."""
     plan = TrainingPlan.read(record.plan, str(where)).model_dump(mode="json")
     options = {key: value for key, value in flat(plan).items() if key not in CHANGEABLE_ON_RESUME}
-    del options["optimizer.rows_per_step"]  # other processes may have as many rows in all
+    del options["optimizer.rows_per_step"]  # another number of processes has another one
     return {
         **options,
         "optimizer.rows_per_step of all processes": record.rows_per_step,
@@ -324,7 +325,7 @@ def _this_start(command: Sequence[str]) -> Start:
 
 
 def _commit_here() -> Commit | None:
-    """Of the current directory; None where there is no repository, or no git."""
+    """The commit of the current directory; None where there is no repository, or no git."""
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no")
     if commit is None or changes is None:

@@ -1,17 +1,17 @@
-"""What a training run needs to go on bit for bit: as tensors and JSON, free of pickle.
+"""State from which a run resumes, without pickle.
 
-    weights.safetensors     parameters and buffers as they are trained; of tied ones the first
-    optimizer.safetensors   the optimizer's tensors, each as `<weight>/<what>`
-    optimizer.json          its groups, and what of its states is no tensor
+    weights.safetensors     parameters and buffers as they are trained; the first of tied ones
+    optimizer.safetensors   the optimizer's tensors, each as `<weight>/<name>`
+    optimizer.json          its groups, and its values that are not tensors
     scheduler.json
     trainer_state.json
-    rng.safetensors         random states of Python, NumPy and torch, a row a process
+    rng.safetensors         random states of Python, NumPy and torch, one row per process
 
-Tensors lie whole, however they are shared out: one process, DDP or FSDP2 with any number of
-processes write the same weights and optimizer, and each reads what another wrote.
+Tensors are stored whole, however they are sharded: one process, DDP and FSDP2 with any number of
+processes write the same weights and optimizer, and each can read the files of the others.
 
-`torch.distributed.checkpoint.state_dict` is not used, for it is not exact (torch 2.13): it gives a
-state to weights that never had a gradient, and steps an optimizer that has not stepped yet.
+`torch.distributed.checkpoint.state_dict` is not used because it is not exact (torch 2.13): it gives
+a state to weights that never had a gradient, and steps an optimizer that has not stepped yet.
 """
 
 import itertools
@@ -21,12 +21,13 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
+from pydantic import JsonValue
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -55,8 +56,21 @@ from speculators_core.training.states.state_folder import rotate_states as rotat
 
 logger = logging.getLogger(__name__)
 
+Group = dict[str, Any]
+"""A group of an optimizer: its options, of any type, and its weights' names as ``params``."""
+
+
+class PartState(TypedDict):
+    """An optimizer's state without its tensors."""
+
+    kind: str
+    groups: list[Group]
+    values: dict[str, dict[str, JsonValue]]
+    """What is not a tensor in the states of weights, by their names."""
+
+
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-"""What torch.compile and torch's activation checkpointing put into the names of weights."""
+"""Prefixes that torch.compile and torch's activation checkpointing add to names of weights."""
 
 
 def write_state(
@@ -71,11 +85,11 @@ def write_state(
     """Writes ``run/checkpoint-<step>``, whole or not at all; a state of the same step is replaced.
 
     All processes call it, one of them with ``is_writer``; it returns when the state is on disk.
-    ``model`` may be wrapped by DDP, shared out by FSDP2 or compiled, ``optimizer`` wrapped by
+    ``model`` may be wrapped by DDP, sharded by FSDP2 or compiled, ``optimizer`` wrapped by
     accelerate; ``trainer_state`` is JSON.
 
     Raises:
-        SpeculatorError: it cannot be written; every process says so, and older states stay.
+        SpeculatorError: it cannot be written; every process raises it, and older states are kept.
     """
     random_states = _random_states()
     weights = _tensors_of(model)
@@ -99,10 +113,10 @@ def write_state(
 
 
 def read_state(folder: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: Stateful) -> str:
-    """Puts a saved state into objects made as the saved ones were; returns the trainer's state.
+    """Loads a saved state into objects made as the saved ones were; returns the trainer's state.
 
-    Every process calls it. Random states are taken up apart, by `restore_rng`: what comes between
-    may draw.
+    Every process calls it. Random states are restored separately, by `restore_rng`: what is done
+    in between may draw.
 
     Raises:
         SpeculatorError: a file is missing or damaged, or the state is of another model.
@@ -115,7 +129,7 @@ def read_state(folder: Path, *, model: nn.Module, optimizer: Optimizer, schedule
 
 
 def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Puts the weights of a saved state, and nothing else of it, into a model; returns the model's.
+    """Loads the weights of a saved state, and nothing else, into a model; returns the model's.
 
     Every process calls it.
 
@@ -135,7 +149,7 @@ def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers themselves, by the names that they have unwrapped."""
+    """Parameters and persistent buffers, not copies, by their names in the unwrapped model."""
     while isinstance(model, DistributedDataParallel):
         model = model.module
     found: dict[str, Tensor] = {}
@@ -151,7 +165,7 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _gathered(tensors: Mapping[str, Tensor], is_writer: bool) -> dict[str, Tensor]:
-    """The whole tensors in main memory at the writer, none elsewhere; all processes take part."""
+    """The whole tensors in main memory at the writer, none elsewhere; all processes call it."""
     gathered = {}
     for name, tensor in tensors.items():
         whole = tensor.detach()
@@ -163,7 +177,7 @@ def _gathered(tensors: Mapping[str, Tensor], is_writer: bool) -> dict[str, Tenso
 
 
 def _placed(stored: Tensor, like: Tensor) -> Tensor:
-    """This process's share of a whole tensor, laid out as ``like``; a number stays one."""
+    """This process's shard of a whole tensor, with the layout of ``like``; a number stays whole."""
     if isinstance(like, DTensor) and stored.shape == like.shape:
         return distribute_tensor(stored, like.device_mesh, like.placements, src_data_rank=None)
     return stored
@@ -174,13 +188,14 @@ def _kinds_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _check_same(path: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    """Raises SpeculatorError unless what was saved is what the run has now."""
+    """Raises SpeculatorError unless the saved tensors have the names and types of the run's."""
     for name in sorted(found.keys() | expected.keys()):
         saved, now = found.get(name, "absent"), expected.get(name, "absent")
         if saved != now:
             raise SpeculatorError(
-                f"{path}: {name} was {saved:.200} and is {now:.200} now; the state is of another "
-                "model or optimizer. Run with the same options, or name another run.output."
+                f"{path}: {name} is {saved:.200}, expected {now:.200}: the state is of another "
+                "model or optimizer. Run with the options that saved it, or choose another "
+                "run.output."
             )
 
 
@@ -198,14 +213,14 @@ def _parts_of(optimizer: Optimizer) -> list[Optimizer]:
 
 def _states_of(
     optimizer: Optimizer, weights: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The tensors of all states, and what else there is of each part, with weights by name."""
+) -> tuple[dict[str, Tensor], list[PartState]]:
+    """The tensors of all states, and the rest of each part, with weights by name."""
     tensors: dict[str, Tensor] = {}
-    parts = []
+    parts: list[PartState] = []
     for part in _parts_of(optimizer):
         names = _names_in(part, weights)
         state = part.state_dict()
-        values: dict[str, dict[str, Any]] = {}
+        values: dict[str, dict[str, JsonValue]] = {}
         for number, entries in state["state"].items():
             for key, value in entries.items():
                 if isinstance(value, Tensor):
@@ -221,19 +236,19 @@ def _states_of(
 
 
 def _names_in(part: Optimizer, weights: Mapping[str, Tensor]) -> list[str]:
-    """Of the weights of an optimizer, as its ``state_dict`` numbers them.
+    """Names of the weights of an optimizer, in the order of the numbers in its ``state_dict``.
 
     Raises:
-        ValueError: it has a weight that the model has not.
+        ValueError: the model lacks one of the weights.
     """
     names = {id(weight): name for name, weight in weights.items()}
-    own = [weight for group in part.param_groups for weight in group["params"]]
-    if strange := [weight for weight in own if id(weight) not in names]:
+    optimized = [weight for group in part.param_groups for weight in group["params"]]
+    if strange := [weight for weight in optimized if id(weight) not in names]:
         raise ValueError(
-            f"{type(part).__name__} has {len(strange)} of {len(own)} weights that are not the "
-            f"model's, the first of shape {list(strange[0].shape)}"
+            f"{type(part).__name__} has {len(strange)} of {len(optimized)} weights that are not "
+            f"the model's, the first of shape {list(strange[0].shape)}"
         )
-    return [names[id(weight)] for weight in own]
+    return [names[id(weight)] for weight in optimized]
 
 
 def _read_optimizer(folder: Path, optimizer: Optimizer, weights: Mapping[str, Tensor]) -> None:
@@ -246,20 +261,19 @@ def _read_optimizer(folder: Path, optimizer: Optimizer, weights: Mapping[str, Te
         entries[name][key] = tensor
     states = []
     for part, before, now in zip(_parts_of(optimizer), saved, present, strict=True):
-        state: dict[int, dict[str, Any]] = {}
+        state: dict[int, dict[str, Tensor | JsonValue]] = {}
         for number, name in enumerate(_names_in(part, weights)):
-            # A copy: the file's own bytes would stay mapped, and change with the file.
-            own = {k: _placed(t, weights[name]).clone() for k, t in entries[name].items()}
-            own |= before["values"].get(name, {})
-            if own:
-                state[number] = own
+            # A copy: the bytes of the file would stay mapped, and change with it.
+            tensors = {k: _placed(t, weights[name]).clone() for k, t in entries[name].items()}
+            if found := {**tensors, **before["values"].get(name, {})}:
+                state[number] = found
         states.append({"state": state, "param_groups": _numbered(before["groups"], now["groups"])})
     whole = _unwrapped(optimizer)
     whole.load_state_dict({"parts": states} if isinstance(whole, MuonAdamW) else states[0])
 
 
-def _places_in(parts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Which weight is where in which optimizer."""
+def _places_in(parts: Sequence[PartState]) -> dict[str, str]:
+    """The name of the weight at each place of each optimizer."""
     return {
         f"weight {place} in group {number} of {part['kind']}": name
         for part in parts
@@ -268,10 +282,8 @@ def _places_in(parts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def _numbered(
-    saved: Sequence[Mapping[str, Any]], present: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Groups as ``load_state_dict`` takes them; JSON has made lists of tuples."""
+def _numbered(saved: Sequence[Group], present: Sequence[Group]) -> list[dict[str, object]]:
+    """Groups as ``load_state_dict`` takes them; JSON has turned tuples into lists."""
     count = itertools.count()
     groups = []
     for before, now in zip(saved, present, strict=True):
@@ -283,7 +295,7 @@ def _numbered(
     return groups
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> Any:  # what `write_state` wrote there
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -291,10 +303,10 @@ def _read_json(path: Path) -> Any:
 
 
 def restore_rng(folder: Path, rank: int, world: int) -> bool:
-    """Takes up the random states of process ``rank`` of ``world``; returns whether they are exact.
+    """Restores the random states of process ``rank`` of ``world``; returns whether they are exact.
 
-    They are not where another number of processes, or another kind of device, saved them. Then each
-    process draws from a seed that follows from what was saved and from its rank.
+    They are not exact where another number of processes, or another kind of device, saved them.
+    Each process is then seeded from the saved states and its rank.
 
     Raises:
         SpeculatorError: the file is missing or damaged.
@@ -311,7 +323,7 @@ def restore_rng(folder: Path, rank: int, world: int) -> bool:
     np.random.seed(seed)
     torch.manual_seed(seed)
     logger.warning(
-        "%s has the random states of %d processes with %s; now there are %d: draws go on otherwise",
+        "%s has the random states of %d processes with %s; there are %d now, seeded from them",
         folder,
         len(stored["torch"]),
         ", ".join(sorted(stored)),
@@ -321,7 +333,7 @@ def restore_rng(folder: Path, rank: int, world: int) -> bool:
 
 
 def _random_states() -> dict[str, Tensor]:
-    """Of this process. Float64 holds each number of Python's and NumPy's generators exactly."""
+    """Random states of this process, in float64, which represents each of their numbers exactly."""
     _, words, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
     keys = numpy["state"]["key"].tolist()
@@ -352,7 +364,7 @@ def _set_random_states(states: Mapping[str, Tensor]) -> None:
 
 
 def _of_all_processes(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensors of all processes, one below the other in the order of their ranks."""
+    """The tensors of all processes, stacked in the order of their ranks."""
     if not dist.is_initialized():
         return tensor[None]
     own = tensor.to(device)
@@ -362,7 +374,7 @@ def _of_all_processes(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _raise_together(folder: Path, error: Exception | None, device: torch.device) -> None:
-    """Raises SpeculatorError in all processes where there is an error in one."""
+    """Raises SpeculatorError in all processes if there is an error in one."""
     has_failed = torch.tensor(int(error is not None), device=device)
     if dist.is_initialized():
         dist.all_reduce(has_failed, op=dist.ReduceOp.MAX)
@@ -371,6 +383,6 @@ def _raise_together(folder: Path, error: Exception | None, device: torch.device)
     if has_failed:
         what = "see the process that writes" if error is None else first_line(error)
         raise SpeculatorError(
-            f"{folder} could not be written: {what}. Make room and start the same command again; "
-            "states that are there stay."
+            f"{folder} could not be written: {what}. Free some space and run the same command to "
+            "resume from the state before it."
         ) from error
