@@ -16,13 +16,15 @@ os.environ.update(
 
 from jaxtyping import install_import_hook  # noqa: E402  # after the OpenMP library
 
+from tests.type_check import check  # noqa: E402  # the hook expects the module to be loaded
+
 CHECKED = """
 batch format.vocabulary
 verifier.head verifier.taps verifier.proof verifier.fit verifier.reading verifier.attachment
 decoding.acceptance decoding.drafter decoding.row_cache decoding.generation decoding.sequences
 decoding.rules decoding.independent
 models.parts.attention models.parts.unroll models.parts.layers models.parts.losses
-models.parts.masks models.verifier_side
+models.parts.masks
 diagnosis.replay diagnosis.rollout diagnosis.suspects
 training.evaluation training.metrics training.trainer
 data_generation.examples data_generation.packing data_generation.dataset
@@ -31,13 +33,13 @@ data_generation.queues.shared_memory data_generation.queues.zmq_store
 data_generation.queues.mp_queue data_generation.queues.ends data_generation.queues.frames
 """
 # Not hidden_states.files: what it reads becomes a record before `HiddenStates.faults` judges it.
-CHECKED_IN_VLLM = "hidden_states.stream hidden_states.courier plugin.cpu_sampling"
+CHECKED_IN_VLLM = "hidden_states.stream hidden_states.courier"
 install_import_hook(
     [
         *(f"speculators_core.{module}" for module in CHECKED.split()),
         *(f"speculators_vllm.{module}" for module in CHECKED_IN_VLLM.split()),
     ],
-    "beartype.beartype",
+    "tests.type_check.check",
 )
 
 import inspect  # noqa: E402
@@ -45,7 +47,6 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from beartype import beartype  # noqa: E402
 from jaxtyping import jaxtyped  # noqa: E402
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
@@ -71,7 +72,7 @@ DRAFTS = {
 for draft in (*DRAFTS.values(), SpeculatorModel, FeatureDraftModel, EagleStackModel):
     for name, member in list(vars(draft).items()):
         if inspect.isfunction(member):
-            setattr(draft, name, jaxtyped(member, typechecker=beartype))
+            setattr(draft, name, jaxtyped(member, typechecker=check))
 
 AUX_LAYER_IDS = (1, 2, 3)
 VOCAB_SIZE = 96

@@ -94,7 +94,7 @@ def generate(
 ) -> Int[Tensor, "sequences total"] | SpeculativeOutput:
     """Speculative decoding; every other argument as for the verifier's ``generate``.
 
-    With ``num_return_sequences`` there are as many texts of each prompt, one after another.
+    With ``num_return_sequences`` there are as many sequences of each prompt, one after another.
 
     Greedy output equals the verifier's, sampled output has its distribution. A batch may hold
     prompts of unequal length, padded on the left. ``num_assistant_tokens``, here or in the config,

@@ -1,0 +1,5 @@
+"""The checker that annotations become while tests run."""
+
+from beartype import BeartypeConf, beartype
+
+check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as for mypy
