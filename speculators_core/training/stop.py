@@ -1,4 +1,4 @@
-"""Stops a run on a signal, and reports what it keeps."""
+"""Stops a run on a signal; names the saved state."""
 
 import os
 import signal
