@@ -1,4 +1,4 @@
-"""Stops a run on a signal; names the saved state."""
+"""Stops a run on a signal, its state saved."""
 
 import os
 import signal
