@@ -29,7 +29,7 @@ BY_REFERENCE = ("acceptance", "--engine", "transformers")
         (("--model", str(playground.VERIFIER)), "no verifier is named. Pass --verifier"),
         (("--model", "prompt-lookup"), "no verifier is named. Pass --verifier"),
         ((*EAGLE3, "--verifier", "/nowhere"), "/nowhere: no such folder"),
-        (("--prompts", "nowhere.jsonl"), "nowhere.jsonl: no readable prompt file"),
+        (("--prompts", "nowhere.jsonl"), "nowhere.jsonl: not a readable prompt file"),
         (("--model", "assisted", "--concurrency", "2"), "one request at a time"),
         (("--temperature", "-1"), "temperature"),
         (("--concurrency", "0"), "concurrency"),
@@ -85,7 +85,7 @@ def test_folder_that_holds_no_model_is_refused(capsys, tmp_path):
 
 def test_folder_that_cannot_be_written_is_refused_first(capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot write" in refused(capsys, *BY_REFERENCE, "--output", str(tmp_path / "file"))
+    assert "cannot be made" in refused(capsys, *BY_REFERENCE, "--output", str(tmp_path / "file"))
 
 
 def test_version_is_that_of_the_distribution(capsys):
