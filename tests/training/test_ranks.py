@@ -106,5 +106,5 @@ def test_online_generation_feeds_one_process(given, tmp_path, monkeypatch):
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     data = {"store": None, "online": str(given / "data.yaml")}
-    with pytest.raises(SpeculatorError, match="data.online feeds one process, there are 2"):
+    with pytest.raises(SpeculatorError, match="data.online feeds one process, the training has 2"):
         train(plan_of(given, tmp_path / "run", data=data))

@@ -155,7 +155,7 @@ def check_folder(plan: TrainingPlan) -> bool:
     difference = _difference(folder, _read_record(folder), _record_of(plan))
     if difference is not None and _has_saved(folder):
         raise SpeculatorError(
-            f"{folder} holds a run with {difference}. Set it to the same to resume that run, or "
+            f"{folder} holds a run with {difference}. Use the same options to resume that run, or "
             "choose another run.output."
         )
     return difference is None

@@ -136,7 +136,7 @@ def test_a_run_of_another_plan_is_refused(tmp_path, changes, said):
         save_state(plan)
     before = content_of(plan.run.output)
     for enter in (check_folder, lambda other: claim(other, COMMAND).__enter__()):
-        with pytest.raises(SpeculatorError, match=f"holds a run with {said}. Run with the same"):
+        with pytest.raises(SpeculatorError, match=f"holds a run with {said}. Use the same options"):
             enter(make_plan(tmp_path, **changes))
     assert content_of(plan.run.output) == before
 
@@ -152,7 +152,7 @@ def test_a_run_that_saved_nothing_makes_room_for_another_plan(tmp_path, caplog):
     with caplog.at_level("INFO"), claim(plan, COMMAND) as claimed:
         assert not claimed.is_resumed
         save_state(plan)
-    assert "held a run of another plan that had saved nothing" in caplog.text
+    assert "replaced a run of another plan in" in caplog.text
     assert read_training_plan(plan.run.output / CONFIG) == in_full(plan)
     assert len(record_in(plan)["starts"]) == 1
     with claim(plan, COMMAND) as claimed:
@@ -332,7 +332,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path, name):
     plan.run.output.mkdir()
     (plan.run.output / name).write_text("mine")
     with (
-        pytest.raises(SpeculatorError, match=f"holds {name} and no run. Name another run.output"),
+        pytest.raises(SpeculatorError, match=f"holds {name} and not a run; expected a run, or"),
         claim(plan, COMMAND),
     ):
         pass
@@ -345,7 +345,7 @@ def test_a_record_that_is_none_is_said_in_one_line(tmp_path, text):
     plan.run.output.mkdir()
     (plan.run.output / PROVENANCE).write_text(text)
     with (
-        pytest.raises(SpeculatorError, match=r"run.json is not of a training run, or damaged: .*"),
+        pytest.raises(SpeculatorError, match="run.json is not the record of a training run"),
         claim(plan, COMMAND),
     ):
         pass
