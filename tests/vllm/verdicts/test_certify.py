@@ -11,6 +11,7 @@ from speculators_core.cli import run_function
 from speculators_core.errors import SpeculatorError
 from speculators_vllm import offline
 from speculators_vllm.commands import certify as command
+from speculators_vllm.verdicts import certify as checks
 from speculators_vllm.verdicts.certificate import Certificate, write_certificate
 from speculators_vllm.verdicts.certify import certify
 from speculators_vllm.verdicts.settings import CertifyConfig
@@ -120,7 +121,7 @@ def judged(prompts):
     from speculators_vllm.verdicts.comparison import compare_draws, draw, find_divergences
 
     settings = CertifyConfig(prompts=prompts, dtypes=("float32",), draws=200)
-    plan = command._check(EAGLE3, settings)
+    plan = checks._check(EAGLE3, settings)
     flags = plan.flag_sets[0]
     uniform = rejection_sampler.generate_uniform_probs
     samplers = {
@@ -209,7 +210,7 @@ REFUSED = {
     },
     "vLLM refuses the flags max_num_batched_tokens=0": {"flags": ({"max_num_batched_tokens": 0},)},
     "nowhere: no such folder": {"verifier": "/nowhere"},
-    "nowhere.jsonl: no readable prompt file": {"prompts": "nowhere.jsonl"},
+    "nowhere.jsonl: not a readable prompt file": {"prompts": "nowhere.jsonl"},
     "holds no prompts": {"prompts": "empty.jsonl"},
     "the verifier takes 4": {"max_tokens": 60, "engine_args": {"max_model_len": 64}},
     "--output file: a certificate cannot be written there": {"output": Path("file")},
