@@ -141,7 +141,8 @@ def judged(prompts):
         ids = [prompt.token_ids for prompt in plan.prompts]
         alone = _greedy(llm, ids)
         wrong = [list(output) for output in alone]
-        wrong[1][3] = (wrong[1][3] + 1) % plan.vocab_size
+        vocab_size = plan.pair.verifier_config.get_text_config().vocab_size
+        wrong[1][3] = (wrong[1][3] + 1) % vocab_size
         wrong[2] = wrong[2][:-2]
         divergences = find_divergences(llm, ids, alone, wrong)
         assert find_divergences(llm, ids, alone, alone) == []
