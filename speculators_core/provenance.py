@@ -62,8 +62,6 @@ def hash_weights(folder: str | Path) -> str | None:
 
 
 SAMPLES = 16
-
-
 SAMPLE_BYTES = 2**16
 
 

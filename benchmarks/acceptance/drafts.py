@@ -16,8 +16,6 @@ from speculators_vllm.plugin.speculative_config import check_served
 
 YARDSTICK_K = 3
 """Tokens that a draft proposes in one step where neither it nor the caller states a number."""
-
-
 WITHOUT_WEIGHTS: tuple[Kind, ...] = ("prompt-lookup", "assisted")
 """Drafts that are methods: their kind is their name."""
 

@@ -22,8 +22,6 @@ from speculators_core.verifier.taps import default_aux_layer_ids
 
 FP8_MAX = 448.0
 """The largest number of float8_e4m3fn."""
-
-
 KEY_LENGTH = 512
 """Characters of a key, at most."""
 

@@ -21,8 +21,6 @@ from speculators_core.flags import JsonOptions, Several
 from speculators_core.settings import Settings, read_sections
 
 StoredDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]
-
-
 FORMATS = {
     ".jsonl": "json",
     ".json": "json",

@@ -22,14 +22,8 @@ from speculators_core.errors import Cause, SpeculatorError, first_line
 from speculators_core.files import make_folder, read_json, replaced_files, write_text
 
 CONFIG = "config.json"
-
-
 WEIGHTS = "model.safetensors"
-
-
 INDEX = "model.safetensors.index.json"
-
-
 FOREIGN_KEYS = {
     "auto_map",
     "speculators_version",
@@ -38,8 +32,6 @@ FOREIGN_KEYS = {
     "_name_or_path",
 }
 """Written by other versions and projects, read by nobody: dropped."""
-
-
 KEPT_KEYS = {
     "max_anchors",
     "num_depths",
@@ -62,8 +54,6 @@ KEPT_KEYS = {
     "selector_top_k",
 }
 """Keys that releases of the public library or vLLM know, and none of our networks reads."""
-
-
 LAYER_KEYS = {
     "num_aux_hidden_states",
     "num_aux_layers",
@@ -75,25 +65,13 @@ LAYER_KEYS = {
     "verifier_num_hidden_layers",
 }
 """Keys inside ``transformer_layer_config`` that vLLM or we read and Transformers does not."""
-
-
 COMMON_KEYS = {"name_or_path", "torch_dtype", "attn_implementation", "_commit_hash"}
 """Keys of any Transformers config that are not fields of its class."""
-
-
 MAP_DTYPES = {"d2t": torch.int64, "t2d": torch.bool}
-
-
 ALL_FILES = (CONFIG, "generation_config.json", "model*.safetensors", INDEX)
-
-
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.py")
-
-
 HEAD_FILES = (CONFIG, INDEX)
 """Enough to know what a checkpoint is, and which of its files holds which tensor."""
-
-
 RawConfig = dict[str, Any]
 """The content of a ``config.json``."""
 

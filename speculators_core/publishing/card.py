@@ -25,8 +25,6 @@ from speculators_core.format.config import SpeculatorModelConfig
 from speculators_core.publishing.card_facts import CardFacts, DataFacts, Measurement, TrainingFacts
 
 CARD = "README.md"
-
-
 REPOSITORY = "<this repository>"
 """Placeholder for the hub id of a speculator that is not on the hub yet."""
 
@@ -36,8 +34,6 @@ VERIFIER = "<verifier>"
 UNKNOWN_LICENSE = "Unknown: none is stated. Ask the publisher before you use this speculator."
 
 SEAL = "<!-- written by speculators-vllm, sha256 "
-
-
 DATA_FILES = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".txt")
 
 

@@ -12,8 +12,6 @@ from speculators_core.verifier.taps import LayerTaps
 
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """What `VerifierHead` reads of a config, and not every class heeds."""
-
-
 PROVEN_FAMILIES: dict[str, tuple[str, ...]] = {
     "LlamaForCausalLM": (),
     "MistralForCausalLM": (),
@@ -30,8 +28,6 @@ PROVEN_FAMILIES: dict[str, tuple[str, ...]] = {
     "Qwen3VLForConditionalGeneration": (),
 }
 """Transformers classes for which the tests prove `VerifierHead`, and the settings they heed."""
-
-
 TRIED_TOKENS = 16
 """Tokens on which a family's logits are compared, and the vocabulary of its twin."""
 

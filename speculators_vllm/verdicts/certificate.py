@@ -25,8 +25,6 @@ body {{ color: {foreground}; background-color: {background}; margin: 2em; }}
 pre {{ font-family: Menlo, Consolas, 'DejaVu Sans Mono', monospace; }}
 </style></head><body><pre><code>{code}</code></pre></body></html>
 """
-
-
 Kind = Literal["with speculation", "without"]
 
 

@@ -15,12 +15,8 @@ from speculators_core.data_generation.texts.messages import Message, Tool
 
 KEPT = ("role", "content", "name", "tool_call_id")
 """Keys of a message that is not the assistant's."""
-
-
 SEED_BITS = 31
 """All that some servers take."""
-
-
 CALL_ID_LENGTH = 9
 """Characters; Mistral's templates take no other number."""
 

@@ -15,11 +15,7 @@ from speculators_core.files import Roots, in_full, make_folder, write_text
 from speculators_core.provenance import sample_weights, this_command, versions, without_secrets
 
 CONFIG = "config.yaml"
-
-
 COMMAND = "command.txt"
-
-
 JOURNAL = "journal.json"
 """What a queue's journals are of."""
 

@@ -37,24 +37,12 @@ from speculators_core.files import make_folder, replaced, sync, sync_names, writ
 from speculators_core.settings import Settings, flat
 
 MANIFEST = "store.json"
-
-
 INDEX = "index.parquet"
-
-
 REPORT = "report.json"
-
-
 SHARDS = "shards"
-
-
 SHARD_NAME = re.compile(r"(\d{6,9})\.safetensors(\.zst)?")
-
-
 OPEN_SHARDS = 16
 """Shards that one process keeps mapped; of compressed ones, which lie in memory, one."""
-
-
 INDEX_SCHEMA = pa.schema(
     {
         "key": pa.string(),

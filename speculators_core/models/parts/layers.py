@@ -33,8 +33,6 @@ from speculators_core.models.parts.masks import document_starts, spans_before
 
 Hidden = Float[Tensor, "batch seq hidden"]
 Rotary = tuple[Tensor, Tensor]
-
-
 TransformersLayer: TypeAlias = LlamaDecoderLayer | Qwen2DecoderLayer | Qwen3DecoderLayer
 TransformersAttention: TypeAlias = LlamaAttention | Qwen2Attention | Qwen3Attention
 
