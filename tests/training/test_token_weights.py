@@ -50,6 +50,7 @@ def trained(model, dataset, folder):
         train_kwargs=kwargs,
         eval_kwargs=eval_kwargs,
         train_dataset=dataset,
+        eval_dataset=dataset,
         optimizers=(torch.optim.SGD(weights, lr=1.0), None),
     )
     trainer.train()
