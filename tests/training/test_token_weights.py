@@ -51,7 +51,7 @@ def trained(model, dataset, folder):
         eval_kwargs=eval_kwargs,
         train_dataset=dataset,
         eval_dataset=dataset,
-        optimizers=(torch.optim.SGD(weights, lr=1.0), None),
+        optimizer=torch.optim.SGD(weights, lr=1.0),
     )
     trainer.train()
     return {name: w.detach().clone() for name, w in model.named_parameters()}

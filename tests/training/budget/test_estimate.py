@@ -487,7 +487,7 @@ def test_a_refusal_names_part_sizes_and_the_best_option():
         "Set data.row_length to 1024, which saves 2.0 GiB."
     )
     without = refusal(budget.model_copy(update={"savings": {}}))
-    assert without.endswith("Free some, or take a place that has more.")
+    assert without.endswith("Free some, or use a place that has more.")
 
 
 def test_what_fits_is_not_refused():
