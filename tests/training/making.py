@@ -10,6 +10,7 @@ import yaml
 
 from speculators_core.data_generation.runs.generate import generate_data
 from speculators_core.data_generation.settings import read_plan
+from speculators_core.training.rows.sources import Rows
 from speculators_core.training.settings import TrainingPlan
 from tests.conftest import VOCAB_SIZE, make_verifier
 from tests.vllm.serving import write_tokenizer
@@ -95,3 +96,19 @@ def log_of(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "training_log.jsonl").read_text().splitlines()]
     timed = ("runtime", "per_second")
     return [{k: v for k, v in line.items() if not k.endswith(timed)} for line in lines]
+
+
+class InMemory(Rows):
+    """Rows that are given as batches."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, row):
+        return {**vars(self.batches[row]), "row": torch.tensor([row])}
+
+    def keys_of(self, row):
+        return []

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from speculators_core.training.trainer import SpeculatorTrainer
 from tests.conftest import SMALL_RECIPES, make_draft, pack_texts
+from tests.training.making import InMemory
 
 OBJECTIVES: dict[str, dict] = {
     "eagle3": {"ttt_steps": 2},
@@ -49,7 +50,7 @@ def trained(model, dataset, folder):
         ),
         train_kwargs=kwargs,
         eval_kwargs=eval_kwargs,
-        train_dataset=dataset,
+        train_dataset=InMemory(dataset),
         eval_dataset=dataset,
         optimizer=torch.optim.SGD(weights, lr=1.0),
     )

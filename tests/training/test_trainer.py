@@ -11,10 +11,10 @@ from speculators_core.batch import Batch
 from speculators_core.errors import SpeculatorError
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.training.optimizers import MuonAdamW
-from speculators_core.training.rows.sources import Rows
 from speculators_core.training.stop import Interrupted
 from speculators_core.training.trainer import SpeculatorTrainer, _OutOfRows
 from tests.conftest import SMALL_RECIPES, make_batch, make_draft, make_eagle3, pack_texts
+from tests.training.making import InMemory
 
 
 def make_rows(verifier, num=12):
@@ -22,20 +22,6 @@ def make_rows(verifier, num=12):
     generator = torch.Generator().manual_seed(4)
     texts = torch.randint(3, 96, (num, 2, 20), generator=generator)
     return [pack_texts(verifier, [{"input_ids": text} for text in row]) for row in texts]
-
-
-class InMemory(Rows):
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, row):
-        return {**vars(self.batches[row]), "row": torch.tensor([row])}
-
-    def keys_of(self, row):
-        return []
 
 
 def make_trainer(model, folder, **arguments):
