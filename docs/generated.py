@@ -33,6 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Puts what is generated into pages that are written by hand."""
     text = re.sub(r"<!-- docstring (\S+) -->", lambda found: docstring(found[1]), markdown)
+    text = re.sub(r"<!-- documented ([A-F]) -->", lambda found: documented(found[1]), text)
     return text.replace("<!-- file table -->", file_table())
 
 
@@ -46,6 +47,18 @@ def pages() -> dict[str, str]:
     }
     found["reference/configuration.md"] = configuration_page()
     return found | python_pages()
+
+
+def documented(section: str) -> str:
+    """What becomes of the names of one document of the public library."""
+    rows = yaml.safe_load((ROOT / "tests/data/documented_api.yaml").read_text())
+    table = ["| documented | here |", "|---|---|"]
+    for row in (row for row in rows if row["section"] == section):
+        here = _prose(row.get("note", "as documented"))
+        if row["state"] == "declined":
+            here = f"**Declined.** {here} Instead: {_prose(row['instead'])}"
+        table.append(f"| `{row['name']}` | {here.replace('|', chr(92) + '|')} |")
+    return "\n".join(table)
 
 
 # ---- commands ----

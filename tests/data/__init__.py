@@ -18,6 +18,7 @@ from speculators_core.batch import Batch
 
 INTEROP = PEERS
 OTHER_PACKAGE = Path(__file__).parent / "other_package"
+DOCUMENTED_API = Path(__file__).parent / "documented_api.yaml"
 CASES = Path(__file__).parent / "interop"
 
 
