@@ -122,10 +122,10 @@ def check_names(
     if not given:
         return {}
     with quiet():
-        from vllm.config import SpeculativeConfig  # takes seconds
-        from vllm.engine.arg_utils import EngineArgs  # takes seconds
+        from vllm.engine import arg_utils  # takes seconds
 
-    owner = SpeculativeConfig if option == "--speculative-config" else EngineArgs
+    is_speculative = option == "--speculative-config"
+    owner = arg_utils.SpeculativeConfig if is_speculative else arg_utils.EngineArgs
     known = {field.name for field in fields(owner)}
     named = {key.replace("-", "_"): value for key, value in given.items()}
     for key in named:

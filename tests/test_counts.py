@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MOST_ANY = {"speculators_core": 12.6, "speculators_vllm": 3.0, "benchmarks": 1.3}
+MOST_ANY = {"speculators_core": 8.0, "speculators_vllm": 3.0, "benchmarks": 1.3}
 """`Any` per 1,000 lines of code, imports of the name itself left out."""
-MOST_IMPORTS = {"speculators_core": 3, "speculators_vllm": 22, "benchmarks": 10}
+MOST_IMPORTS = {"speculators_core": 3, "speculators_vllm": 20, "benchmarks": 6}
 """Imports inside functions. Those of commands are not counted: their room's docstring says why."""
-MOST_WITHOUT_REASON = {"speculators_core": 0, "speculators_vllm": 3, "benchmarks": 0}
+MOST_WITHOUT_REASON = {"speculators_core": 0, "speculators_vllm": 0, "benchmarks": 0}
 """Those of them that have no comment, at the end of their line or on the line before."""
 
 

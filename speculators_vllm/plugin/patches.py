@@ -189,33 +189,28 @@ def apply() -> None:
     builds_config = ENGINE_ARGUMENTS in sys.modules
     if not builds_config and MODEL_REGISTRY not in sys.modules:
         return
-    from speculators_vllm.plugin import registries  # vLLM: not in every process
+    # vLLM, and what imports it: not in every process.
+    from vllm import platforms, version
+
+    from speculators_vllm.plugin import registries  # imports vLLM
 
     registries.register_networks()
-    _patch_cpu_workers()
+    if platforms.current_platform.is_cpu():
+        for patch in FOR_CPU_WORKERS:
+            patch.apply()
     if builds_config:
-        warn_of_untested_version()
+        warn_of_untested_version(version.__version_tuple__)
         registries.replace_config_class()
         for patch in FOR_ENGINE_ARGUMENTS:
             patch.apply()
 
 
-def _patch_cpu_workers() -> None:
-    from vllm.platforms import current_platform  # not in every process
-
-    if current_platform.is_cpu():
-        for patch in FOR_CPU_WORKERS:
-            patch.apply()
-
-
 @functools.cache
-def warn_of_untested_version() -> None:
+def warn_of_untested_version(found: tuple[int | str, ...]) -> None:
     """One warning a process where vLLM is older or newer than what was tested."""
-    from vllm.version import __version_tuple__  # not in every process
-
-    found = tuple(__version_tuple__[:2])
-    if not TESTED[0] <= found <= TESTED[1]:
+    minor = found[:2]
+    if not TESTED[0] <= minor <= TESTED[1]:
         first, last = ("{}.{}".format(*version) for version in TESTED)
         logger.warning(
-            "speculators-vllm was tested with vLLM %s to %s; found %s.%s", first, last, *found
+            "speculators-vllm was tested with vLLM %s to %s; found %s.%s", first, last, *minor
         )

@@ -139,9 +139,10 @@ def _from_checkpoint(
 
 def check_served(name: str, config_dict: Mapping[str, Any], with_plugin: bool = True) -> None:
     """Raises SpeculatorError unless vLLM can serve such a speculator, from where it lies."""
+    # vLLM, which the acceptance of the Transformers engine does without.
     from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES
 
-    from speculators_vllm.plugin.draft_config import DraftConfig, proposer_of
+    from speculators_vllm.plugin.draft_config import DraftConfig, proposer_of  # imports vLLM
 
     kind = config_dict.get("speculators_model_type")
     ours = PROPOSERS.names() if with_plugin else ()
@@ -228,7 +229,7 @@ def vllm_settings(config_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     vLLM itself reads the first method whatever the default is.
     """
-    from speculators_vllm.plugin.draft_config import DraftConfig
+    from speculators_vllm.plugin.draft_config import DraftConfig  # imports vLLM
 
     inner = dict(config_dict["speculators_config"])
     default = inner.get("default_proposal_method")

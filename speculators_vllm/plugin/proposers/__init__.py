@@ -43,3 +43,13 @@ PROPOSERS = Registry(
         "mtp": "speculators_vllm.plugin.proposers.mtp:PROPOSER",
     },
 )
+
+
+def update_as_vllm(
+    kind: str, speculator: Mapping[str, JsonValue], draft: dict[str, JsonValue]
+) -> None:
+    """Completes the config of a draft as vLLM does for ``speculators_model_type`` ``kind``."""
+    # Not at start-up: the list of proposers is read in every process.
+    from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES
+
+    SUPPORTED_SPECULATORS_TYPES[kind](config_dict=dict(speculator), pre_trained_config=draft)

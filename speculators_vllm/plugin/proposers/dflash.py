@@ -5,20 +5,18 @@ from collections.abc import Mapping
 from pydantic import JsonValue
 
 from speculators_core.errors import SpeculatorError
-from speculators_vllm.plugin.proposers import Proposer
+from speculators_vllm.plugin.proposers import Proposer, update_as_vllm
 
 ARCHITECTURE = "SpeculatorsDFlash"
 
 
 def configure(speculator: Mapping[str, JsonValue], draft: dict[str, JsonValue]) -> None:
-    from vllm.transformers_utils.configs.speculators.algos import update_dflash  # not at start-up
-
     if speculator.get("sample_from_anchor"):
         raise SpeculatorError(
             "sample_from_anchor is true, which vLLM 0.32 does not serve for dflash; expected "
             "false. Serve it with the reference decoder, or train without it."
         )
-    update_dflash(dict(speculator), draft)
+    update_as_vllm("dflash", speculator, draft)
     draft["architectures"] = [ARCHITECTURE]
     kinds, settings = draft.get("layer_types"), draft["dflash_config"]
     assert isinstance(settings, dict)  # as vLLM makes it

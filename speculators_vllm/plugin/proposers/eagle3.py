@@ -4,15 +4,13 @@ from collections.abc import Mapping
 
 from pydantic import JsonValue
 
-from speculators_vllm.plugin.proposers import Proposer
+from speculators_vllm.plugin.proposers import Proposer, update_as_vllm
 
 DEFAULT_NUM_AUX = 3
 
 
 def configure(speculator: Mapping[str, JsonValue], draft: dict[str, JsonValue]) -> None:
-    from vllm.transformers_utils.configs.speculators.algos import update_eagle3  # not at start-up
-
-    update_eagle3(dict(speculator), draft)
+    update_as_vllm("eagle3", speculator, draft)
     # The format's default is false; vLLM takes true.
     draft["norm_before_residual"] = speculator.get("norm_before_residual", False)
     count_aux_states(draft)

@@ -4,14 +4,12 @@ from collections.abc import Mapping
 
 from pydantic import JsonValue
 
-from speculators_vllm.plugin.proposers import Proposer
+from speculators_vllm.plugin.proposers import Proposer, update_as_vllm
 from speculators_vllm.plugin.proposers.eagle3 import count_aux_states
 
 
 def configure(speculator: Mapping[str, JsonValue], draft: dict[str, JsonValue]) -> None:
-    from vllm.transformers_utils.configs.speculators.algos import update_peagle  # not at start-up
-
-    update_peagle(dict(speculator), draft)
+    update_as_vllm("peagle", speculator, draft)
     draft["fc_norm"] = speculator.get("fc_norm", False)  # vLLM 0.32 drops it
     count_aux_states(draft)
 
