@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 else:
     PlanFlags = flags_of(GenerationPlan)
 
+NOTHING_EXIT = 1
+"""No example was made."""
+
 
 def run(
     *,
@@ -25,6 +28,8 @@ def run(
     """Run texts through a verifier and store its hidden states, on disk or through a queue.
 
     Options come from a YAML file, from flags, or from both.
+
+    Exit code 1: every row was skipped or set aside.
 
     Parameters
     ----------
@@ -45,4 +50,7 @@ def run(
                 report = generate_data(plan)
             print(report.model_dump_json(indent=2))
         else:
-            print_report(generate_data(plan), plan)
+            report = generate_data(plan)
+            print_report(report, plan)
+    if report.is_empty:
+        raise SystemExit(NOTHING_EXIT)

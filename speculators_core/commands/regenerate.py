@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 else:
     DatasetFlags = optional(DatasetConfig, leave_out=("path",))
 
+NOTHING_EXIT = 1
+"""No conversation was kept."""
+
 
 def run(
     path: str,
@@ -28,6 +31,8 @@ def run(
     ] = None,
 ) -> None:
     """Replace each turn of the assistant by the verifier's answer, turn after turn.
+
+    Exit code 1: every conversation was set aside.
 
     Parameters
     ----------
@@ -44,3 +49,5 @@ def run(
     with sigterm_as_interrupt():
         report = regenerate(data, config)
     print_report(report, config.output)
+    if not report.num_in_output:
+        raise SystemExit(NOTHING_EXIT)

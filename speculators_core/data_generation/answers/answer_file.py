@@ -8,6 +8,7 @@ answers.jsonl.log                progress
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # it loads Transformers
 
 class _Line(BaseModel):
     key: str
+    reason: str | None = None
 
 
 class AnswerFile:
@@ -49,6 +51,9 @@ class AnswerFile:
         self.path = path
         self.done: set[str] = set()
         """Keys of dialogues that were kept or set aside."""
+        self.num_kept = 0
+        self.reasons: Counter[str] = Counter()
+        """Why the others were set aside."""
         stated, aside = beside(path, "yaml"), beside(path, "set_aside.jsonl")
         with ExitStack() as opened, _naming(path):
             make_folder(path.parent)
@@ -65,7 +70,9 @@ class AnswerFile:
             content = {"options": dict(options), "run": dict(run), "versions": versions()}
             write_text(stated, yaml.safe_dump(content, sort_keys=False))
             for file in (self._kept, self._aside):
-                self.done.update(_whole_lines(file))
+                for line in _whole_lines(file):
+                    self.done.add(line.key)
+                    self._count(line.reason)
             self._opened = opened.pop_all()
 
     def keep(self, dialogue: "Dialogue") -> None:
@@ -82,6 +89,13 @@ class AnswerFile:
         with _naming(file.name):
             if file.write(line) != len(line):
                 raise OSError("no space left")
+        self._count(dialogue.fault)
+
+    def _count(self, fault: str | None) -> None:
+        if fault is None:
+            self.num_kept += 1
+        else:
+            self.reasons[fault] += 1
 
     def __enter__(self) -> Self:
         return self
@@ -125,8 +139,8 @@ def beside(path: Path, what: str) -> Path:
     return path.with_name(f"{path.name}.{what}")
 
 
-def _whole_lines(file: BinaryIO) -> Iterator[str]:
-    """Keys of the lines. An unfinished last line is removed, and everything from zero bytes on.
+def _whole_lines(file: BinaryIO) -> Iterator[_Line]:
+    """The lines. An unfinished last line is removed, and everything from zero bytes on.
 
     Raises:
         SpeculatorError: a line is not a record of a dialogue.
@@ -137,7 +151,7 @@ def _whole_lines(file: BinaryIO) -> Iterator[str]:
             if not line.endswith(b"\n") or b"\0" in line:  # zeros: after a power cut
                 break
             try:
-                yield _Line.model_validate_json(line).key
+                yield _Line.model_validate_json(line)
             except ValidationError as error:
                 raise SpeculatorError(
                     f"{file.name}, line {number}: expected a JSON object with a key. Choose "

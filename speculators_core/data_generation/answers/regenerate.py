@@ -14,6 +14,7 @@ from speculators_core.data_generation.answers.answer_file import AnswerFile, bes
 from speculators_core.data_generation.answers.answerer import Answerer
 from speculators_core.data_generation.answers.dialogues import Dialogue, Tally
 from speculators_core.data_generation.answers.settings import RegenerateConfig
+from speculators_core.data_generation.reasons import count_reasons, describe_reasons
 from speculators_core.data_generation.runs.progress import metered
 from speculators_core.data_generation.settings import (
     DataGenConfig,
@@ -55,10 +56,13 @@ class RegenerateReport(Settings):
     """Conversations that were kept."""
     num_answers: int
     num_tokens: int
-    num_set_aside: int
     num_of_earlier_runs: int
     """Conversations that earlier runs had kept or set aside."""
     seconds: float
+    num_in_output: int
+    """Conversations in the output, those of earlier runs included."""
+    set_aside: dict[str, int]
+    """Conversations that the output lacks, by reason, those of earlier runs included."""
 
 
 def regenerate(data: DatasetConfig, settings: RegenerateConfig) -> RegenerateReport:
@@ -82,7 +86,7 @@ def regenerate(data: DatasetConfig, settings: RegenerateConfig) -> RegenerateRep
             with metered(meter, beside(path, "log"), "regenerate") as show:
                 first = next(dialogues, None)
                 if first is None:  # an engine would load for nothing
-                    return meter.report()
+                    return _report(meter, file)
                 with closing(make_answerer(settings.answers)) as answerer:
                     for dialogue in answerer.answer(itertools.chain([first], dialogues)):
                         file.keep(dialogue)
@@ -93,7 +97,19 @@ def regenerate(data: DatasetConfig, settings: RegenerateConfig) -> RegenerateRep
                 f"stopped: {meter.rows} conversations are done, in {path}. Run the same command "
                 "with --resume to continue."
             ) from stop
-    return meter.report()
+        return _report(meter, file)
+
+
+def _report(meter: "AnswerMeter", file: AnswerFile) -> RegenerateReport:
+    return RegenerateReport(
+        num_conversations=meter.num_kept,
+        num_answers=meter.num_answers,
+        num_tokens=meter.num_tokens,
+        num_of_earlier_runs=meter.num_of_earlier_runs,
+        seconds=meter.elapsed_s,
+        num_in_output=file.num_kept,
+        set_aside=count_reasons(file.reasons),
+    )
 
 
 def _open(data: DatasetConfig, settings: RegenerateConfig, roots: Roots) -> Source:
@@ -189,43 +205,37 @@ class AnswerMeter:
     def __init__(self, total_rows: int | None, num_of_earlier_runs: int) -> None:
         self.total_rows = total_rows
         self.rows = num_of_earlier_runs
+        self.num_of_earlier_runs = num_of_earlier_runs
         self.tally = Tally()
         self.num_failed = 0
         self.last_failure = ""
-        self._num_before = num_of_earlier_runs
-        self._num_kept = 0
-        self._num_answers = 0
-        self._num_tokens = 0
+        self.num_kept = 0
+        self.num_answers = 0
+        self.num_tokens = 0
         self._started = time.monotonic()
 
     def add(self, dialogue: Dialogue) -> None:
         self.rows += 1
-        self._num_tokens += dialogue.num_tokens
+        self.num_tokens += dialogue.num_tokens
         if dialogue.fault is None:
-            self._num_kept += 1
-            self._num_answers += dialogue.num_answers
+            self.num_kept += 1
+            self.num_answers += dialogue.num_answers
         elif dialogue.has_failed:
             self.num_failed += 1
             self.last_failure = f"{dialogue.key}: {dialogue.fault}"
 
-    def report(self) -> RegenerateReport:
-        return RegenerateReport(
-            num_conversations=self._num_kept,
-            num_answers=self._num_answers,
-            num_tokens=self._num_tokens,
-            num_set_aside=self.rows - self._num_before - self._num_kept,
-            num_of_earlier_runs=self._num_before,
-            seconds=time.monotonic() - self._started,
-        )
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._started
 
     def line(self) -> str:
         """For example ``120 conversations, 260 answers, 81234 tokens, 2400 tokens/s``."""
-        report = self.report()
         tally = self.tally  # of conversations that have not ended, too
-        rate = tally.num_tokens / max(report.seconds, 1e-9)
-        aside = f", {report.num_set_aside} set aside" if report.num_set_aside else ""
+        rate = tally.num_tokens / max(self.elapsed_s, 1e-9)
+        num_aside = self.rows - self.num_of_earlier_runs - self.num_kept
+        aside = f", {num_aside} set aside" if num_aside else ""
         return (
-            f"{report.num_conversations} conversations, {tally.num_answers} answers, "
+            f"{self.num_kept} conversations, {tally.num_answers} answers, "
             f"{tally.num_tokens} tokens, {rate:.0f} tokens/s{aside}"
         )
 
@@ -239,8 +249,17 @@ def _check_failures(meter: AnswerMeter, max_failures: int) -> None:
 
 
 def print_report(report: RegenerateReport, output: Path) -> None:
-    console.print(
-        f"wrote {output}: {report.num_conversations} conversations, "
-        f"{report.num_answers} answers, {report.num_tokens} tokens in {report.seconds:.1f} s; "
-        f"{report.num_set_aside} set aside, {report.num_of_earlier_runs} of earlier runs"
-    )
+    """The last line states how many conversations were set aside, and why."""
+    if report.num_conversations:
+        earlier = report.num_of_earlier_runs
+        console.print(
+            f"wrote {output}: {report.num_conversations} conversations, "
+            f"{report.num_answers} answers, {report.num_tokens} tokens in {report.seconds:.1f} s"
+            + (f"; {earlier} are of earlier runs" if earlier else ""),
+            markup=False,
+        )
+    elif report.num_in_output:
+        console.print(f"{output}: nothing was added to {report.num_in_output} conversations")
+    if report.set_aside:
+        what = "set aside" if report.num_in_output else f"{output} is empty; all were set aside"
+        console.print(f"{what}: {describe_reasons(report.set_aside)}", markup=False)

@@ -4,6 +4,7 @@ import atexit
 import multiprocessing
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from speculators_core.console import console
+from speculators_core.data_generation.reasons import count_reasons, describe_reasons
 from speculators_core.data_generation.runs.preparation import placed, prepare
 from speculators_core.data_generation.runs.progress import Meter, metered
 from speculators_core.data_generation.runs.ray_workers import run_on_ray
@@ -65,6 +67,12 @@ class RunReport(Settings):
     store: StoreTotals | None = None
     """None if the examples went to a queue."""
     versions: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether neither this run nor an earlier one made an example."""
+        earlier = self.num_units_kept if self.store is None else self.store.num_examples
+        return not (self.num_examples or earlier)
 
 
 def generate_data(plan: GenerationPlan) -> RunReport:
@@ -248,8 +256,27 @@ def print_report(report: RunReport, plan: GenerationPlan) -> None:
     for name, value in _flat_counts(report.counts):
         table.add_row(name, str(value))
     console.print(table)
-    if plan.sync.kind == "disk":
-        console.print(f"wrote {plan.sync.path}")
+    where = f"to {', '.join(plan.sync.urls)}" if report.store is None else f"to {plan.sync.path}"
+    if report.num_examples:
+        verb = "sent" if report.store is None else "wrote"
+        console.print(f"{verb} {report.num_examples} examples {where}", markup=False)
+    elif not report.is_empty:
+        console.print(f"nothing was added {where}: an earlier run was complete", markup=False)
+    else:
+        console.print(f"nothing was written {where}", markup=False)
+    if missing := left_out(report):
+        console.print(f"left out: {describe_reasons(missing)}", markup=False)
+
+
+def left_out(report: RunReport) -> dict[str, int]:
+    """Rows without an example, by reason, the most frequent first.
+
+    Those that were skipped as they were read, those of earlier runs too, and those that the engine
+    set aside.
+    """
+    skipped = report.counts.get("skipped", {})
+    assert isinstance(skipped, dict)
+    return count_reasons(Counter(report.set_aside.values()) + Counter(skipped))
 
 
 def _flat_counts(counts: dict[str, int | dict[str, int]]) -> Iterator[tuple[str, int]]:

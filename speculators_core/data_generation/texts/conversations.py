@@ -10,7 +10,8 @@ verifier wrote; the newline that a template puts behind it, it did not.
 
 Many templates rewrite history: Qwen3 drops the thoughts of earlier turns, gpt-oss their analysis.
 A turn is learned behind the history that the verifier saw when it wrote it. Turns whose history
-still reads the same at the end of the conversation share one sequence; another gets its own.
+still reads the same at the end of the conversation share one sequence; another gets its own. So
+does a turn whose first token a tokenizer would merge with the prompt.
 """
 
 import inspect
@@ -110,7 +111,7 @@ class ChatTemplate:
             raise RowSkipped(SkipReason.TEMPLATE, first_line(error)) from error
 
     def tokenize(self, conversation: Conversation, is_open: bool = False) -> list[TokenSequence]:
-        """Every turn of the assistant once, the last in the first sequence.
+        """Every turn of the assistant once.
 
         ``is_open``: a conversation that ends with another's turn ends with the generation prompt,
         for the verifier to go on; otherwise what follows the last answer is left off.
@@ -135,7 +136,7 @@ class ChatTemplate:
                 spans.append(Span(len(prompt), len(answered)))
         if not texts:
             raise RowSkipped(SkipReason.NO_ANSWER, f"its turns are {', '.join(roles)}")
-        return [self.spans.tokenize(*text) for text in texts]
+        return [sequence for text in texts for sequence in self.spans.tokenize(*text)]
 
     def _split(self, conversation: Conversation, turn: int) -> tuple[str, str]:
         """The text before a turn, and what the verifier wrote in it."""

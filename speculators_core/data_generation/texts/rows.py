@@ -189,7 +189,8 @@ class RowReader:
             whole = TokenSequence(given + learned, [False] * len(given) + [True] * len(learned))
         else:
             text = prompt + completion
-            whole = SpanTokenizer(self.tokenizer).tokenize(text, [Span(len(prompt), len(text))])
+            spans = SpanTokenizer(self.tokenizer)
+            [whole] = spans.tokenize(text, [Span(len(prompt), len(text))])
         if whole.input_ids[-1:] == end:
             end = []
         return TokenSequence(

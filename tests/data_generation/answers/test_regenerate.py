@@ -272,7 +272,8 @@ def test_cut_answers_are_dropped_or_kept(run, server):
     report = run(rows, server.url)
     assert run.aside() == {"0/0": "its first answer was cut at max_tokens"}
     assert [len(line["messages"]) for line in run.lines()] == [2, 4]
-    assert (report.num_conversations, report.num_set_aside) == (2, 1)
+    assert report.num_conversations == 2
+    assert report.set_aside == {"its first answer was cut at max_tokens": 1}
     run.output = run.folder / "kept.jsonl"
     run(rows, server.url, cut="keep")
     assert [len(line["messages"]) for line in run.lines()] == [2, 4, 4] and run.aside() == {}
@@ -309,6 +310,29 @@ def test_too_many_failures_end_the_run_and_are_not_asked_again(run, server):
     run(rows, server.url, resume=True)
     assert len(run.lines()) == 9 and len(run.aside()) == 11
     assert last(server.bodies[0]) == "hi 12.0"
+
+
+@pytest.mark.parametrize("first", ["kept", "refused"])
+def test_the_last_line_counts_what_was_set_aside_and_an_empty_output_is_exit_code_1(
+    run, server, capsys, first
+):
+    def reply(body):
+        if last(body) == "kept":
+            return echo(body)
+        return 400, {"error": f"{len(last(body))} tokens are too many"}
+
+    server.reply = reply
+    rows = run.write([{"prompt": text} for text in (first, "hello", "you", "there")])
+    command = ["regenerate", str(rows), "--base-url", server.url, "--output", str(run.output)]
+    for resume in ([], ["--resume"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--allowed-roots", str(run.folder), *resume])
+        kept = first == "kept"
+        assert ended.value.code == (0 if kept else 1)
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"{4 - kept} rows: " in said and "tokens are too many" in said
+        assert ("wrote" in said) == (kept and not resume)
+        assert ("is empty; all were set aside" in said) == (not kept)
 
 
 def test_rows_that_cannot_be_read_are_set_aside_and_do_not_end_the_run(run, server):

@@ -298,6 +298,22 @@ def test_an_example_that_fails_is_set_aside_with_its_reason(given, undisturbed, 
     assert again.set_aside == expected
 
 
+@pytest.mark.parametrize(("rows", "code"), [([[5, 6], [7, 8]], 0), ([[5, 6], [5, 9, 8]], 1)])
+def test_a_summary_counts_what_is_left_out_and_an_empty_store_is_exit_code_1(
+    given, tmp_path, failing, capsys, rows, code
+):
+    write_rows(tmp_path / "rows.jsonl", [{"input_ids": ids} for ids in rows])
+    plan = plan_of(given, tmp_path / "store", tmp_path / "rows.jsonl")
+    for resume in ([], ["--run.resume"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*command_of(plan, tmp_path)[1:-1], *resume])
+        assert ended.value.code == code
+        said = " ".join(capsys.readouterr().out.split())
+        assert said.endswith(f"left out: {1 + code} row{'s' * code}: it holds a 5")
+        verb = "nothing was added" if resume else "wrote 1 examples"
+        assert f" {'nothing was written' if code else verb} to {tmp_path}" in said
+
+
 def test_examples_set_aside_are_tried_again_with_repair(given, tmp_path, failing, monkeypatch):
     folder, small = tmp_path / "store", {"shard_tokens": 40}
     failed = generate_data(plan_of(given, folder, sync=small)).set_aside

@@ -235,7 +235,7 @@ BORDERS = {
 
 
 @pytest.mark.parametrize("name", BORDERS)
-def test_a_border_that_changes_tokens_is_skipped(name):
+def test_an_answer_whose_border_changes_tokens_is_learned_apart_after_the_servers_prompt(name):
     header, merges = BORDERS[name]
     template = """
         {%- for m in messages -%}
@@ -243,17 +243,20 @@ def test_a_border_that_changes_tokens_is_skipped(name):
         {%- endfor -%}
         {{ HEADER if add_generation_prompt }}
     """.strip().replace("HEADER", json.dumps(header))
-    conversation = Conversation([HELLO, {"role": "assistant", "content": "hi"}])
-    exact = plain_tokenizer(template, [])
-    chat = ChatTemplate(exact, frozenset([exact.eos_token_id]))
-    assert learned_texts(exact, *chat.tokenize(conversation)) == ["hi</s>"]
-    check_server_law(chat, conversation, chat.tokenize(conversation))
-
-    merging = plain_tokenizer(template, merges)
-    chat = ChatTemplate(merging, frozenset([merging.eos_token_id]))
-    with pytest.raises(RowSkipped, match="'.*A") as skipped:
-        chat.tokenize(conversation)
-    assert skipped.value.reason is SkipReason.BORDER
+    hi, other = ({"role": "assistant", "content": text} for text in ("hi", "x"))
+    for messages, num_apart in ([HELLO, hi], 0), ([HELLO, hi, HELLO, other, HELLO, hi], 2):
+        conversation = Conversation(messages)
+        exact = plain_tokenizer(template, [])
+        chat = ChatTemplate(exact, frozenset([exact.eos_token_id]))
+        (sequence,) = chat.tokenize(conversation)
+        texts = learned_texts(exact, sequence)
+        merging = plain_tokenizer(template, merges)
+        chat = ChatTemplate(merging, frozenset([merging.eos_token_id]))
+        sequences = chat.tokenize(conversation)
+        assert len(sequences) == 1 + num_apart
+        learned = [text for one in sequences for text in learned_texts(merging, one)]
+        assert sorted(learned) == sorted(texts)
+        check_server_law(chat, conversation, sequences)
 
 
 def test_special_tokens_that_take_the_space_behind_them_leave_exact_masks():
