@@ -39,6 +39,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from speculators_core.format.config import SpeculatorsConfig as SpeculatorsConfig
     from speculators_core.format.config import VerifierConfig as VerifierConfig
     from speculators_core.format.config import (
+        reload_and_populate_configs as reload_and_populate_configs,
+    )
+    from speculators_core.format.config import (
         reload_and_populate_models as reload_and_populate_models,
     )
     from speculators_core.format.config import reload_schemas as reload_schemas
@@ -76,7 +79,7 @@ _NAMES = {
     "errors": "SpeculatorError",
     "format.config": (
         "SpeculatorModelConfig SpeculatorsConfig VerifierConfig "
-        "reload_and_populate_models reload_schemas"
+        "reload_and_populate_configs reload_and_populate_models reload_schemas"
     ),
     "format.proposals": (
         "GreedyTokenProposalConfig SamplingTokenProposalConfig TokenProposalConfig"

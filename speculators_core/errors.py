@@ -1,4 +1,4 @@
-"""The one exception that a user can act on."""
+"""The exceptions that a user can act on."""
 
 from typing import Literal
 
@@ -36,7 +36,19 @@ class SpeculatorError(ValueError):
 
     def within(self, where: object, cause: Cause | None = None) -> "SpeculatorError":
         """The same error with the place before its message; ``cause`` is for one without any."""
-        return SpeculatorError(f"{where}: {self}", cause=self.cause or cause)
+        return type(self)(f"{where}: {self}", cause=self.cause or cause)
+
+
+class UnsupportedError(SpeculatorError, NotImplementedError):
+    """It exists, and nothing here does it."""
+
+
+class WrongTypeError(SpeculatorError, TypeError):
+    """An object of another class than the one that is needed."""
+
+
+class MissingAttributeError(SpeculatorError, AttributeError):
+    """An object lacks what its users read."""
 
 
 def first_line(error: BaseException) -> str:

@@ -19,6 +19,26 @@ class Registry:
             for name, value in (table or {}).items()
         }
         self._found: dict[str, EntryPoint] | None = None
+        self._added: dict[str, Any] = {}
+
+    def add(self, name: str, value: Any) -> None:
+        """Knows an object by this name in this process; a package has an entry point instead.
+
+        A later object of the name replaces an earlier one, as when a notebook's cell runs again.
+
+        Raises:
+            SpeculatorError: the name is one of ours or of an installed package.
+        """
+        if name in self._known:
+            raise SpeculatorError(
+                f"{self.kind} {name!r} is {self.path(name)}. Register under another name."
+            )
+        self._added[name] = value
+
+    @property
+    def added(self) -> dict[str, Any]:
+        """What this process added, by name."""
+        return dict(self._added)
 
     @property
     def _known(self) -> dict[str, EntryPoint]:
@@ -27,7 +47,7 @@ class Registry:
         return self._found | self._table
 
     def names(self) -> list[str]:
-        return sorted(self._known)
+        return sorted(self._known.keys() | self._added.keys())
 
     def reload(self) -> None:
         """Looks again for packages that were installed since the last look."""
@@ -35,6 +55,8 @@ class Registry:
 
     def path(self, name: str) -> str:
         """``module:object`` of that name."""
+        if name in self._added:
+            return f"{self._added[name].__module__}:{self._added[name].__qualname__}"
         return self._known[name].value
 
     def load(self, name: object) -> Any:
@@ -43,6 +65,8 @@ class Registry:
         Raises:
             SpeculatorError: the name is unknown, or its package cannot be imported.
         """
+        if isinstance(name, str) and name in self._added:
+            return self._added[name]
         point = self._known.get(name) if isinstance(name, str) else None
         if point is None:
             raise SpeculatorError(
@@ -73,6 +97,8 @@ MODELS = Registry(
         "mtp": "speculators_core.models.mtp:MTPDraftModel",
     },
 )
+CONFIGS = Registry("speculators_model_type", "speculators.configs")
+"""Config classes that a process registers without their model."""
 PROPOSALS = Registry(
     "proposal_type",
     "speculators.proposals",

@@ -6,11 +6,10 @@ pydantic, from the annotations of the class. Names that only the disk knows stan
 """
 
 import copy
-import inspect
 import logging
 import math
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import MISSING, field, fields
+from dataclasses import field, fields
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
@@ -24,8 +23,6 @@ from pydantic import (
     Field,
     PlainSerializer,
     SerializeAsAny,
-    ValidationError,
-    create_model,
     field_validator,
     model_validator,
 )
@@ -33,12 +30,19 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, Qwen3Conf
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from speculators_core.errors import SpeculatorError, first_fault, first_line
+from speculators_core.errors import SpeculatorError, UnsupportedError, first_line
+from speculators_core.files import read_json
 from speculators_core.format import checkpoint
-from speculators_core.format.proposals import GreedyTokenProposalConfig, TokenProposalConfig
+from speculators_core.format.documented import PydanticFace, config_class_of
+from speculators_core.format.proposals import (
+    GreedyTokenProposalConfig,
+    ReloadableBaseModel,
+    TokenProposalConfig,
+)
 from speculators_core.format.readings import OtherReading
+from speculators_core.format.schema import checked_fields, own_fields
 from speculators_core.format.vocabulary import Vocabulary
-from speculators_core.registry import MODELS, PROPOSALS, did_you_mean
+from speculators_core.registry import CONFIGS, MODELS, PROPOSALS, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +72,13 @@ def reload_and_populate_models() -> None:
     reload_schemas()
     for name in MODELS.names():
         MODELS.load(name)
+
+
+def reload_and_populate_configs() -> None:
+    """`reload_schemas`, then imports every algorithm's config, so that a broken one is named."""
+    reload_schemas()
+    for name in {*MODELS.names(), *CONFIGS.names()}:
+        config_class_of(name)
 
 
 class VerifierConfig(BaseModel):
@@ -102,7 +113,7 @@ class VerifierConfig(BaseModel):
         return cls.from_config(config, str(name_or_path))
 
 
-class SpeculatorsConfig(BaseModel):
+class SpeculatorsConfig(ReloadableBaseModel):
     """How the speculator is used: its algorithm, its proposal methods and its verifier."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -217,8 +228,10 @@ LayerConfig = Annotated[
 """A Transformers config, or its dict. Not annotated as such: pydantic would look inside."""
 
 
-class SpeculatorModelConfig(PretrainedConfig):
+class SpeculatorModelConfig(PydanticFace):
     """Base of every speculator's configuration; each algorithm adds its keys in its own file.
+
+    Keys are checked when they are set, too.
 
     Raises:
         SpeculatorError: a key is unknown, or a value is out of its bounds.
@@ -249,17 +262,10 @@ class SpeculatorModelConfig(PretrainedConfig):
                 default_proposal_method="greedy",
                 verifier=VerifierConfig(name_or_path=None),
             )
-        try:
-            checked = schema(type(self)).model_validate({name: getattr(self, name) for name in own})
-        except ValidationError as error:
-            key = str(error.errors()[0]["loc"][0])
-            raise SpeculatorError(
-                first_fault(error),
-                cause="wrong layer ids" if key.endswith("layer_ids") else "invalid config",
-            ) from error
-        for name in own:
-            setattr(self, name, getattr(checked, name))
-        if self.architectures is None:
+        checked = checked_fields(type(self), self.own_values())
+        for name, value in checked.items():
+            setattr(self, name, value)
+        if self.architectures is None and self.speculators_model_type in MODELS.names():
             self.architectures = [MODELS.load(self.speculators_model_type).__name__]
         checkpoint.as_dtype(kwargs.get("torch_dtype", self.dtype))
         super().__post_init__(**kwargs)
@@ -269,6 +275,12 @@ class SpeculatorModelConfig(PretrainedConfig):
                 f"speculators_model_type {self.speculators_model_type!r}."
             )
         self.check()
+        self._is_checked = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_is_checked" in self.__dict__ and name in own_fields(type(self)):
+            value = checked_fields(type(self), self.own_values() | {name: value})[name]
+        super().__setattr__(name, value)
 
     @property
     def unknown_keys(self) -> list[str]:
@@ -386,13 +398,13 @@ class SpeculatorModelConfig(PretrainedConfig):
         return_unused = kwargs.pop("return_unused_kwargs", False)
         config_dict = {**config_dict, **_taken(kwargs, ["speculators_model_type"])}
         if "speculators_model_type" not in config_dict:
-            raise SpeculatorError(
+            raise UnsupportedError(
                 "no speculators_model_type in the config: this is not a speculator. "
                 f"Expected one of {', '.join(MODELS.names())}.",
                 cause="invalid config",
             )
         kind = config_dict["speculators_model_type"]
-        target = MODELS.load(kind).config_class
+        target = config_class_of(kind)
         if not issubclass(target, cls):
             raise SpeculatorError(
                 f"the config is of a {kind} speculator, which {cls.__name__} cannot hold. "
@@ -423,16 +435,22 @@ class SpeculatorModelConfig(PretrainedConfig):
         revision: str = "main",
         **kwargs: Any,
     ) -> Any:
-        """Reads a speculator's config from a folder or from the hub.
+        """Reads a speculator's config from a folder, its file or the hub.
 
         Raises:
             SpeculatorError: there is no config, or it does not describe a speculator.
         """
-        hub = checkpoint.HubOptions(cache_dir, force_download, local_files_only, token, revision)
-        folder = checkpoint.fetch(pretrained_model_name_or_path, [checkpoint.CONFIG], hub)
-        loaded = cls.of_folder(folder, checkpoint.read_config(folder), **kwargs)
+        name = Path(pretrained_model_name_or_path)
+        if name.is_file():
+            name, raw = name.parent, read_json(name)
+        else:
+            hub = checkpoint.HubOptions(
+                cache_dir, force_download, local_files_only, token, revision
+            )
+            raw = checkpoint.fetch_config(pretrained_model_name_or_path, hub)
+        loaded = cls.of_folder(name, raw, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        config.name_or_path = str(pretrained_model_name_or_path)
+        config.name_or_path = str(name)
         return loaded
 
     @classmethod
@@ -457,11 +475,9 @@ class SpeculatorModelConfig(PretrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The format on disk: all of our keys, and no ``model_type``."""
-        own = own_fields(type(self))
-        written = schema(type(self)).model_construct(**{n: getattr(self, n) for n in own})
         dtype = str(self.dtype).removeprefix("torch.") if self.dtype is not None else None
         return {
-            **_merged(self.unread_keys, written.model_dump(mode="json")),
+            **_merged(self.unread_keys, self.model_dump(mode="json")),
             "architectures": self.architectures,
             "dtype": dtype,
             "speculators_version": _own_version(),
@@ -473,12 +489,20 @@ class SpeculatorModelConfig(PretrainedConfig):
         return self.to_dict()
 
     def save_pretrained(
-        self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any
+        self,
+        save_directory: str | PathLike,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Writes ``config.json``, replacing an older one in one step."""
-        if push_to_hub:
-            raise ValueError("push_to_hub is not supported here; save, then upload the folder")
+        """Writes ``config.json``, replacing an older one in one step.
+
+        With ``push_to_hub`` it is sent to ``repo_id``, the folder's name where None; ``kwargs`` are
+        then those of Transformers' method ``push_to_hub``.
+        """
         checkpoint.write_config(save_directory, self.to_dict())
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name, **kwargs)
 
 
 def _taken(options: dict[str, Any], names: Container[str]) -> dict[str, Any]:
@@ -546,41 +570,6 @@ def _paths(unread: Mapping[str, Any], above: str = "") -> Iterator[str]:
                     yield from _paths(item, f"{above}{key}.")
                 continue
         yield f"{above}{key}"
-
-
-def own_fields(config_class: type[SpeculatorModelConfig]) -> list[str]:
-    """The keys of a speculator's config, without those that every Transformers config has."""
-    names = (field.name for field in fields(config_class))
-    return [name for name in names if name not in PretrainedConfig.__annotations__]
-
-
-_SCHEMAS: dict[type, type[BaseModel]] = {}
-
-
-def schema(config_class: type[SpeculatorModelConfig]) -> type[BaseModel]:
-    """The pydantic model that checks a config class, made once from its annotations."""
-    if config_class not in _SCHEMAS:
-        _SCHEMAS[config_class] = _make_schema(config_class)
-    return _SCHEMAS[config_class]
-
-
-def _make_schema(config_class: type[SpeculatorModelConfig]) -> type[BaseModel]:
-    hints: dict[str, Any] = {}
-    for parent in reversed(config_class.__mro__):
-        if issubclass(parent, SpeculatorModelConfig):
-            hints |= inspect.get_annotations(parent, eval_str=True)
-    defaults = {f.name: f.default for f in fields(config_class)}
-    members: dict[str, Any] = {
-        name: (hints[name], ... if defaults[name] is MISSING else defaults[name])
-        for name in own_fields(config_class)
-    }
-    settings = ConfigDict(
-        extra="forbid",
-        strict=True,  # readers take the file as it is, and "false" for true
-        arbitrary_types_allowed=True,
-        protected_namespaces=(),
-    )
-    return create_model(config_class.__name__, __config__=settings, **members)
 
 
 def _own_version() -> str:

@@ -1,13 +1,24 @@
 """Proposal methods: how a speculator proposes its tokens."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
 from speculators_core.registry import PROPOSALS
 
 
-class TokenProposalConfig(BaseModel):
+class ReloadableBaseModel(BaseModel):
+    """A model whose schema can be made again once the registry of proposals has grown."""
+
+    @classmethod
+    def reload_schema(cls) -> None:
+        """Finds proposals of packages that were installed since the last look."""
+        PROPOSALS.reload()
+        cls.model_rebuild(force=True)
+
+
+class TokenProposalConfig(ReloadableBaseModel):
     """A proposal method; ``proposal_type`` picks the class when one is read."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -15,6 +26,22 @@ class TokenProposalConfig(BaseModel):
     proposal_type: str
     speculative_tokens: int = Field(5, ge=1)
     """Tokens that the speculator proposes in one step (K)."""
+
+    @classmethod
+    def register(cls, name: str) -> Callable[[type[Self]], type[Self]]:
+        """Decorator: makes a class of this process known by its ``proposal_type``.
+
+        A package has an entry point in the group ``speculators.proposals`` instead.
+
+        Raises:
+            SpeculatorError: the name is taken.
+        """
+
+        def add(found: type[Self]) -> type[Self]:
+            PROPOSALS.add(name, found)
+            return found
+
+        return add
 
     @property
     def lossy_options(self) -> dict[str, int | float]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from speculators_core.errors import SpeculatorError
-from speculators_core.format.config import SpeculatorModelConfig, own_fields
+from speculators_core.format.config import SpeculatorModelConfig
 from speculators_core.format.readings import OtherReading
+from speculators_core.format.schema import own_fields
 from speculators_core.models.feature_draft import (
     AuxLayerIds,
     DraftRecipe,
