@@ -27,7 +27,7 @@ class Registry:
         A later object of the name replaces an earlier one, as when a notebook's cell runs again.
 
         Raises:
-            SpeculatorError: the name is one of ours or of an installed package.
+            SpeculatorError: the name is built in, or an installed package has it.
         """
         if name in self._known:
             raise SpeculatorError(

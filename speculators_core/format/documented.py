@@ -70,7 +70,7 @@ class PydanticFace(PretrainedConfig):
         A package has an entry point in the group ``speculators.models`` instead.
 
         Raises:
-            SpeculatorError: the class is no config of that type, or the name is taken.
+            SpeculatorError: the class is not a config of that type, or the name is taken.
         """
 
         def add(kind: str, found: type) -> None:

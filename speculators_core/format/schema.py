@@ -1,4 +1,4 @@
-"""The pydantic model behind a config class."""
+"""The pydantic models that check config classes."""
 
 import inspect
 from collections.abc import Mapping
