@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, also after a power cut."""
+"""Files and folders that survive crashes whole or absent."""
 
 import errno
 import fcntl
@@ -18,24 +18,24 @@ from speculators_core.errors import SpeculatorError, first_line
 
 @dataclass(frozen=True)
 class Roots:
-    """Folders and files below which data may name others; a root may itself be a link.
+    """Folders and files below which data may name other files; a root may itself be a link.
 
-    What a user names may lie anywhere. This guards what comes from elsewhere: links inside a data
-    set, files that its description lists, and places that a server states.
+    Paths that the user gives may lie anywhere. This restricts paths from elsewhere: links inside a
+    data set, files that its description lists, and paths in a server's responses.
     """
 
     places: tuple[Path, ...]
     option: str = "run.allowed_roots"
-    """Where the user sets them, for errors."""
+    """The option that sets them, for errors."""
 
     def with_own(self, place: Path) -> "Roots":
-        """The same with a place that the user has named."""
+        """The same roots and a path that the user has named."""
         return replace(self, places=(*self.places, place))
 
     def check(self, path: str | Path) -> Path:
-        """The absolute path, its links followed; its end need not exist.
+        """The absolute path with links resolved; the file need not exist.
 
-        Open what is returned, not what was given: a link that is changed later has no effect then.
+        Open the returned path, not the given one: it is not affected by links that change later.
 
         Raises:
             SpeculatorError: it lies outside all roots.
@@ -46,25 +46,28 @@ class Roots:
             return found
         shown = f"{path}" if found == Path(path) else f"{path} (in full: {found})"
         raise SpeculatorError(
-            f"{shown}, which data name, lies outside of the allowed folders "
-            f"({', '.join(map(str, roots)) or 'none'}). Add its folder to {self.option}."
+            f"{shown}, which the data name, is outside the allowed folders; expected it below "
+            f"{', '.join(map(str, roots)) or 'none'}. Add its folder to {self.option} if you "
+            "trust it."
         )
 
 
 def in_full(path: str | Path) -> Path:
-    """The absolute path, its links followed and ``~`` replaced.
+    """The absolute path with links resolved and ``~`` expanded.
 
     Raises:
-        SpeculatorError: it has a loop of links or a zero byte, or there is no such home.
+        SpeculatorError: it has a loop of links or a zero byte, or there is no such home folder.
     """
     try:
         return Path(path).expanduser().resolve()
     except (RuntimeError, ValueError, OSError) as error:
-        raise SpeculatorError(f"{path!r} is not a usable path: {first_line(error)}.") from error
+        raise SpeculatorError(
+            f"{str(path)!r} is not a usable path: {first_line(error)}. Correct it."
+        ) from error
 
 
 def open_own(path: Path) -> IO[str]:
-    """A file to append to; a link is refused.
+    """Opens a file for appending; a link is refused.
 
     Raises:
         OSError: it is a link, or cannot be written.
@@ -89,10 +92,10 @@ def try_lock(file: int) -> bool:
 
 @contextmanager
 def locked(folder: Path | None) -> Iterator[None]:
-    """Allows one run at a time in a folder, which is made if needed. None locks nothing.
+    """Allows one run at a time in a folder, which is made if needed; None locks nothing.
 
     Raises:
-        SpeculatorError: another run is in it, or the folder cannot be made.
+        SpeculatorError: another run uses it, or the folder cannot be made.
     """
     if folder is None:
         yield
@@ -101,12 +104,15 @@ def locked(folder: Path | None) -> Iterator[None]:
         make_folder(folder)
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        raise SpeculatorError(f"{folder} cannot be written: {first_line(error)}.") from error
+        raise SpeculatorError(
+            f"{folder} cannot be written: {first_line(error)}; expected a writable folder. Choose "
+            "another one, or change its permissions."
+        ) from error
     try:
         if not try_lock(file):
             raise SpeculatorError(
-                f"{folder}: another run is writing there. Wait for its end, or choose another "
-                "folder."
+                f"{folder}: another run is writing there, expected one at a time. Wait until it "
+                "ends, or choose another folder."
             )
         yield
     finally:
@@ -117,25 +123,41 @@ def locked(folder: Path | None) -> Iterator[None]:
 
 
 def read_json(path: Path, expected: str = "a checkpoint") -> dict[str, Any]:
-    """The JSON object in a file; ``expected`` names what its folder should hold, for errors.
+    """The JSON object in a file; ``expected`` names what its folder should be, for errors.
 
     Raises:
         SpeculatorError: the file is missing or is not a JSON object.
     """
     if path.exists() and not path.is_file():
-        raise SpeculatorError(f"{path} is not a file.")
+        raise SpeculatorError(
+            f"{path} is not a regular file; expected the JSON file of {expected}. Replace it."
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise SpeculatorError(f"{path.parent} holds no {path.name}; not {expected}.") from error
+        raise SpeculatorError(
+            f"{path.parent} holds no {path.name}; expected {expected}. Correct the path, or copy "
+            "the file there."
+        ) from error
     except OSError as error:
-        raise SpeculatorError(f"{path} cannot be read: {error.strerror}.") from error
+        raise SpeculatorError(
+            f"{path} cannot be read: {error.strerror}; expected the JSON file of {expected}. "
+            "Check its permissions."
+        ) from error
     except RecursionError as error:
-        raise SpeculatorError(f"{path} is nested too deeply for {expected}.") from error
+        raise SpeculatorError(
+            f"{path} is nested too deeply; expected the JSON file of {expected}. Copy it again."
+        ) from error
     except ValueError as error:  # no JSON, no text, or a number of thousands of digits
-        raise SpeculatorError(f"{path} is not valid JSON: {first_line(error)}.") from error
+        raise SpeculatorError(
+            f"{path} is not valid JSON: {first_line(error)}; expected the JSON file of "
+            f"{expected}. Correct it, or copy it again."
+        ) from error
     if not isinstance(content, dict):
-        raise SpeculatorError(f"{path} holds a {type(content).__name__}; expected an object.")
+        raise SpeculatorError(
+            f"{path} holds a {type(content).__name__}; expected a JSON object. Correct it, or "
+            "copy it again."
+        )
     return content
 
 
@@ -144,10 +166,10 @@ def read_json(path: Path, expected: str = "a checkpoint") -> dict[str, Any]:
 
 @contextmanager
 def replaced(path: Path, is_synced: bool = True) -> Iterator[Path]:
-    """A temporary name to write a file to; at the end the file is renamed to ``path``.
+    """Yields a temporary path to write to; at the end the file is renamed to ``path``.
 
-    After an error the temporary file is gone and ``path`` is unchanged. With ``is_synced`` both
-    bytes and name are on disk at the end; without it the caller has to `sync` later.
+    After an error the temporary file is removed and ``path`` is unchanged. With ``is_synced`` both
+    content and name are on disk at the end; without it, the caller has to `sync` later.
 
     Raises:
         OSError: it cannot be written.
@@ -166,7 +188,7 @@ def replaced(path: Path, is_synced: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file.
+    """Replaces a file's content.
 
     Raises:
         OSError: it cannot be written.
@@ -177,12 +199,11 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replaced_files(folder: Path, marker: str, stale: Collection[str] = ()) -> Iterator[Path]:
-    """An empty folder to fill; at the end its files replace those of the same names in ``folder``.
+    """Yields an empty folder to fill; at the end its files replace their namesakes in ``folder``.
 
-    Other files in ``folder`` stay, except the ``stale`` ones. A reader takes the files for valid
-    only with the ``marker`` among them, so it is removed first and written last: at every moment
-    there are all old files, no marker, or all new files. After an error while the folder is
-    filled, ``folder`` is unchanged.
+    Other files in ``folder`` are kept, except the ``stale`` ones. The ``marker`` is removed first
+    and written last, since readers require it: at any time there are all old files, no marker, or
+    all new files. After an error while the folder is filled, ``folder`` is unchanged.
 
     Raises:
         OSError: it cannot be written.
@@ -203,10 +224,10 @@ def replaced_files(folder: Path, marker: str, stale: Collection[str] = ()) -> It
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill; at the end it is renamed to ``folder``, whose old content is gone.
+    """Yields an empty folder to fill; at the end it replaces ``folder`` with all its content.
 
-    After an error while it is filled, ``folder`` is unchanged. A kill leaves the old folder, none,
-    or the new one; hidden leftovers beside it are removed by the next call.
+    After an error while it is filled, ``folder`` is unchanged. If the process is killed, the old
+    folder, none, or the new one remains; the next call removes hidden leftovers beside it.
 
     Raises:
         OSError: it cannot be written.
@@ -218,13 +239,13 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 def part_of(path: Path) -> Path:
-    """Where a file or folder lies while it is written."""
+    """The path of a file or folder while it is written."""
     return path.with_name(f".{path.name}.part")
 
 
 @contextmanager
 def filled(part: Path) -> Iterator[Path]:
-    """An empty folder to fill: on disk at the end, or removed after an error."""
+    """Yields an empty folder to fill; at the end it is on disk, after an error removed."""
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
@@ -254,7 +275,7 @@ def place_files(part: Path, folder: Path, marker: str) -> None:
 
 
 def place_folder(part: Path, folder: Path) -> None:
-    """Renames a folder that is on disk to ``folder``; what had that name is removed."""
+    """Renames a folder that is on disk to ``folder``, replacing any folder of that name."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.is_dir() and any(folder.iterdir()):
@@ -265,7 +286,7 @@ def place_folder(part: Path, folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it; their names are on disk afterwards.
+    """Makes a folder and its parents; their names are on disk afterwards.
 
     Raises:
         OSError: it cannot be made.
@@ -277,7 +298,7 @@ def make_folder(folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes a folder and a file in it, which goes again.
+    """Makes a folder, and a temporary file in it.
 
     Raises:
         OSError: one of them cannot be made.
@@ -288,7 +309,7 @@ def check_writable(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when the bytes of a file are on disk."""
+    """Returns once a file's content is on disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -297,7 +318,7 @@ def sync(path: Path) -> None:
 
 
 def sync_names(folder: Path) -> None:
-    """Returns when the names in a folder are on disk, where its file system can say so."""
+    """Returns once the names in a folder are on disk, where the file system supports it."""
     try:
         sync(folder)
     except OSError as error:

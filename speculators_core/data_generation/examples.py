@@ -1,7 +1,7 @@
-"""The records of data generation, and the schema that every border holds them against.
+"""Records of data generation and their schema.
 
-An `Example` goes into an engine, a `GeneratedExample` comes out. Stored or sent it is a few tensors
-with the tokens as first axis (`Schema.encode`), so that examples of a shard lie end to end.
+An `Example` goes into an engine, a `GeneratedExample` comes out. Stored or sent, it is a few
+tensors whose first axis is tokens (`Schema.encode`), so examples are concatenated in a shard.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,8 @@ from speculators_core.verifier.taps import default_aux_layer_ids
 FP8_MAX = 448.0
 """The largest number of float8_e4m3fn."""
 KEY_LENGTH = 512
-"""Characters of a key, at most."""
+"""Maximum number of characters of a key."""
+REGENERATE = "Generate it again with `speculators generate-data`."
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Example:
     """Token ids to run through the verifier."""
 
     key: str
-    """Unique in a run, and the same in each run of the same configuration."""
+    """Unique in a run, and identical in every run of the same configuration."""
     input_ids: Int64[Tensor, "seq"]
     loss_mask: Bool[Tensor, "seq"]
     """Tokens that a draft learns to propose."""
@@ -39,17 +40,17 @@ class Example:
 
 @dataclass(frozen=True)
 class GeneratedExample:
-    """Row t is token t, and what the verifier made of it; nothing is shifted."""
+    """Row t holds token t and the verifier's output for it; nothing is shifted."""
 
     key: str
     input_ids: Int64[Tensor, "seq"]
     loss_mask: Bool[Tensor, "seq"]
     num_prompt_tokens: int
-    """Tokens that were given; the verifier wrote the others."""
+    """Tokens given to the verifier; it generated the rest."""
     hidden_states: Float[Tensor, "seq states hidden"]
-    """Of the schema's layers, ascending; the last state, before the final norm, is the last."""
+    """States of the schema's layers, ascending; the last hidden state comes last."""
     logits: Float[Tensor, "seq logits"] | None = None
-    """The verifier's, of all tokens or of ``logit_ids``, highest first."""
+    """The verifier's logits: of the whole vocabulary, or of ``logit_ids``, highest first."""
     logit_ids: Int64[Tensor, "seq logits"] | None = None
 
     @property
@@ -67,15 +68,15 @@ class FieldSpec:
 
 
 class Schema(Settings):
-    """What each example of a store or a queue holds."""
+    """Fields, types and shapes of every example of a store or queue."""
 
     verifier: str
     layer_ids: tuple[int, ...]
-    """Ascending: k is the residual stream after k layers."""
+    """Layer ids, ascending: k is the residual stream after k layers."""
     reduce: Literal["none", "mean"] = "none"
-    """`mean`: the states of ``layer_ids``, but the last, were averaged to one."""
+    """`mean`: the states of ``layer_ids`` except the last hidden state were averaged to one."""
     has_last: bool
-    """Whether the last of ``layer_ids`` is the state after all layers."""
+    """Whether the last of ``layer_ids`` is the last hidden state."""
     hidden_size: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
     dtype: StoredDtype
@@ -88,18 +89,17 @@ class Schema(Settings):
             list(self.layer_ids) != sorted(set(self.layer_ids))
             or min(self.layer_ids, default=0) < 0
         ):
-            raise ValueError(f"layer_ids {list(self.layer_ids)} must be ascending without doubles")
+            raise ValueError(f"layer_ids {list(self.layer_ids)} must be ascending and unique")
         if self.has_last and not self.layer_ids:
             raise ValueError("has_last without layer_ids")
         return self
 
     @classmethod
     def plan(cls, data: DataGenConfig, dtype: StoredDtype, verifier: PretrainedConfig) -> "Schema":
-        """The schema of what a configuration keeps of this verifier.
+        """The schema that a configuration gives for this verifier.
 
         Raises:
-            SpeculatorError: a layer is not one of the verifier's, or there are more top-k logits
-                than tokens.
+            SpeculatorError: the verifier has no such layer, or fewer tokens than top-k logits.
         """
         text, states = verifier.get_text_config(), data.states
         num_layers = text.num_hidden_layers
@@ -111,14 +111,16 @@ class Schema(Settings):
                 raise SpeculatorError(f"data.states.layer_ids: {error}") from error
         if list(ids) != sorted(set(ids)) or max(ids, default=0) > num_layers:
             raise SpeculatorError(
-                f"data.states.layer_ids {list(ids)}: expected ascending ids of 0..{num_layers}, "
-                f"the layers of {data.verifier}."
+                f"data.states.layer_ids is {list(ids)}; expected unique, ascending ids in "
+                f"0..{num_layers}, the layers of {data.verifier}. Correct the list, or leave it "
+                "out for the default layers."
             )
         if states.last and num_layers not in ids:
             ids = (*ids, num_layers)
         if states.logits == "top-k" and states.top_k > text.vocab_size:
             raise SpeculatorError(
-                f"data.states.top_k {states.top_k}: {data.verifier} has {text.vocab_size} tokens."
+                f"data.states.top_k is {states.top_k}; expected at most {text.vocab_size}, the "
+                f"vocabulary of {data.verifier}. Reduce it, or set data.states.logits to full."
             )
         return cls(
             verifier=data.verifier,
@@ -134,32 +136,32 @@ class Schema(Settings):
 
     @property
     def num_states(self) -> int:
-        """States of a token."""
+        """Number of states stored per token."""
         num_aux = len(self.layer_ids) - self.has_last
         return (min(num_aux, 1) if self.reduce == "mean" else num_aux) + self.has_last
 
     @property
     def real_dtype(self) -> torch.dtype:
-        """Of states as training reads them, and of logits."""
+        """Data type of logits, and of states as training reads them."""
         return torch.bfloat16 if self.dtype == "float8_e4m3fn" else getattr(torch, self.dtype)
 
     @property
     def fields(self) -> dict[str, FieldSpec]:
-        """Names, types and shapes of an example's tensors, in the order in which they are kept."""
+        """Names, types and shapes of an example's tensors, in the order they are stored."""
         width = {"none": 0, "top-k": self.top_k, "full": self.vocab_size}[self.logits]
         states = (self.num_states, self.hidden_size)
         return _fields(self.dtype, self.real_dtype, states, width, self.logits == "top-k")
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token, in all fields."""
+        """Bytes of one token over all fields."""
         return sum(
             spec.dtype.itemsize * int(torch.Size(spec.tail).numel())
             for spec in self.fields.values()
         )
 
     def encode(self, example: GeneratedExample) -> dict[str, Shaped[Tensor, "seq ..."]]:
-        """An example's tensors as they are kept, contiguous and on the CPU."""
+        """An example's tensors as they are stored, contiguous and on the CPU."""
         encoded: dict[str, Tensor | None] = {
             "input_ids": example.input_ids,
             "loss_mask": example.loss_mask,
@@ -182,16 +184,22 @@ class Schema(Settings):
     def decode(
         self, key: str, num_prompt_tokens: int, tensors: Mapping[str, Tensor], where: str
     ) -> GeneratedExample:
-        """The example in these tensors, without a copy but for float8.
+        """The example in these tensors; only float8 states are copied.
 
         Raises:
-            SpeculatorError: they are not what the schema says; ``where`` names the place.
+            SpeculatorError: they do not match the schema; ``where`` names their place.
         """
         num_tokens = self.check(tensors, where)
         if not 1 <= num_prompt_tokens <= num_tokens:
-            raise SpeculatorError(f"{where}: {num_prompt_tokens} prompt tokens of {num_tokens}.")
+            raise SpeculatorError(
+                f"{where}: num_prompt_tokens is {num_prompt_tokens}, expected 1 to {num_tokens}. "
+                f"{REGENERATE}"
+            )
         if not 0 < len(key) <= KEY_LENGTH:
-            raise SpeculatorError(f"{where}: a key of {len(key)} characters.")
+            raise SpeculatorError(
+                f"{where}: the key has {len(key)} characters, expected 1 to {KEY_LENGTH}. "
+                f"{REGENERATE}"
+            )
         states = tensors["hidden_states"]
         if self.dtype == "float8_e4m3fn":
             scaled = states.to(torch.float32) * tensors["hidden_states_scales"]
@@ -216,18 +224,20 @@ class Schema(Settings):
         fields = self.fields
         if tensors.keys() != fields.keys():
             raise SpeculatorError(
-                f"{where}: holds {', '.join(sorted(tensors)) or 'nothing'}; "
-                f"expected {', '.join(fields)}."
+                f"{where}: found the tensors {', '.join(sorted(tensors)) or 'none'}; "
+                f"expected {', '.join(fields)}. {REGENERATE}"
             )
         num_tokens = len(tensors["input_ids"]) if tensors["input_ids"].dim() else 0
         if num_tokens == 0:
-            raise SpeculatorError(f"{where}: an example of no tokens.")
+            raise SpeculatorError(
+                f"{where}: the example has no tokens, expected at least 1. {REGENERATE}"
+            )
         for name, spec in fields.items():
             found, expected = tensors[name], (num_tokens, *spec.tail)
             if found.dtype != spec.dtype or tuple(found.shape) != expected:
                 raise SpeculatorError(
                     f"{where}: {name} is {found.dtype} {list(found.shape)}; "
-                    f"expected {spec.dtype} {list(expected)}."
+                    f"expected {spec.dtype} {list(expected)}. {REGENERATE}"
                 )
         return num_tokens
 
@@ -240,7 +250,7 @@ def _fields(
     num_logits: int,
     has_ids: bool,
 ) -> dict[str, FieldSpec]:
-    """Asked for with each example that is read."""
+    """`Schema.fields`, cached because it is read for every example."""
     found = {
         "input_ids": FieldSpec(torch.int64),
         "loss_mask": FieldSpec(torch.bool),
@@ -258,7 +268,7 @@ def _fields(
 def _to_fp8(
     states: Float[Tensor, "seq states hidden"],
 ) -> tuple[Shaped[Tensor, "seq states hidden"], Float[Tensor, "seq 1 1"]]:
-    """States over their scales: a token's largest number is the largest that float8 has."""
+    """Scaled states and their scales: each token's largest magnitude becomes float8's maximum."""
     real = states.to("cpu", torch.float32)
     largest = torch.linalg.vector_norm(real, ord=torch.inf, dim=(1, 2), keepdim=True)
     scales = (largest / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
@@ -267,7 +277,7 @@ def _to_fp8(
 
 @dataclass(frozen=True)
 class Failure:
-    """An example that the engine could not run; a shard's header lists it, a run sets it aside."""
+    """An example that the engine could not run; the shard's header lists it as set aside."""
 
     key: str
     reason: str

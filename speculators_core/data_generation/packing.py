@@ -1,4 +1,4 @@
-"""Generated examples end to end in the rows that training takes."""
+"""Generated examples packed into training rows."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ Item = TypeVar("Item")
 def fill_rows(
     items: Iterable[Item], length_of: Callable[[Item], int], row_length: int
 ) -> Iterator[list[Item]]:
-    """The items of each row, in order: a row ends where it is full or the next would not fit.
+    """The items of each row, in order: a row ends when it is full or the next would not fit.
 
-    One longer than a row has one for itself.
+    An item longer than a row gets a row to itself.
     """
     row: list[Item] = []
     used = 0
@@ -40,15 +40,15 @@ def fill_rows(
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How a row is made of examples."""
+    """How examples are laid out in a row."""
 
     row_length: int | None
-    """Tokens of a row, padded; an example longer than that is cut. None: as long as they are."""
+    """Tokens per row, padded; longer examples are truncated. None for the examples' length."""
     aux_slots: tuple[int, ...]
-    """Where the aux states that the draft reads lie among an example's states, ascending."""
+    """Indices, among an example's states, of the aux states that the draft reads; ascending."""
     last_slot: int
     dtype: torch.dtype | None = None
-    """Of the states; as they are stored where None."""
+    """Data type of the states; None for the stored one."""
 
     @classmethod
     def of(
@@ -58,15 +58,15 @@ class RowLayout:
         row_length: int | None,
         dtype: torch.dtype | None = None,
     ) -> "RowLayout":
-        """For examples of a schema; ``layer_ids`` are the aux layers, all of them where None.
+        """The layout for a schema's examples; ``layer_ids`` are the aux layers, None for all.
 
         Raises:
             SpeculatorError: the examples lack a state that training needs.
         """
         if not schema.has_last:
             raise SpeculatorError(
-                "The store holds no last state, which every draft learns from: generate it with "
-                "data.states.last."
+                f"The examples hold layers {list(schema.layer_ids)} without the last hidden state, "
+                "which every draft learns from. Generate them again with data.states.last: true."
             )
         num_aux = schema.num_states - 1
         if layer_ids is None:
@@ -77,21 +77,21 @@ class RowLayout:
         if not set(layer_ids) <= set(slots):
             what = f"layers {list(slots)}" + ("" if slots is every else " and the mean of others")
             raise SpeculatorError(
-                f"The draft reads layers {list(layer_ids)}, the store holds {what}. Generate it "
-                "with data.states.layer_ids."
+                f"The draft reads layers {list(layer_ids)}, but the examples hold {what}. "
+                f"Generate them again with data.states.layer_ids {sorted(layer_ids)}."
             )
         return cls(row_length, tuple(slots[i] for i in sorted(layer_ids)), num_aux, dtype)
 
     def rows(self, examples: Iterable[GeneratedExample]) -> Iterator[list[GeneratedExample]]:
-        """The examples of each row, in their order: a row ends where the next would not fit.
+        """The examples of each row, in order: a row ends where the next would not fit.
 
-        One that is full is given without a look at the next, for which a queue may have to wait.
+        A full row is yielded before the next example is read, since a queue might have to wait.
         """
-        room = self.row_length or 1  # an example a row
+        room = self.row_length or 1  # one example per row
         return fill_rows(examples, lambda example: len(example.input_ids), room)
 
     def pack(self, examples: Sequence[GeneratedExample]) -> Batch:
-        """One row of these examples."""
+        """Packs these examples into one row."""
         length = self.row_length or sum(len(example.input_ids) for example in examples)
         states = examples[0].hidden_states
         dtype, width = self.dtype or states.dtype, states.shape[-1]
@@ -125,9 +125,9 @@ def rows_held(
 ) -> Iterator[list[GeneratedExample]]:
     """The rows that ``rows_of`` makes of a queue's examples.
 
-    Asking for the next row says that the one before has been dealt with, and no other. Where no
-    more examples come before a row has been dealt with, ``rows_of`` sees the end of them: its last
-    rows go out, and it begins anew.
+    Requesting the next row acknowledges the examples of the previous row, and no others. When the
+    queue can give no more examples until some are acknowledged, the iterator passed to ``rows_of``
+    ends: its partial rows are yielded, and it is called again.
 
     Raises:
         SpeculatorError: an example is damaged, or producers are missing.

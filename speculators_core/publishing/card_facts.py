@@ -1,4 +1,4 @@
-"""Facts of a model card that a speculator's folder does not hold."""
+"""Model-card facts beyond the speculator's folder."""
 
 from pathlib import Path
 
@@ -31,13 +31,16 @@ class DataFacts(Settings):
         """The facts that a store records.
 
         Raises:
-            SpeculatorError: there is no store, a shard is damaged, or the data that it was made
-                from are not recorded.
+            SpeculatorError: there is no store, a shard is damaged, or its data sets are not
+                recorded.
         """
         made_from = DiskStore.open(folder).manifest.made_from.get("data")
         entries = made_from.get("datasets") if isinstance(made_from, dict) else None
         if not isinstance(entries, list) or not entries:
-            raise SpeculatorError(f"{folder / MANIFEST} does not state the data it was made from.")
+            raise SpeculatorError(
+                f"{folder / MANIFEST} states no data sets in made_from.data.datasets; expected "
+                "those of the run that wrote it. Use a store of `speculators generate-data`."
+            )
         where = f"{folder / MANIFEST}: data.datasets"
         datasets = tuple(DatasetConfig.read(entry, where) for entry in entries)
         found = summarize(folder)
@@ -68,14 +71,14 @@ class TrainingFacts(Settings):
     best_step: int | None = Field(None, ge=0)
     """Step whose weights the draft has; the last one where None."""
     num_tokens: int = Field(ge=0)
-    """Tokens that were trained on up to these weights, once for each pass, without padding."""
+    """Tokens trained on up to these weights, counted once per pass, without padding."""
     optimizer: str
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
     row_length: int = Field(ge=1)
-    """Tokens of a packed row; longer examples are cut to it."""
+    """Tokens per packed row; longer examples are truncated to it."""
     lengths: Lengths | None = None
-    """Lengths of the examples that were trained on, before they are cut."""
+    """Lengths of the examples that were trained on, before truncation."""
     schedule: str | None = None
     """Schedule of the learning rate."""
     started_from: str | None = None

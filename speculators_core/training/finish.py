@@ -1,4 +1,4 @@
-"""The end of a run: checkpoint, model card, check, measurement."""
+"""End of a run: checkpoint, card, check, measurement."""
 
 import logging
 import shlex
@@ -43,7 +43,7 @@ PROMPTS = "prompts.jsonl"
 
 
 def write_speculator(plan: TrainingPlan, draft: SpeculatorModel, facts: CardFacts) -> None:
-    """Writes ``run/speculator``, whole or not at all: checkpoint, card, and records of the run."""
+    """Writes ``run/speculator`` whole or not at all: checkpoint, card and records of the run."""
     run = plan.run.output
     with replaced_folder(run / SPECULATOR) as part:
         draft.to("cpu", as_dtype(plan.run.saved_dtype)).save_pretrained(part)
@@ -54,7 +54,7 @@ def write_speculator(plan: TrainingPlan, draft: SpeculatorModel, facts: CardFact
 
 
 def best_figures(state: TrainerState) -> dict[str, float]:
-    """Figures of the evaluation of the speculator's weights."""
+    """Figures of the evaluation at the speculator's weights."""
     found: dict[str, float] = {}
     for line in _lines_of_best(state):
         found |= {n.removeprefix("eval_"): v for n, v in line.items() if n.startswith("eval_")}
@@ -62,15 +62,15 @@ def best_figures(state: TrainerState) -> dict[str, float]:
 
 
 def _lines_of_best(state: TrainerState) -> list[dict[str, float]]:
-    """Lines of the log at the step of the speculator's weights, one of them at least."""
+    """Log lines at the step of the speculator's weights, at least one."""
     step = state.best_global_step or state.global_step
     return [line for line in state.log_history if line["step"] == step]
 
 
 def card_facts(job: Job, lengths: Lengths) -> CardFacts:
-    """The facts of the run for the model card, before its speculator is measured.
+    """The run's facts for the model card, before its speculator is measured.
 
-    ``lengths``: of the examples that were trained on.
+    ``lengths``: lengths of the examples that were trained on.
     """
     plan = job.plan
     assert job.trainer is not None
@@ -96,7 +96,7 @@ def card_facts(job: Job, lengths: Lengths) -> CardFacts:
 
 
 def _measured_on_the_way(job: Job, here: dict[str, str]) -> Measurement | None:
-    """Acceptance when the speculator's weights were evaluated; None where nothing was decoded."""
+    """Acceptance in the evaluation of the speculator's weights; None if nothing was decoded."""
     assert job.trainer is not None
     figures = best_figures(job.trainer.state)
     if "acceptance_length" not in figures:
@@ -120,7 +120,7 @@ def _data_facts(job: Job) -> DataFacts | None:
     assert job.plan.data.store is not None
     try:
         return DataFacts.of_store(job.plan.data.store)
-    except SpeculatorError as error:  # a store that somebody wrote without a plan
+    except SpeculatorError as error:  # a store that was written without a plan
         logger.warning("left the data out of the model card: %s", error)
         return None
 
@@ -176,7 +176,7 @@ def measure(speculator: Path, plan: TrainingPlan, prompts: Sequence[Prompt]) -> 
 
 
 def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command of `speculators` in a process that does not belong to torchrun's."""
+    """Runs a command of `speculators` in a process outside torchrun's ranks."""
     command = [sys.executable, "-m", "speculators_core", *arguments]
     environment = environment_without_ranks()
     return subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -13,9 +13,6 @@ from docs.generated import ROOT, file_table, first_line, pages, source_files
 from speculators_core.errors import Cause
 from speculators_core.registry import COMMANDS, MODELS
 
-LONG_FIRST_LINES = (Path(__file__).parent / "long_first_lines.txt").read_text().split()
-"""Files whose first line is to be shortened; the list only shrinks."""
-
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
@@ -54,8 +51,7 @@ def test_every_file_is_described_in_under_ten_words():
         purpose = first_line(file)
         assert f"| `{place.name}` | " in table
         assert purpose, f"{place} has no docstring"
-        if place.as_posix() not in LONG_FIRST_LINES:
-            assert len(purpose.split()) < 10, f"{place}: {purpose}"
+        assert len(purpose.split()) < 10, f"{place}: {purpose}"
 
 
 def test_every_cause_of_check_has_its_diagnosis():

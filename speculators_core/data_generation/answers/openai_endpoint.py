@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's protocol answers: /chat/completions, many at one time."""
+"""Answers from an OpenAI-compatible server, requested concurrently."""
 
 import asyncio
 import itertools
@@ -15,11 +15,11 @@ from speculators_core.errors import SpeculatorError
 from speculators_core.http import Access, Client, Models, Refused
 
 AHEAD = 4
-"""Conversations that are taken for each one that is answered: a long one holds few others up."""
+"""Conversations read for each concurrent request, so that a long one delays few others."""
 BROKEN = 500
-"""A status that a server still has after all retries where it breaks on a conversation."""
+"""Status that remains after all retries when a conversation crashes the server's handler."""
 DRAWN_IDS = ("chatcmpl-tool-", "call_")
-"""How ids begin that a server drew for tool calls: others in each run, and not the verifier's."""
+"""Prefixes of tool call ids that the server draws at random, which the verifier did not write."""
 
 
 class _Function(BaseModel):
@@ -54,19 +54,26 @@ class _Completion(BaseModel):
 
 
 class OpenAIEndpoint:
-    """Answers each conversation by requests one after another, and many conversations at a time."""
+    """Answers many conversations at a time, each by one request per turn."""
 
     def __init__(self, config: AnswersConfig) -> None:
         """Raises:
-        SpeculatorError: the server is not there, or has several models and none is named; or there
-            are options that are the server's.
+        SpeculatorError: the server cannot be reached, it has several models and none is named, or
+            an option is set that only applies to the offline engine.
         """
         url = config.endpoint.base_url
         if url is None:
-            raise SpeculatorError("engine openai needs --base-url, http://host:port/v1.")
+            raise SpeculatorError(
+                "endpoint.base_url is missing, which engine openai requires. Pass the server's "
+                "address: --base-url http://host:port/v1."
+            )
         for name, default in OfflineConfig():
             if getattr(config.offline, name) != default:
-                raise SpeculatorError(f"{name}: the server at {url} decides it itself.")
+                raise SpeculatorError(
+                    f"{name} is {getattr(config.offline, name)!r}, but the server at {url} "
+                    "decides it; expected the default with engine openai. Leave the option out, "
+                    "and set it where the server is started."
+                )
         self._endpoint, self._sampling = config.endpoint, config.sampling
         self._going: deque[asyncio.Task[Dialogue]] = deque()
         self._client = Client(
@@ -89,7 +96,7 @@ class OpenAIEndpoint:
 
     def answer(self, dialogues: Iterator[Dialogue]) -> Iterator[Dialogue]:
         """Raises:
-        SpeculatorError: the server is gone, or does not answer as one that speaks the protocol.
+        SpeculatorError: the server cannot be reached, or its response is not of the protocol.
         """
         loop = self._runner.get_loop()
         room = asyncio.Semaphore(self._endpoint.concurrency)
@@ -103,7 +110,7 @@ class OpenAIEndpoint:
             self._going.popleft()
 
     def close(self) -> None:
-        """Ends what still goes on."""
+        """Cancels pending requests."""
         for task in self._going:
             task.cancel()
         self._runner.run(_settled(self._going))
@@ -115,7 +122,10 @@ class OpenAIEndpoint:
         names = [model.id for model in found.data]
         if len(names) > 1:
             url = self._client.access.url
-            raise SpeculatorError(f"{url} has {', '.join(names)}; name one with --model.")
+            raise SpeculatorError(
+                f"{url} serves {len(names)} models ({', '.join(names)}), expected one. "
+                "Choose one with --model."
+            )
         return names[0]
 
     async def _converse(self, dialogue: Dialogue, room: asyncio.Semaphore) -> Dialogue:
@@ -133,7 +143,7 @@ class OpenAIEndpoint:
         return dialogue
 
     def _body(self, dialogue: Dialogue) -> dict[str, Any]:
-        """What not every server knows is left out where nobody asked for it."""
+        """The request; options that not every server supports are omitted unless set."""
         sampling = self._sampling
         stated = {
             "model": self._model,

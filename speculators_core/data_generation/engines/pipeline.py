@@ -1,7 +1,7 @@
 """Engines: examples in, the verifier's states and logits out.
 
-`InferencePipeline` is what every engine does, whoever runs the verifier; `TransformersPipeline`
-runs it here. Engines of other packages are found in the entry-point group ``speculators.engines``.
+`InferencePipeline` is the base class of all engines; `TransformersPipeline` runs the verifier in
+this process. Other packages register engines in the entry-point group ``speculators.engines``.
 """
 
 from abc import ABC, abstractmethod
@@ -46,17 +46,17 @@ class InferencePipeline(ABC):
 
     @abstractmethod
     def forward(self, examples: Sequence[Example]) -> list[GeneratedExample | Failure]:
-        """What the verifier makes of each example, in their order.
+        """The verifier's output for each example, in order.
 
-        An example that cannot be run is a `Failure`, and the others are as if it were not there.
+        An example that cannot be run becomes a `Failure` and does not affect the others.
 
         Raises:
-            SpeculatorError: the engine itself cannot go on.
+            SpeculatorError: the engine itself cannot continue.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Gives the engine's memory back."""
+        """Releases the engine's memory."""
 
     def __enter__(self) -> "InferencePipeline":
         return self
@@ -99,19 +99,19 @@ class InferencePipeline(ABC):
         return [] if found is None else [found] if isinstance(found, int) else list(found)
 
     def goes_on(self, example: Example) -> bool:
-        """Whether the verifier is to write behind a text; not where it has ended."""
+        """Whether the verifier continues this text: it is asked to, and the text has no end."""
         is_open = self.plan.data.states.tokens == "all"
         return is_open and int(example.input_ids[-1]) not in self.end_ids
 
     @cached_property
     def head(self) -> VerifierHead:
-        """Final norm and head; an engine that has them in memory gives its own."""
+        """Final norm and head; an engine that has them in memory overrides this."""
         return read_verifier_head(
             self.plan.data.verifier, trust_remote_code=self.plan.data.trust_remote_code
         )
 
     def fault(self, example: Example) -> str | None:
-        """Why an example cannot be run by any engine."""
+        """Why no engine can run this example; None where one can."""
         outside = (example.input_ids < 0) | (example.input_ids >= self.schema.vocab_size)
         if outside.any():
             return (
@@ -129,7 +129,7 @@ class InferencePipeline(ABC):
         token_ids: Int64[Tensor, "seq"],
         states: Float[Tensor, "seq captured hidden"],
     ) -> GeneratedExample | Failure:
-        """What is kept of an example whose tokens, with those written, are ``token_ids``."""
+        """The record of an example; ``token_ids`` are its tokens and those that were generated."""
         schema, num_given = self.schema, len(example.input_ids)
         if not torch.equal(token_ids[:num_given], example.input_ids):
             return Failure(example.key, "the engine read other tokens than it was given")
@@ -173,7 +173,7 @@ class InferencePipeline(ABC):
 
 
 def schema_of(plan: GenerationPlan) -> Schema:
-    """What the plan keeps of its verifier, of which the config alone is read.
+    """The schema of a plan's examples; only the verifier's config is read.
 
     Raises:
         SpeculatorError: there is no such verifier, or the plan does not fit it.
@@ -185,12 +185,12 @@ def schema_of(plan: GenerationPlan) -> Schema:
     if longest is not None and plan.engine.max_length + written > longest:
         what = "engine.max_length and engine.max_new_tokens" if written else "engine.max_length"
         raise SpeculatorError(
-            f"{what} come to {plan.engine.max_length + written} tokens; {plan.data.verifier} has "
-            f"{longest} positions."
+            f"{what} add up to {plan.engine.max_length + written} tokens; expected at most "
+            f"{longest}, the positions of {plan.data.verifier}. Reduce {what}."
         )
     return schema
 
 
 def seed_of(seed: int, key: str) -> int:
-    """The same for the same batch, whichever worker runs it."""
+    """A seed that depends only on the run's seed and the key, not on the worker."""
     return xxh64_intdigest(key.encode(), seed=seed) >> 1

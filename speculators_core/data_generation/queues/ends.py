@@ -1,4 +1,4 @@
-"""The two ends of a queue of examples, whichever way their bytes go."""
+"""Both ends of a queue, over any transport."""
 
 import os
 import secrets
@@ -11,17 +11,17 @@ from torch import Tensor
 from speculators_core.data_generation.examples import GeneratedExample, Schema
 from speculators_core.data_generation.queues.frames import Label
 from speculators_core.data_generation.queues.receiver import Arrival, Receiver
-from speculators_core.data_generation.queues.sender import Parcel, Sender
+from speculators_core.data_generation.queues.sender import QueuedExample, Sender
 from speculators_core.errors import SpeculatorError
 
 TIMEOUT_S = 600.0
-"""How long nobody may be there on the other side: as long as a verifier takes to load."""
+"""How long the other side may be absent: enough for a verifier to load."""
 
-Load = Callable[[Label, dict[str, Shaped[Tensor, "seq ..."]]], Parcel]
+Load = Callable[[Label, dict[str, Shaped[Tensor, "seq ..."]]], QueuedExample]
 
 
 class QueueSink:
-    """A `DataSink`. Tensors that were handed in must not change until they are acknowledged."""
+    """A `DataSink`. Tensors passed to it must not change until they are acknowledged."""
 
     def __init__(
         self,
@@ -38,18 +38,19 @@ class QueueSink:
         self._clean_up = clean_up
 
     def write(self, example: GeneratedExample) -> None:
-        """Waits while consumers have no room, for ever if they are alive.
+        """Waits while consumers have no room, indefinitely if they are alive.
 
         Raises:
-            SpeculatorError: the example is too large or not of the schema; or there is no
-                consumer, or one that refuses us.
+            SpeculatorError: the example is too large or does not match the schema; no consumer is
+                there, or one refuses this producer.
         """
         num_tokens = len(example.input_ids)
         size_bytes = num_tokens * self.schema.token_bytes
         if size_bytes > self.max_message_bytes:
             raise SpeculatorError(
-                f"example {example.key!r}: {num_tokens} tokens are {size_bytes} bytes, over "
-                f"sync.max_message_bytes {self.max_message_bytes}."
+                f"example {example.key!r}: its {num_tokens} tokens take {size_bytes} bytes, "
+                f"expected at most sync.max_message_bytes ({self.max_message_bytes}). Increase "
+                "that on both sides, or reduce engine.max_length."
             )
         label = {
             "key": example.key,
@@ -57,9 +58,9 @@ class QueueSink:
             "num_prompt_tokens": example.num_prompt_tokens,
         }
         tensors = self.schema.encode(example)
-        parcel_label = Label.read(label, f"example {example.key[:80]!r}")
+        checked = Label.read(label, f"example {example.key[:80]!r}")
         self._sender.wait_for_room()
-        self._sender.put(self._load(parcel_label, tensors))
+        self._sender.put(self._load(checked, tensors))
 
     def write_batch(self, examples: Sequence[GeneratedExample]) -> None:
         for example in examples:
@@ -69,10 +70,10 @@ class QueueSink:
         return self._sender.take_acknowledged()
 
     def close(self) -> None:
-        """Waits until consumers have dealt with everything.
+        """Waits until consumers have acknowledged everything.
 
         Raises:
-            SpeculatorError: there is none, or one that refuses us.
+            SpeculatorError: no consumer is there, or one refuses this producer.
         """
         try:
             self._sender.close()
@@ -80,16 +81,16 @@ class QueueSink:
             self._clean_up()
 
     def abort(self) -> None:
-        """Consumers are not told that this was all."""
+        """Stops at once, without marking the end of the data for consumers."""
         self._sender.stop()
         self._clean_up()
 
 
 class QueueSource:
-    """A `HoldingSource`: producers forget an example when the reader has dealt with it.
+    """A `HoldingSource`: producers keep an example until the reader has acknowledged it.
 
-    What it has not dealt with is given again by the next `read` or `hold`. It goes to another
-    consumer if this one is closed or lost.
+    The next `read` or `hold` yields unacknowledged examples again. They go to another consumer if
+    this one is closed or lost.
     """
 
     def __init__(
@@ -99,28 +100,28 @@ class QueueSource:
         self.url = receiver.url
         self.capacity = receiver.room * receiver.num_producers
         self.while_waiting: Callable[[], None] = lambda: None
-        """Called at every heartbeat or more often; what it raises ends the reader's wait."""
+        """Called at least once per heartbeat; an exception from it ends the reader's wait."""
         self._receiver = receiver
         self._held: dict[str, Arrival] = {}
         self._clean_up = clean_up
 
     @property
     def num_refused(self) -> int:
-        """Messages that were not what a producer of this schema sends."""
+        """Number of messages refused because they do not fit the protocol or the schema."""
         return self._receiver.num_refused
 
     def read(self) -> Iterator[GeneratedExample]:
-        """Ends when as many producers as are expected have sent everything.
+        """Examples, until the expected number of producers have sent everything.
 
         Raises:
-            SpeculatorError: none of the others is there.
+            SpeculatorError: producers are missing.
         """
         for example in self.hold():
             yield example
             self.done([example.key])
 
     def hold(self) -> Iterator[GeneratedExample]:
-        """Raises SpeculatorError as `read`."""
+        """Like `read`, without acknowledging examples; raises the same errors."""
         for left in reversed(self._held.values()):
             self._receiver.put_back(left)
         self._held.clear()
@@ -138,11 +139,11 @@ class QueueSource:
                 self._receiver.settle(self._held.pop(key))
 
     def close(self) -> None:
-        """Lets producers know that they have to send elsewhere."""
+        """Notifies producers that they have to send elsewhere."""
         self._receiver.close()
         self._clean_up()
 
 
 def unique_name() -> str:
-    """Of a producer, among all machines."""
+    """A producer's name, unique over all machines."""
     return f"{socket.gethostname()[:64]}-{os.getpid()}-{secrets.token_hex(4)}"

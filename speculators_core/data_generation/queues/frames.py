@@ -1,23 +1,23 @@
-"""What the two sides of a queue say to each other: a binary header, a little JSON, raw tensors.
+"""The wire protocol between producers and consumers.
 
     header | body, JSON of its kind | tensor | tensor | ...     frames of one ZeroMQ message
 
     producer                           consumer
     HELLO    name, schema        -->
-                                 <--   WELCOME  how many examples may be under way
-                                 <--   WAIT     why not now, or no more: say hello again
+                                 <--   WELCOME  maximum number of unacknowledged examples
+                                 <--   WAIT     why not now, or no longer: send HELLO again
                                  <--   REFUSED  why never
     EXAMPLE  label, tensors      -->
-                                 <--   ACK      the reader has dealt with it
-    CLOSING  all has been sent   -->
-    END      and dealt with      -->
+                                 <--   ACK      the reader has processed it
+    CLOSING  all is sent         -->
+    END      all is acknowledged -->
                                  <--   ACK
     BEAT                        <-->   BEAT
 
-After CLOSING come those examples alone that another consumer was lost with.
+After CLOSING, only examples follow that were unacknowledged when another consumer was lost.
 
-The consumer chooses a number for each session; examples and the end are counted from 0 in it, so
-that what was recorded in another session, or comes twice, is told from what is meant.
+The consumer draws a number for each session. EXAMPLE and END messages are counted from 0 within
+it, so a replayed or duplicated message is recognised.
 """
 
 import struct
@@ -40,13 +40,13 @@ from speculators_core.settings import Settings
 MAGIC = b"SPQ1"
 VERSION = 1
 HEADER = struct.Struct("!4sBBHQQII")
-"""Magic, version, kind, 0, session, number, bytes of the body, CRC-32 of the above and the body."""
+"""Magic, version, kind, 0, session, number, body length, CRC-32 of the above and the body."""
 MAX_BODY_BYTES = 2**16
 MAX_TENSORS = 8
 
 
 class FrameError(ValueError):
-    """What is wrong with a message that came off a socket."""
+    """A received message is invalid."""
 
 
 class Kind(IntEnum):
@@ -62,7 +62,7 @@ class Kind(IntEnum):
 
 
 class Hello(Settings):
-    """Who asks to be let in, and what it has to offer."""
+    """A producer's request to join, with the schema of its examples."""
 
     name: str = Field(min_length=1, max_length=128)
     store: Literal["zmq", "mp_queue"]
@@ -71,7 +71,7 @@ class Hello(Settings):
 
 class Welcome(Settings):
     room: int = Field(ge=1)
-    """Examples that may be under way."""
+    """Maximum number of unacknowledged examples."""
     max_message_bytes: int = Field(ge=1)
 
 
@@ -80,15 +80,15 @@ class Reason(Settings):
 
 
 class SharedFile(Settings):
-    """Where an example lies that was not sent along."""
+    """The place of an example in shared memory."""
 
     path: str = Field(min_length=1, max_length=4096)
     ticket: int = Field(ge=1, lt=2**63)
-    """Stands in the file's first bytes for as long as the example does."""
+    """Number in the file's first bytes while the file holds this example."""
 
 
 class Label(Settings):
-    """All of an example but its tensors."""
+    """An example without its tensors."""
 
     key: str = Field(min_length=1, max_length=KEY_LENGTH)
     num_tokens: int = Field(ge=1)
@@ -101,7 +101,9 @@ class Label(Settings):
     @model_validator(mode="after")
     def _prompt_is_a_part(self) -> "Label":
         if self.num_prompt_tokens > self.num_tokens:
-            raise ValueError(f"{self.num_prompt_tokens} prompt tokens of {self.num_tokens}")
+            raise ValueError(
+                f"num_prompt_tokens {self.num_prompt_tokens} exceeds num_tokens {self.num_tokens}"
+            )
         return self
 
 
@@ -125,7 +127,7 @@ class Message:
 
 
 def pack(message: Message) -> list[bytes | memoryview]:
-    """Frames; those of tensors are not copied."""
+    """The message's frames; tensors are not copied."""
     body = b"" if message.body is None else message.body.model_dump_json().encode()
     fields = (MAGIC, VERSION, message.kind, 0, message.session, message.number, len(body))
     header = HEADER.pack(*fields, _checksum(HEADER.pack(*fields, 0), body))
@@ -133,40 +135,43 @@ def pack(message: Message) -> list[bytes | memoryview]:
 
 
 def unpack(frames: Sequence[memoryview], max_payload_bytes: int) -> Message:
-    """The message; its tensors have yet to be looked at.
+    """The message, with its tensors unchecked.
 
-    A refusal is read in every version, so that a producer can say why it was refused.
+    A refusal is read in every protocol version, so that a producer can report its reason.
 
     Raises:
-        FrameError: it is not one of ours, or damaged.
+        FrameError: the frames are damaged, or not of this protocol.
     """
     if not 2 <= len(frames) <= 2 + MAX_TENSORS or len(frames[0]) != HEADER.size:
-        raise FrameError(f"no message of ours: {len(frames)} frames")
+        raise FrameError(f"not a message of this protocol: {len(frames)} frames")
     magic, version, kind, zero, session, number, num_bytes, checksum = HEADER.unpack(frames[0])
     if magic != MAGIC:
-        raise FrameError(f"no message of ours: it begins with {magic!r}")
+        raise FrameError(f"not a message of this protocol: it begins with {magic!r}")
     if version != VERSION and kind != Kind.REFUSED:
-        raise FrameError(f"speaks version {version} of the protocol, expected {VERSION}")
+        raise FrameError(f"protocol version {version}, expected {VERSION}")
     if kind not in Kind.__members__.values() or zero:
-        raise FrameError(f"unknown kind {kind} of message")
+        raise FrameError(f"unknown message kind {kind}")
     if num_bytes > MAX_BODY_BYTES or len(frames[1]) != num_bytes:
-        raise FrameError(f"a body of {len(frames[1])} bytes, told are {num_bytes}")
+        raise FrameError(f"the body has {len(frames[1])} bytes, its header states {num_bytes}")
     body, payload = bytes(frames[1]), tuple(frames[2:])
     if _checksum(bytes(frames[0][:-4]) + bytes(4), body) != checksum:
         raise FrameError("header and body do not match their checksum")
     kind = Kind(kind)
     if (number and kind not in NUMBERED) or (session and kind == Kind.HELLO):
-        raise FrameError(f"{kind.name} with number {number} of session {session}")
+        raise FrameError(f"{kind.name} with unexpected number {number} or session {session}")
     num_payload_bytes = sum(len(frame) for frame in payload)
     if (payload and kind != Kind.EXAMPLE) or num_payload_bytes > max_payload_bytes:
-        raise FrameError(f"{kind.name} with {num_payload_bytes} bytes of tensors")
+        raise FrameError(
+            f"{kind.name} with {num_payload_bytes} bytes of tensors, expected at most "
+            f"{max_payload_bytes if kind == Kind.EXAMPLE else 0}"
+        )
     return Message(kind, session, number, _read_body(kind, body), payload)
 
 
 def _read_body(kind: Kind, body: bytes) -> Settings | None:
     if kind not in BODIES:
         if body:
-            raise FrameError(f"{kind.name} with a body of {len(body)} bytes")
+            raise FrameError(f"{kind.name} with a body of {len(body)} bytes, expected none")
         return None
     try:
         return BODIES[kind].model_validate_json(body, strict=True)
@@ -175,9 +180,9 @@ def _read_body(kind: Kind, body: bytes) -> Settings | None:
 
 
 def pack_tensors(tensors: dict[str, Shaped[Tensor, "seq ..."]]) -> tuple[memoryview, ...]:
-    """Their own memory, in the schema's order.
+    """The tensors' memory, in the schema's order.
 
-    A view of something larger is copied, so that the rest does not wait with it in the queue.
+    A view of a larger tensor is copied, so that the queue does not keep the rest in memory.
     """
     return tuple(
         bytes_of(t.clone() if t.untyped_storage().nbytes() > t.nbytes else t)
@@ -186,7 +191,7 @@ def pack_tensors(tensors: dict[str, Shaped[Tensor, "seq ..."]]) -> tuple[memoryv
 
 
 def compress(payload: Sequence[memoryview]) -> tuple[memoryview, ...]:
-    """The same, each part by itself."""
+    """Each part, compressed separately."""
     found = [_zstd().compress(part) for part in payload]
     return tuple(memoryview(part)[: part.size] for part in found)  # the rest is spare room
 
@@ -194,15 +199,18 @@ def compress(payload: Sequence[memoryview]) -> tuple[memoryview, ...]:
 def unpack_tensors(
     schema: Schema, label: Label, payload: Sequence[memoryview], max_bytes: int
 ) -> dict[str, Shaped[Tensor, "seq ..."]]:
-    """The tensors in a message's own memory where that can be.
+    """The tensors, as views of the message's memory where alignment allows.
 
     Raises:
-        FrameError: they are damaged, or more or fewer bytes than the label tells, or would be
-            over ``max_bytes`` unpacked.
+        FrameError: they are damaged, their size does not match the label, or they would exceed
+            ``max_bytes`` when decompressed.
     """
     fields = schema.fields
     if len(payload) != len(fields) or label.num_tokens * schema.token_bytes > max_bytes:
-        raise FrameError(f"{label.num_tokens} tokens in {len(payload)} tensors")
+        raise FrameError(
+            f"{label.num_tokens} tokens in {len(payload)} tensors, expected {len(fields)} tensors "
+            f"of at most {max_bytes} bytes"
+        )
     if checksum(payload) != label.checksum:
         raise FrameError("the tensors do not match their checksum")
     tensors = {}
@@ -227,7 +235,7 @@ def checksum(payload: Sequence[memoryview]) -> int:
 
 
 def row_bytes(spec: FieldSpec) -> int:
-    """Bytes of one token."""
+    """Bytes per token."""
     return spec.dtype.itemsize * torch.Size(spec.tail).numel()
 
 
@@ -237,16 +245,16 @@ def bytes_of(tensor: Shaped[Tensor, "..."]) -> memoryview:
 
 
 def tensor_of(part: memoryview, spec: FieldSpec, num_tokens: int) -> Shaped[Tensor, "seq ..."]:
-    """A view, or a copy of what is not aligned.
+    """A view of the bytes, or a copy where they are not aligned.
 
     Raises:
-        FrameError: a truth value is neither 0 nor 1.
+        FrameError: a boolean is neither 0 nor 1.
     """
     found = torch.frombuffer(part, dtype=torch.uint8) if len(part) else torch.empty(0).byte()
     if found.data_ptr() % spec.dtype.itemsize:
         found = found.clone()
     if spec.dtype is torch.bool and (found > 1).any():
-        raise FrameError("a truth value is neither 0 nor 1")
+        raise FrameError("a boolean is neither 0 nor 1")
     return found.view(spec.dtype).view(num_tokens, *spec.tail)
 
 

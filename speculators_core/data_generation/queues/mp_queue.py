@@ -1,13 +1,14 @@
-"""Examples between processes of one machine: their bytes in shared memory, the rest as `ZmqStore`.
+"""A queue between processes of one machine, through shared memory.
 
-Training opens a source; its ``url`` says all to the processes that generate:
+Tensors are passed in shared memory, messages as in `ZmqStore`. Training opens a source; the
+processes that generate need only its ``url``:
 
     source = MPQueueStore.source(schema, sync, num_producers=2)
     there = sync.model_copy(update={"urls": (source.url,)})
     context.Process(target=generate, args=(schema, there))  # MPQueueStore.sink(schema, there)
 
-Memory follows what is under way, `sync.queue_size` examples; one of any size finds room while the
-machine has some. Several sources, one for each rank, are several URLs.
+Memory use follows the unacknowledged examples, at most `sync.queue_size` of any size. Several
+sources, one per rank, have one URL each.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from speculators_core.data_generation.queues.ends import (
 )
 from speculators_core.data_generation.queues.frames import FrameError, Hello, Label
 from speculators_core.data_generation.queues.receiver import Receiver
-from speculators_core.data_generation.queues.sender import Parcel, Sender
+from speculators_core.data_generation.queues.sender import QueuedExample, Sender
 from speculators_core.data_generation.queues.shared_memory import (
     FilePool,
     FileReader,
@@ -43,7 +44,7 @@ from speculators_core.errors import SpeculatorError
 class MPQueueStore:
     """Both ends of a queue between processes of one user on one machine.
 
-    Only this user can open them, so keys are not used, nor is compression.
+    Only this user can open it, so keys and compression are not used.
     """
 
     @staticmethod
@@ -56,10 +57,17 @@ class MPQueueStore:
             SpeculatorError: there is no source.
         """
         if not sync.urls:
-            raise SpeculatorError("sync.urls is missing: the URL of each source.")
+            raise SpeculatorError(
+                "sync.urls is missing, which mp_queue requires: the URL of each source. "
+                "Start training first, and set sync.urls to the URLs that it reports."
+            )
         for url in sync.urls:
             if not is_private(Path(url.removeprefix("ipc://")).parent):
-                raise SpeculatorError(f"{url} is no source of this user. Open the source first.")
+                raise SpeculatorError(
+                    f"sync.urls: {url} is not an open queue; expected the URL of a source that "
+                    "this user opened on this machine. Start training first, and copy the URL "
+                    "that it reports."
+                )
         hello = Hello(name=name or unique_name(), store="mp_queue", holds=schema)
         sender = Sender(sync.urls, hello, sync, timeout_s, connect)
         pool = FilePool(schema)
@@ -70,7 +78,7 @@ class MPQueueStore:
     def source(
         schema: Schema, sync: SyncConfig, num_producers: int = 1, timeout_s: float = TIMEOUT_S
     ) -> QueueSource:
-        """Receives at a URL of its own."""
+        """Receives at a new URL, ``url`` of the result."""
         sweep()
         folder = PrivateFolder(places()[0])
         hello = Hello(name="consumer", store="mp_queue", holds=schema)
@@ -83,15 +91,17 @@ class MPQueueStore:
 
 
 def _clean_up(remove: Callable[[], None]) -> None:
-    """Ours, and what others left that were killed."""
+    """Removes this queue's files, and those that killed processes left."""
     remove()
     sweep()
 
 
-def _load(pool: FilePool, label: Label, tensors: dict[str, Shaped[Tensor, "seq ..."]]) -> Parcel:
+def _load(
+    pool: FilePool, label: Label, tensors: dict[str, Shaped[Tensor, "seq ..."]]
+) -> QueuedExample:
     file, place = pool.write(tensors)
     told = label.model_copy(update={"file": place})
-    return Parcel(told, (), release=partial(pool.give_back, file))
+    return QueuedExample(told, (), release=partial(pool.give_back, file))
 
 
 def _unload(
@@ -99,14 +109,20 @@ def _unload(
 ) -> Callable[[], GeneratedExample | None]:
     size_bytes = label.num_tokens * files.schema.token_bytes
     if label.file is None or payload or size_bytes > max_bytes:
-        raise FrameError(f"an example of {size_bytes} bytes in {len(payload)} tensors")
+        raise FrameError(
+            f"{size_bytes} bytes in {len(payload)} tensors, expected at most {max_bytes} bytes in "
+            "shared memory"
+        )
     memory, ticket = files.open(label.file, label.num_tokens), label.file.ticket
 
     def load() -> GeneratedExample | None:
         try:
             tensors = files.read(memory, ticket, label.num_tokens)
         except FrameError as error:
-            raise SpeculatorError(f"example {label.key!r} is damaged: {error}.") from error
+            raise SpeculatorError(
+                f"example {label.key!r} in shared memory is damaged: {error}; expected the bytes "
+                "that its producer wrote. Start generate-data again with --run.resume."
+            ) from error
         if tensors is None:
             return None
         return files.schema.decode(label.key, label.num_prompt_tokens, tensors, repr(label.key))

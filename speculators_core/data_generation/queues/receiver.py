@@ -1,18 +1,19 @@
-"""The consumer's side of a queue: lets producers in, holds what they send, refuses all else.
+"""The consumer's side of a queue.
 
-What is held is bounded: each of ``num_producers`` gets room for its share of ``queue_size``, and
-what a producer sends over that is refused. Every example is dealt with once:
+It admits producers, holds the examples that they send, and refuses everything else. The number of
+held examples is bounded: each of ``num_producers`` gets its share of ``queue_size``, and examples
+beyond that are refused. Every example is processed once, by its key:
 
-    key       of a new example      -> held
-              of one that is held   -> acknowledged together with it
-              dealt with before     -> acknowledged at once, not held
+    new               -> held
+    held              -> acknowledged together with the one held
+    processed before  -> acknowledged at once, not held
 
-Only what was not acknowledged can come again: the examples that were under way when a producer or
-a consumer was lost, and those of which a producer's journal did not know yet. So the last
-`REMEMBERED` keys are enough to tell, however long the run.
+Only unacknowledged examples can come again: those under way when a producer or a consumer was
+lost, and those that a producer's journal did not list yet. The last `REMEMBERED` keys therefore
+suffice, however long the run.
 
-A reader may hold examples that it has not dealt with. While it does, it is told when no more can
-come: each producer has sent everything, or as much as there is room for.
+While a reader holds unacknowledged examples, `take` returns None when no more can come: each
+producer has sent everything, or as much as there is room for.
 """
 
 import hashlib
@@ -44,30 +45,30 @@ from speculators_core.errors import SpeculatorError
 logger = logging.getLogger(__name__)
 
 REMEMBERED = 2**18
-"""Keys that were dealt with, as 16 bytes each."""
+"""Number of processed keys that are remembered, 16 bytes each."""
 MAX_FRAMES = 64
-"""Kept of one message; one with more is refused."""
+"""Frames kept of one message; a message with more is refused."""
 TURN = 64
-"""Messages that are looked at before others get their turn."""
+"""Maximum number of messages handled per turn."""
 COMPLAINTS = 256
-"""Peers of which a log line says that they were refused."""
+"""Maximum number of refused peers that are logged."""
 MAX_REASON = 500
-"""Characters; a part of what was refused may stand in it."""
-GOODBYE_S = 1.0
+"""Maximum characters of a refusal's reason, which may quote the message."""
+LEAVING_S = 1.0
 
 Unpack = Callable[[Label, Sequence[memoryview]], Callable[[], GeneratedExample | None]]
-"""Checks a message's tensors, or raises FrameError; what comes back gives the example, or nothing
-where its memory was taken back."""
+"""Checks a message's tensors, or raises FrameError. The function that it returns gives the example,
+or None where the producer has reused its memory."""
 
 
 @dataclass
 class Producer:
-    """One that was let in."""
+    """A producer that was admitted."""
 
     name: str
     session: int
     number: int = 0
-    """Of its next message."""
+    """Number of its next message."""
     num_held: int = 0
     is_closing: bool = False
     """Whether it has sent everything."""
@@ -77,7 +78,7 @@ class Producer:
 
 @dataclass(frozen=True)
 class Receipt:
-    """Where an acknowledgement goes."""
+    """The address of an acknowledgement."""
 
     peer: bytes
     session: int
@@ -86,7 +87,7 @@ class Receipt:
 
 @dataclass
 class Arrival:
-    """An example that has not been dealt with."""
+    """An example that has not been acknowledged."""
 
     digest: bytes
     load: Callable[[], GeneratedExample | None]
@@ -94,7 +95,7 @@ class Arrival:
 
 
 class Receiver:
-    """``open_socket`` makes a bound ROUTER."""
+    """Receives examples from producers; ``open_socket`` makes a bound ROUTER socket."""
 
     def __init__(
         self,
@@ -109,23 +110,23 @@ class Receiver:
         self.num_producers = num_producers
         self.queue_size = sync.queue_size
         self.room = max(1, sync.queue_size // num_producers)
-        """Examples that each producer may have under way."""
+        """Maximum number of unacknowledged examples per producer."""
         self.max_message_bytes = sync.max_message_bytes
         self.timeout_s = timeout_s
         self.num_refused = 0
-        """Messages."""
+        """Number of refused messages."""
         self._unpack_tensors = unpack_tensors
         self._producers: dict[bytes, Producer] = {}
         self._lost: dict[str, None] = {}
         self._ended: set[str] = set()
         self._queue: deque[Arrival] = deque()
         self._open: dict[bytes, Arrival] = {}
-        """Held or with the reader."""
+        """Examples in the queue or with the reader, by digest of their key."""
         self._dealt: dict[bytes, None] = {}
         self._settled: deque[Receipt] = deque()
         self._complained: set[bytes] = set()
         self._has_warned = False
-        self._io = IoThread(sync.heartbeat_s, GOODBYE_S)
+        self._io = IoThread(sync.heartbeat_s, LEAVING_S)
         try:
             self._socket = open_socket(self._io.context)
         except Exception:
@@ -137,19 +138,19 @@ class Receiver:
         self._io.poller.register(self._socket, zmq.POLLIN)
         self._io.start(self._turn, self._beat, self._leave)
 
-    # What other threads call.
+    # Called from other threads.
 
     def take(
         self, is_holding: bool = False, while_waiting: Callable[[], None] = lambda: None
     ) -> Arrival | None:
-        """The next one; None when all producers have ended.
+        """The next example; None when all producers have ended.
 
-        ``is_holding``: the reader has some that it has not dealt with. It gets None, too, when no
-        more come before it has. ``while_waiting`` is called at every heartbeat or more often; what
-        it raises ends the wait.
+        ``is_holding``: the reader has unacknowledged examples. It also gets None when no more can
+        come before it acknowledges some. ``while_waiting`` is called at least once per heartbeat;
+        an exception from it ends the wait.
 
         Raises:
-            SpeculatorError: nothing was heard for ``timeout_s`` of those that have not.
+            SpeculatorError: the remaining producers were silent for ``timeout_s``.
         """
         with self._io.changed:
             self._io.check()
@@ -173,24 +174,24 @@ class Receiver:
                 self._queue.appendleft(arrival)
 
     def settle(self, arrival: Arrival) -> None:
-        """It has been dealt with: the producer may forget it."""
+        """Acknowledges an example, so that its producer can release it."""
         with self._io.changed:
             self._open.pop(arrival.digest, None)
             self._dealt[arrival.digest] = None
             if len(self._dealt) > REMEMBERED:
                 del self._dealt[next(iter(self._dealt))]
             self._settled.extend(arrival.receipts)
-        self._io.ring()
+        self._io.wake()
 
     def close(self) -> None:
-        """Tells the producers, which send to others what was not dealt with."""
+        """Notifies the producers, which send unacknowledged examples to other consumers."""
         self._io.stop()
 
     def _num_active(self) -> int:
         return sum(not producer.has_ended for producer in self._producers.values())
 
     def _all_rest(self) -> bool:
-        """Whether none that is here sends more before one of its examples is acknowledged."""
+        """Whether no producer can send more before one of its examples is acknowledged."""
         if self._settled:
             return False
         active = [producer for producer in self._producers.values() if not producer.has_ended]
@@ -200,8 +201,8 @@ class Receiver:
         if full and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "sync.queue_size %d is too small for what its reader holds at one time: rows go "
-                "out before they are full. Make it larger.",
+                "sync.queue_size %d is too small for the examples that its reader holds at a time, "
+                "so rows are emitted before they are full. Increase it.",
                 self.queue_size,
             )
         return True
@@ -211,11 +212,11 @@ class Receiver:
         lost = f"lost: {', '.join(self._lost)}" if self._lost else "never seen"
         return (
             f"{self.url}: {num_missing} of {self.num_producers} producers have not finished and "
-            f"nothing was heard of them for {self.timeout_s:g} s ({lost}). "
-            "Start them again, or expect fewer."
+            f"were silent for {self.timeout_s:g} s ({lost}). "
+            "Start them again, or expect fewer producers."
         )
 
-    # What the thread calls.
+    # Called from the socket thread.
 
     def _turn(self) -> None:
         for _ in range(TURN):
@@ -254,7 +255,7 @@ class Receiver:
             if message.kind == Kind.HELLO:
                 self._greet(peer, message)
             elif producer is None:
-                self._say(peer, Message(Kind.WAIT, body=Reason(reason="not let in yet")))
+                self._say(peer, Message(Kind.WAIT, body=Reason(reason="not admitted yet")))
             else:
                 self._listen(peer, producer, message)
         except FrameError as error:
@@ -276,28 +277,28 @@ class Receiver:
         self._lost.pop(hello.name, None)
         welcome = Welcome(room=self.room, max_message_bytes=self.max_message_bytes)
         self._say(peer, Message(Kind.WELCOME, producer.session, body=welcome))
-        logger.info("let in %s", hello.name)
+        logger.info("admitted producer %s", hello.name)
 
     def _difference(self, hello: Hello) -> str | None:
         if hello.store != self.expected.store:
-            return f"it is a producer of {hello.store}, expected one of {self.expected.store}"
+            return f"its store is {hello.store}, expected {self.expected.store}"
         theirs, ours = hello.holds.model_dump(), self.expected.holds.model_dump()
         for name, expected in ours.items():
             if theirs[name] != expected:
-                return f"it has {name} {theirs[name]!r}, expected {expected!r}"
+                return f"its {name} is {theirs[name]!r}, expected {expected!r}"
         return None
 
     def _why_not_now(self, name: str) -> str | None:
         active = [p.name for p in self._producers.values() if not p.has_ended]
         if name in active:
-            return f"a producer {name!r} is here already"
+            return f"a producer named {name!r} is already connected"
         if len(active) >= self.num_producers:
-            return f"all {self.num_producers} producers that are expected are here already"
+            return f"all {self.num_producers} expected producers are already connected"
         return None
 
     def _listen(self, peer: bytes, producer: Producer, message: Message) -> None:
         if message.session != producer.session:
-            raise FrameError("it is of another session")
+            raise FrameError("its session is not the current one")
         producer.heard = time.monotonic()
         if message.kind == Kind.BEAT:
             return
@@ -307,15 +308,15 @@ class Receiver:
         if message.kind not in (Kind.EXAMPLE, Kind.END) or producer.has_ended:
             raise FrameError(f"{message.kind.name} was not expected")
         if message.number != producer.number:
-            raise FrameError(f"message {message.number}, expected {producer.number}")
+            raise FrameError(f"message number {message.number}, expected {producer.number}")
         receipt = Receipt(peer, message.session, message.number)
         if message.kind == Kind.END:
             if producer.num_held:
-                raise FrameError(f"the end, while {producer.num_held} examples are held")
+                raise FrameError(f"END with {producer.num_held} unacknowledged examples")
             self._end(producer, receipt)
         else:
             if producer.num_held >= self.room:
-                raise FrameError(f"over {self.room} examples")
+                raise FrameError(f"more than {self.room} unacknowledged examples")
             self._take_in(producer, message, receipt)
         producer.number += 1
 
@@ -357,12 +358,12 @@ class Receiver:
         if peer not in self._complained and len(self._complained) < COMPLAINTS:
             self._complained.add(peer)
             name = self._producers[peer].name if peer in self._producers else peer.hex()
-            logger.warning("refused a message of %s: %s", name, reason)
+            logger.warning("refused a message from %s: %s", name, reason)
         self._say(peer, Message(Kind.REFUSED, body=Reason(reason=reason)))
         self._forget(peer)
 
     def _forget(self, peer: bytes) -> None:
-        """Lets go of what it sent and nobody has begun with: it will be sent again."""
+        """Drops a producer and its unread examples, which will be sent again."""
         producer = self._producers.pop(peer, None)
         if producer is None or producer.has_ended:
             return
@@ -380,4 +381,4 @@ class Receiver:
         try:
             self._socket.send_multipart([peer, *pack(message)], zmq.NOBLOCK)
         except zmq.Again:
-            pass  # it does not listen, and will be forgotten
+            pass  # an unresponsive peer is dropped after missed heartbeats

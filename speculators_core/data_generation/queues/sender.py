@@ -1,7 +1,8 @@
-"""The producer's side of a queue: sends what there is room for, again what was lost on the way.
+"""The producer's side of a queue.
 
-An example is kept until a consumer has acknowledged it. It is under way to one consumer at a time;
-when that one falls silent, starts anew or leaves, what it had not acknowledged goes to another.
+It sends examples as consumers have room, and keeps each until it is acknowledged. An example is
+under way to one consumer at a time; when that one falls silent, restarts or leaves, its
+unacknowledged examples go to another.
 """
 
 import logging
@@ -29,20 +30,22 @@ from speculators_core.errors import SpeculatorError
 
 logger = logging.getLogger(__name__)
 
+NO_ANSWER = "no answer"
+
 
 @dataclass(frozen=True)
-class Parcel:
+class QueuedExample:
     """An example on its way."""
 
     label: Label
     payload: tuple[memoryview, ...]
     release: Callable[[], None]
-    """To be called when it has been acknowledged."""
+    """Called when the example is acknowledged."""
 
 
 @dataclass
 class Line:
-    """To one consumer."""
+    """The connection to one consumer."""
 
     url: str
     socket: zmq.Socket
@@ -50,22 +53,22 @@ class Line:
     session: int | None = None
     room: int = 0
     number: int = 0
-    """Of the next message."""
-    under_way: dict[int, Parcel] = field(default_factory=dict)
+    """Number of the next message."""
+    under_way: dict[int, QueuedExample] = field(default_factory=dict)
     end: int | None = None
-    """The number of the last message."""
+    """Number of the last message."""
     is_told: bool = False
     """Whether the consumer has acknowledged the end."""
     knows_closing: bool = False
-    """Whether the consumer was told that nothing new will come."""
+    """Whether CLOSING was sent to the consumer."""
     has_met: bool = False
-    """Whether the consumer was ever there."""
-    reason: str = "nobody has answered"
+    """Whether the consumer ever admitted this producer."""
+    reason: str = NO_ANSWER
     """Why there is no session."""
 
 
 class Sender:
-    """Holds `room` parcels at most, all consumers together; `put` one only where `wait` found some.
+    """Sends examples to consumers; call `put` only after `wait_for_room`.
 
     ``open_socket`` makes a connected socket for a URL.
     """
@@ -83,7 +86,7 @@ class Sender:
         self.timeout_s = timeout_s
         self._open_socket = open_socket
         self._io = IoThread(sync.heartbeat_s)
-        self._waiting: deque[Parcel] = deque()
+        self._waiting: deque[QueuedExample] = deque()
         self._acknowledged: list[str] = []
         self._is_closing = False
         self._is_ending = False
@@ -94,20 +97,20 @@ class Sender:
             raise
         self._io.start(self._turn, self._beat)
 
-    # What other threads call.
+    # Called from other threads.
 
     def wait_for_room(self) -> None:
         """Raises:
-        SpeculatorError: a consumer refused us, or none was there for ``timeout_s``.
+        SpeculatorError: a consumer refused this producer, or none answered for ``timeout_s``.
         """
         with self._io.changed:
             self._wait(lambda: self._room() > 0)
 
-    def put(self, parcel: Parcel) -> None:
+    def put(self, example: QueuedExample) -> None:
         with self._io.changed:
             self._io.check()
-            self._waiting.append(parcel)
-        self._io.ring()
+            self._waiting.append(example)
+        self._io.wake()
 
     def take_acknowledged(self) -> list[str]:
         with self._io.changed:
@@ -115,30 +118,30 @@ class Sender:
         return taken
 
     def close(self) -> None:
-        """Returns when all has been acknowledged, and each consumer that is there knows the end.
+        """Returns when everything, and the end of the data, has been acknowledged.
 
         Raises:
-            SpeculatorError: as `wait_for_room`.
+            SpeculatorError: as for `wait_for_room`.
         """
         if self._io.is_stopping:
             return
         try:
             with self._io.changed:
                 self._is_closing = True
-                self._io.ring()
+                self._io.wake()
                 self._wait(lambda: not self._waiting and not any(x.under_way for x in self._lines))
                 self._is_ending = True
-                self._io.ring()
+                self._io.wake()
                 self._wait_until_told()
         finally:
             self._io.stop()
 
     def stop(self) -> None:
-        """At once; who waits for room learns of it."""
+        """Stops at once; a waiting `wait_for_room` raises."""
         self._io.stop()
 
     def _room(self) -> int:
-        """Negative where a consumer's examples wait for another one."""
+        """Room left; negative while a lost consumer's examples wait for another one."""
         there = (line for line in self._lines if line.session is not None)
         return sum(line.room - len(line.under_way) for line in there) - len(self._waiting)
 
@@ -153,7 +156,7 @@ class Sender:
             self._io.wait(self.timeout_s / 4)
 
     def _wait_until_told(self) -> None:
-        """Consumers that were never there are waited for, those that were and are not, not."""
+        """Waits for consumers that are connected or never were; those that left are skipped."""
         deadline = time.monotonic() + self.timeout_s
         while missing := [
             line.url
@@ -161,18 +164,18 @@ class Sender:
             if not line.is_told and not (line.has_met and line.session is None)
         ]:
             if time.monotonic() > deadline:
-                logger.warning("left without telling %s that all is sent", ", ".join(missing))
+                logger.warning("%s did not acknowledge the end of the data", ", ".join(missing))
                 return
             self._io.wait(self.timeout_s / 4)
 
     def _nobody(self) -> str:
         reasons = "; ".join(f"{line.url}: {line.reason}" for line in self._lines)
         return (
-            f"No consumer took examples for {self.timeout_s:g} s ({reasons}). "
-            "Check that training runs, and that addresses and keys are the same on both sides."
+            f"No consumer took examples for {self.timeout_s:g} s ({reasons}). Check that training "
+            "is running, and that sync.urls and the keys are the same on both sides."
         )
 
-    # What the thread calls.
+    # Called from the socket thread.
 
     def _turn(self) -> None:
         for line in self._lines:
@@ -198,10 +201,10 @@ class Sender:
     def _beat(self) -> None:
         for line in self._lines:
             if self._io.is_silent(line.heard):
-                self._start_over(line, "nobody has answered")
+                self._start_over(line, NO_ANSWER)
             elif line.session is not None:
                 self._say(line, Kind.BEAT)
-            elif line.reason != "nobody has answered":
+            elif line.reason != NO_ANSWER:
                 self._greet(line.socket)
 
     def _receive(self, line: Line) -> Message | None:
@@ -212,12 +215,18 @@ class Sender:
         try:
             return unpack([frame.buffer for frame in frames], 0)
         except FrameError as error:
-            raise SpeculatorError(f"{line.url} is no consumer of ours: {error}.") from error
+            raise SpeculatorError(
+                f"{line.url} is not a consumer of this protocol: {error}. Check the addresses in "
+                "sync.urls, and use the same package version on both sides."
+            ) from error
 
     def _handle(self, line: Line, message: Message) -> None:
         match message.kind, message.body:
             case Kind.REFUSED, Reason(reason=reason):
-                raise SpeculatorError(f"{line.url} refused {self.hello.name}: {reason}.")
+                raise SpeculatorError(
+                    f"{line.url} refused producer {self.hello.name}: {reason}. Use the same "
+                    "configuration for training and generate-data."
+                )
             case Kind.WELCOME, Welcome() as welcome:
                 self._begin(line, message.session, welcome)
             case Kind.WAIT, Reason(reason=reason) if line.session is None:
@@ -227,26 +236,29 @@ class Sender:
             case Kind.ACK, _ if message.session == line.session:
                 if message.number == line.end:
                     line.is_told = True
-                elif parcel := line.under_way.pop(message.number, None):
-                    self._acknowledged.append(parcel.label.key)
-                    parcel.release()
+                elif example := line.under_way.pop(message.number, None):
+                    self._acknowledged.append(example.label.key)
+                    example.release()
 
     def _begin(self, line: Line, session: int, welcome: Welcome) -> None:
         if welcome.max_message_bytes < self.max_message_bytes:
             raise SpeculatorError(
-                f"{line.url} takes messages of {welcome.max_message_bytes} bytes, we may send "
-                f"{self.max_message_bytes}: sync.max_message_bytes must be the same on both sides."
+                f"{line.url} accepts messages of {welcome.max_message_bytes} bytes, expected "
+                f"{self.max_message_bytes} as here. Set the same sync.max_message_bytes on both "
+                "sides."
             )
         line.session, line.room, line.has_met = session, welcome.room, True
         logger.info("%s takes %d examples at a time", line.url, welcome.room)
 
-    def _send(self, line: Line, parcel: Parcel) -> None:
-        line.under_way[line.number] = parcel
-        self._say(line, Kind.EXAMPLE, line.number, parcel)
+    def _send(self, line: Line, example: QueuedExample) -> None:
+        line.under_way[line.number] = example
+        self._say(line, Kind.EXAMPLE, line.number, example)
         line.number += 1
 
-    def _say(self, line: Line, kind: Kind, number: int = 0, parcel: Parcel | None = None) -> None:
-        body, payload = (parcel.label, parcel.payload) if parcel else (None, ())
+    def _say(
+        self, line: Line, kind: Kind, number: int = 0, example: QueuedExample | None = None
+    ) -> None:
+        body, payload = (example.label, example.payload) if example else (None, ())
         message = Message(kind, line.session or 0, number, body, payload)
         line.socket.send_multipart(pack(message), zmq.NOBLOCK, copy=False)
 
@@ -260,10 +272,10 @@ class Sender:
         return socket
 
     def _start_over(self, line: Line, reason: str) -> None:
-        """With a new socket: nothing of the old session can come through it."""
+        """Opens a new socket, through which no message of the old session can arrive."""
         if line.session is not None and not line.is_told:
             logger.warning(
-                "lost %s (%s): %d examples are sent again", line.url, reason, len(line.under_way)
+                "lost %s (%s): resending %d examples", line.url, reason, len(line.under_way)
             )
         self._waiting.extendleft(reversed(line.under_way.values()))
         self._io.poller.unregister(line.socket)

@@ -1,9 +1,10 @@
-"""Files in memory that one process writes and others read, and the private folders they lie in.
+"""Shared-memory files and the private folders that hold them.
 
     file   | ticket, 8 bytes | ... | tensor | tensor | ...      each from a multiple of `ALIGNMENT`
 
-A file holds one example, and the next when that one has been acknowledged: then the ticket changes
-first, so a reader that was taken for gone can tell that its example is no longer there.
+One process writes a file and others read it. A file holds one example, and is reused once that one
+is acknowledged. The ticket changes first, so a reader that was considered lost can detect that its
+example has been replaced.
 """
 
 import errno
@@ -42,13 +43,16 @@ SMALLEST_FILE = 2**16
 
 
 def places() -> list[Path]:
-    """Where private folders are made: in memory, or else where temporary files go."""
+    """Folders for private folders: in memory, then on the disk of temporary files."""
     found = [Path("/dev/shm"), Path(tempfile.gettempdir())]
     return [place for place in found if place.is_dir() and os.access(place, os.W_OK)]
 
 
 class PrivateFolder:
-    """Ours alone (0700), and locked while we live: what a killed process left, others remove."""
+    """A folder for this user only (0700), locked while its process lives.
+
+    Other processes remove the folder of a killed one.
+    """
 
     def __init__(self, place: Path) -> None:
         hidden = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=place))
@@ -58,7 +62,7 @@ class PrivateFolder:
         hidden.rename(self.path)  # seen by others only when it is locked
 
     def remove(self) -> None:
-        """Can be called twice."""
+        """Removes the folder; a second call has no effect."""
         if self._lock is not None:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
@@ -66,7 +70,7 @@ class PrivateFolder:
 
 
 def sweep() -> None:
-    """Removes what killed processes of this user left."""
+    """Removes folders that killed processes of this user left."""
     for place in places():
         for folder in place.glob(f"{PREFIX}*"):
             if is_private(folder):
@@ -74,7 +78,7 @@ def sweep() -> None:
 
 
 def is_private(folder: Path) -> bool:
-    """Whether it is a folder as `PrivateFolder` makes them, of this user."""
+    """Whether `PrivateFolder` made this folder, for this user."""
     try:
         found = folder.lstat()
     except OSError:
@@ -91,7 +95,7 @@ def _remove_if_left(folder: Path) -> None:
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
-        return  # another one was faster
+        return  # another process removed it
     try:
         if try_lock(lock):  # its owner is gone
             shutil.rmtree(folder, ignore_errors=True)
@@ -100,7 +104,7 @@ def _remove_if_left(folder: Path) -> None:
 
 
 class WrittenFile:
-    """One of the producer's."""
+    """A file of the producer."""
 
     def __init__(self, folder: Path, size_bytes: int) -> None:
         """Raises:
@@ -129,7 +133,7 @@ class WrittenFile:
 
 
 class FilePool:
-    """The producer's files: as many as examples are under way, each as large as it had to be."""
+    """The producer's files: one per unacknowledged example, reused afterwards."""
 
     def __init__(self, schema: Schema) -> None:
         self.schema = schema
@@ -179,18 +183,18 @@ class FilePool:
                 raise
             if not self._places:
                 raise SpeculatorError(
-                    f"No room for an example of {size_bytes} bytes in {self._folder.path.parent}. "
-                    "Make room, or sync.queue_size smaller."
+                    f"{self._folder.path.parent} has no room for an example; expected "
+                    f"{size_bytes} free bytes. Free some memory, or reduce sync.queue_size."
                 ) from error
         place = self._places.pop(0)
-        logger.warning("%s is full, the queue goes on in %s", self._folder.path.parent, place)
+        logger.warning("%s is full; the queue continues in %s", self._folder.path.parent, place)
         self._removed.append(self._folder)
         self._folder = PrivateFolder(place)
         return self._make(size_bytes)
 
 
 class FileReader:
-    """The consumer's view of such files, of the last ``num_kept`` that were looked at."""
+    """The consumer's view of such files; the last ``num_kept`` stay mapped."""
 
     def __init__(self, schema: Schema, num_kept: int) -> None:
         self.schema = schema
@@ -213,10 +217,10 @@ class FileReader:
     def read(
         self, memory: mmap.mmap, ticket: int, num_tokens: int
     ) -> dict[str, Shaped[Tensor, "seq ..."]] | None:
-        """Copies the tensors out; None if the producer has taken the file back meanwhile.
+        """Copies the tensors; None if the producer has reused the file meanwhile.
 
         Raises:
-            FrameError: what lies there is damaged.
+            FrameError: the content is damaged.
         """
         whole, tensors = torch.frombuffer(memory, dtype=torch.uint8), {}
         offsets, _ = layout(self.schema, num_tokens)
@@ -232,7 +236,7 @@ class FileReader:
 
 
 def layout(schema: Schema, num_tokens: int) -> tuple[dict[str, int], int]:
-    """Where each tensor begins, and the bytes of all."""
+    """Offset of each tensor, and the size of the whole file."""
     offsets, end = {}, ALIGNMENT
     for name, spec in schema.fields.items():
         offsets[name] = end
@@ -241,21 +245,21 @@ def layout(schema: Schema, num_tokens: int) -> tuple[dict[str, int], int]:
 
 
 def rounded(size_bytes: int) -> int:
-    """A little more, an eighth at most, so that files of like sizes serve each other's examples."""
+    """The size rounded up by at most an eighth, so that similar examples can share files."""
     step = max(SMALLEST_FILE, 2 ** (size_bytes.bit_length() - 4))
     return -(-size_bytes // step) * step
 
 
 def _map(path: Path) -> mmap.mmap:
     if not is_private(path.parent):
-        raise FrameError(f"{str(path.parent)[:200]!r} is no folder of a queue")
+        raise FrameError(f"{str(path.parent)[:200]!r} is not a queue's folder")
     try:
         handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except (OSError, ValueError) as error:
         raise FrameError(f"{str(path)[:200]!r} cannot be read: {error}") from error
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise FrameError(f"{str(path)[:200]!r} is no file")
+            raise FrameError(f"{str(path)[:200]!r} is not a file")
         return mmap.mmap(handle, 0)
     except (OSError, ValueError) as error:
         raise FrameError(f"{str(path)[:200]!r} cannot be mapped: {error}") from error

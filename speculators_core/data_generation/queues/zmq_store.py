@@ -1,8 +1,8 @@
-"""Examples over the network: several producers, several consumers, on several machines.
+"""A queue over the network, with several producers and consumers.
 
-Consumers are bound to one URL each, producers connect to all of them. With CURVE keys
-(`zmq.auth.create_certificates` makes a pair of files) what is sent is encrypted, and only those
-get in who know the consumers' public key; without them anybody does who reaches the port.
+Each consumer binds to one URL, producers connect to all of them. With CURVE keys
+(`zmq.auth.create_certificates` makes a pair of files) messages are encrypted, and only producers
+that know the consumers' public key are admitted; without them, anyone who reaches the port is.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,12 +33,12 @@ from speculators_core.data_generation.queues.frames import (
     unpack_tensors,
 )
 from speculators_core.data_generation.queues.receiver import Receiver
-from speculators_core.data_generation.queues.sender import Parcel, Sender
+from speculators_core.data_generation.queues.sender import QueuedExample, Sender
 from speculators_core.data_generation.settings import SyncConfig
 from speculators_core.errors import SpeculatorError, first_line
 
 MAX_ANSWER_BYTES = 2**17
-"""Of a consumer to a producer."""
+"""Maximum size of a consumer's message to a producer."""
 
 
 class ZmqStore:
@@ -50,14 +50,17 @@ class ZmqStore:
     ) -> QueueSink:
         """Sends to the consumers at ``sync.urls``.
 
-        A producer that is started again may have its old name; it is let in when the consumers
-        have noticed that the old one has gone.
+        A restarted producer may reuse its name; it is admitted once the consumers have noticed
+        that the old one is gone.
 
         Raises:
             SpeculatorError: the keys cannot be read, or there are no URLs.
         """
         if not sync.urls:
-            raise SpeculatorError("sync.urls is missing: where the consumers are bound.")
+            raise SpeculatorError(
+                "sync.urls is missing, which zmq requires: the URLs that the consumers are bound "
+                "to. Set it, for example to tcp://host:5555."
+            )
         hello = Hello(name=name or unique_name(), store="zmq", holds=schema)
         sender = Sender(sync.urls, hello, sync, timeout_s, partial(connect, keys=_our_keys(sync)))
         return QueueSink(schema, sync.max_message_bytes, sender, partial(_load, sync))
@@ -70,7 +73,7 @@ class ZmqStore:
         num_producers: int = 1,
         timeout_s: float = TIMEOUT_S,
     ) -> QueueSource:
-        """Receives at ``url``, one of ``sync.urls`` or what leads there: `tcp://*:5555`.
+        """Receives at ``url``: one of ``sync.urls``, or its local address such as `tcp://*:5555`.
 
         Raises:
             SpeculatorError: the keys cannot be read, or the URL is taken.
@@ -86,10 +89,10 @@ class ZmqStore:
 def connect(
     context: zmq.Context, url: str, keys: tuple[bytes, bytes, bytes] | None = None
 ) -> zmq.Socket:
-    """``keys``: the consumers' public one, our public and our secret one.
+    """A connected socket; ``keys``: the consumers' public key, our public and our secret key.
 
     Raises:
-        SpeculatorError: it is no URL, or those are no keys.
+        SpeculatorError: the URL or the keys are invalid.
     """
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.SNDHWM, 0)  # what is under way is counted by the sender
@@ -101,7 +104,9 @@ def connect(
         socket.connect(url)
     except zmq.ZMQError as error:
         raise SpeculatorError(
-            f"{url} cannot be connected to, with the keys of sync: {first_line(error)}."
+            f"sync.urls: cannot connect to {url} with the keys of sync: {first_line(error)}; "
+            "expected tcp://host:port and CURVE keys. Correct sync.urls, sync.server_key or "
+            "sync.key_file."
         ) from error
     return socket
 
@@ -117,23 +122,33 @@ def bind(context: zmq.Context, url: str, sync: SyncConfig) -> zmq.Socket:
         public, secret = _read_keys(sync.key_file)
         if sync.server_key not in (None, public.decode()):
             raise SpeculatorError(
-                f"sync.server_key is not the public key in {sync.key_file}: {public.decode()}."
+                f"sync.server_key is {sync.server_key}, expected {public.decode()}, the public "
+                f"key in {sync.key_file}. Correct one of the two."
             )
         socket.curve_publickey, socket.curve_secretkey = public, secret
         socket.curve_server = True
     elif sync.server_key is not None:
-        raise SpeculatorError("sync.key_file is missing: a consumer needs its secret key.")
+        raise SpeculatorError(
+            "sync.server_key is set but sync.key_file is missing; expected both for a consumer, "
+            "which needs its secret key. Set sync.key_file to its `.key_secret` file."
+        )
     try:
         socket.bind(url)
     except zmq.ZMQError as error:
-        raise SpeculatorError(f"{url} cannot be bound: {first_line(error)}.") from error
+        raise SpeculatorError(
+            f"{url} cannot be bound: {first_line(error)}; expected a free port of this machine. "
+            "End the process that uses it, or choose another URL."
+        ) from error
     return socket
 
 
 def _our_keys(sync: SyncConfig) -> tuple[bytes, bytes, bytes] | None:
     if sync.server_key is None:
         if sync.key_file is not None:
-            raise SpeculatorError("sync.server_key is missing: the consumers' public key.")
+            raise SpeculatorError(
+                "sync.key_file is set but sync.server_key is missing; expected both for a "
+                "producer. Set sync.server_key to the consumers' public key."
+            )
         return None
     ours = zmq.curve_keypair() if sync.key_file is None else _read_keys(sync.key_file)
     return sync.server_key.encode(), *ours
@@ -144,14 +159,20 @@ def _read_keys(file: Path) -> tuple[bytes, bytes]:
         public, secret = zmq.auth.load_certificate(file)
     except (OSError, ValueError) as error:
         raise SpeculatorError(
-            f"{file} cannot be read as CURVE keys: {first_line(error)}."
+            f"sync.key_file: {file} cannot be read as CURVE keys: {first_line(error)}. Expected a "
+            "file that `zmq.auth.create_certificates` wrote; name another, or make a new pair."
         ) from error
     if secret is None:
-        raise SpeculatorError(f"{file} has no secret key; expected the `.key_secret` file.")
+        raise SpeculatorError(
+            f"sync.key_file: {file} has no secret key; expected the `.key_secret` file. Name that "
+            "one."
+        )
     return public, secret
 
 
-def _load(sync: SyncConfig, label: Label, tensors: dict[str, Shaped[Tensor, "seq ..."]]) -> Parcel:
+def _load(
+    sync: SyncConfig, label: Label, tensors: dict[str, Shaped[Tensor, "seq ..."]]
+) -> QueuedExample:
     payload = pack_tensors(tensors)
     compression: Literal["none", "zstd"] = "none"
     if sync.compression == "zstd":
@@ -159,14 +180,14 @@ def _load(sync: SyncConfig, label: Label, tensors: dict[str, Shaped[Tensor, "seq
         if sum(map(len, smaller)) < sum(map(len, payload)):  # never over max_message_bytes for it
             payload, compression = smaller, "zstd"
     told = {"checksum": checksum(payload), "compression": compression}
-    return Parcel(label.model_copy(update=told), payload, release=lambda: None)
+    return QueuedExample(label.model_copy(update=told), payload, release=lambda: None)
 
 
 def _unload(
     schema: Schema, max_bytes: int, label: Label, payload: Sequence[memoryview]
 ) -> Callable[[], GeneratedExample]:
     if label.file is not None:
-        raise FrameError("an example in a file")
+        raise FrameError("an example in shared memory, expected its tensors in the message")
     tensors = unpack_tensors(schema, label, payload, max_bytes)
     example = schema.decode(label.key, label.num_prompt_tokens, tensors, repr(label.key[:80]))
     return lambda: example

@@ -1,4 +1,4 @@
-"""What stands before the first worker starts: allowed places, the folder of the run, its lock."""
+"""Preparation of a run before its first worker starts."""
 
 import shlex
 from pathlib import Path
@@ -17,16 +17,16 @@ from speculators_core.provenance import sample_weights, this_command, versions, 
 CONFIG = "config.yaml"
 COMMAND = "command.txt"
 JOURNAL = "journal.json"
-"""What a queue's journals are of."""
+"""Manifest of the run that a queue's journals belong to."""
 
 
 def placed(plan: GenerationPlan, *more: Path) -> GenerationPlan:
-    """The plan with absolute local paths, and the folders below which data may name files.
+    """The plan with absolute local paths and the folders below which data may name files.
 
-    If it names none, those are the current directory, the store and ``more``.
+    By default those are the current directory, the store and ``more``.
 
     Raises:
-        SpeculatorError: a path is not usable, or the store's shards lie outside of it.
+        SpeculatorError: a path is not usable, or the store's shards lie outside the store.
     """
     run, sync = plan.run, plan.sync
     if run.log_file is not None:
@@ -43,13 +43,13 @@ def placed(plan: GenerationPlan, *more: Path) -> GenerationPlan:
 
 
 def prepare(plan: GenerationPlan) -> DiskStore | None:
-    """Makes the folder of a run, or looks whether the one that is there can be gone on with.
+    """Makes the folder of a run, or checks that the run in it can be resumed.
 
-    With ``run.repair`` shards that are to be made again are taken out. A scheduler of one's own
-    calls it once, then `generate_data_worker` for each worker.
+    With ``run.repair``, shards that have to be generated again are removed. A custom scheduler
+    calls this once, then `generate_data_worker` for each worker.
 
     Raises:
-        SpeculatorError: the folder holds something else, or was made from other options.
+        SpeculatorError: the folder holds something else, or a run with other options.
     """
     folder = plan.sync.path
     if folder is None:
@@ -80,10 +80,10 @@ def _look_at_shards(store: DiskStore, repair: bool) -> None:
         wrong = store.find_damage()
         wrong |= store.find_set_aside(leave_out=wrong)
         for path, what in wrong.items():
-            console.print(f"makes {path.name} again: {what}", markup=False)
+            console.print(f"generating {path.name} again: {what}", markup=False)
             path.unlink()
     for _ in store.headers():
-        pass  # a truncated one is found here
+        pass  # reading the headers finds truncated shards
 
 
 def _open_journal(folder: Path, manifest: Manifest, is_going_on: bool) -> None:
@@ -93,17 +93,21 @@ def _open_journal(folder: Path, manifest: Manifest, is_going_on: bool) -> None:
             make_folder(folder)
             write_text(path, manifest.model_dump_json(indent=2))
         except OSError as error:
-            raise SpeculatorError(f"{path} cannot be written: {first_line(error)}.") from error
+            raise SpeculatorError(
+                f"sync.path: {path} cannot be written: {first_line(error)}; expected a writable "
+                "folder. Choose another one."
+            ) from error
         return
     if not is_going_on:
         raise SpeculatorError(
-            f"{folder} holds the journal of a run. Go on with --run.resume, or name another folder."
+            f"sync.path: {folder} holds the journal of a run, expected a new folder. Pass "
+            "--run.resume to resume that run, or choose another folder."
         )
     check_same(folder, Manifest.read_file(path), manifest)
 
 
 def decides_bytes(plan: GenerationPlan) -> dict[str, JsonValue]:
-    """What decides the examples: options, and the weights of a verifier on this machine."""
+    """Options that determine the examples, and a hash of a local verifier's weights."""
     content = plan.model_dump(mode="json")
     left_out = ("device", "base_url", "api_key")
     return {
@@ -116,7 +120,7 @@ def decides_bytes(plan: GenerationPlan) -> dict[str, JsonValue]:
 
 
 def _write_provenance(folder: Path, plan: GenerationPlan) -> None:
-    """What reruns this run."""
+    """Writes the configuration and the command that repeat this run."""
     text = yaml.safe_dump(plan.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
     write_text(folder / CONFIG, text)
     write_text(folder / COMMAND, f"{shlex.join(without_secrets(this_command()))}\n")

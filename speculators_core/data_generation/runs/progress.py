@@ -1,4 +1,4 @@
-"""How a run comes along: a bar on a terminal, and a line every half minute in a log file."""
+"""Progress of a run, on a terminal and in a log."""
 
 import logging
 import threading
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Meter:
-    """What has been made since the run began."""
+    """Totals since the run began."""
 
     def __init__(self, total_rows: int | None) -> None:
         self.total_rows = total_rows
@@ -60,7 +60,7 @@ class Meter:
 
     @property
     def left_s(self) -> float | None:
-        """Time left, by the rows that are left; None where their number is not known."""
+        """Estimated time left, from the rows left; None while their number is unknown."""
         if self.total_rows is None or self._rows_at_first is None:
             return None
         run = self.rows - self._rows_at_first
@@ -77,7 +77,7 @@ class Meter:
 
 
 class Measure(Protocol[Done]):
-    """What counts."""
+    """Totals that `metered` shows."""
 
     total_rows: int | None
     rows: int
@@ -90,7 +90,9 @@ class Measure(Protocol[Done]):
 def metered(
     meter: Measure[Done], log_file: Path | None, command: str = "generate-data"
 ) -> Iterator[Callable[[Done], None]]:
-    """Yields a function to call for what has been done; shows and logs what the meter says.
+    """Yields a function to call for each result; shows and logs the meter's line.
+
+    A terminal gets a progress bar; the log, or other output, one line every half minute.
 
     Raises:
         SpeculatorError: the log file cannot be written.
@@ -126,7 +128,7 @@ def metered(
 
 @contextmanager
 def _every(seconds: float, tick: Callable[[], None]) -> Iterator[None]:
-    """Calls it from a thread, however long a unit takes."""
+    """Calls ``tick`` from a thread at this interval."""
     ended = threading.Event()
 
     def run() -> None:
@@ -156,4 +158,7 @@ class _Log:
             with open_own(self.path) as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         except OSError as error:
-            raise SpeculatorError(f"log file {self.path}: {first_line(error)}.") from error
+            raise SpeculatorError(
+                f"log file {self.path} cannot be written: {first_line(error)}; expected a regular "
+                "file in a writable folder. Name another one with --run.log-file."
+            ) from error

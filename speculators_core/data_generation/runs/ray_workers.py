@@ -1,7 +1,8 @@
-"""Workers on a Ray cluster, which decides where each runs; what it does is `workers`' own.
+"""Workers on a Ray cluster, which places them.
 
-All machines must see the store's folder, the data and the verifier under the same paths. A worker
-that dies with its machine is run again by Ray, and goes on behind what it had made.
+Each worker runs `generate_data_worker`. All machines must see the store's folder, the data and the
+verifier under the same paths. When a machine is lost, Ray restarts its worker, which resumes after
+its last stored unit.
 """
 
 import logging
@@ -21,27 +22,31 @@ from speculators_core.data_generation.settings import GenerationPlan
 from speculators_core.errors import SpeculatorError, first_line
 
 MAX_RETRIES = 3
-"""Times that Ray starts a worker again."""
+"""Maximum number of times that Ray restarts a worker."""
 
 
 def run_on_ray(plan: GenerationPlan) -> Iterator[Told]:
-    """What ``run.workers`` workers tell, until all are done.
+    """Messages of ``run.workers`` workers, until all are done.
 
     Raises:
-        SpeculatorError: Ray is not installed or cannot be reached, or a worker met a fault.
+        SpeculatorError: Ray is not installed or cannot be reached, or a worker failed.
     """
     try:
         import ray  # optional
     except ImportError as error:
         raise SpeculatorError(
-            "run.backend ray: Ray is not installed. Install speculators-vllm[ray]."
+            "run.backend is ray, but Ray is not installed here. Install speculators-vllm[ray], or "
+            "set run.backend to local."
         ) from error
     try:
         is_ours = not ray.is_initialized()
         if is_ours:
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise SpeculatorError(f"No Ray cluster can be reached: {first_line(error)}") from error
+        raise SpeculatorError(
+            f"run.backend is ray, but no Ray cluster can be reached: {first_line(error)}. Start "
+            "one with `ray start --head`, or set run.backend to local."
+        ) from error
     running: list[Any] = []
     try:
         work = ray.remote(
@@ -71,10 +76,14 @@ def _listen(running: list[Any], ray: Any) -> Iterator[Told]:
         try:
             told = read_told(ray.get(next(ready)))
         except StopIteration:  # cancelled from outside
-            raise SpeculatorError("Ray ended a worker. Go on with --run.resume.") from None
+            raise SpeculatorError(
+                "Ray cancelled a worker before it finished. What the workers stored is kept; pass "
+                "--run.resume to resume."
+            ) from None
         except ray.exceptions.RayError as error:
             raise SpeculatorError(
-                f"A worker on Ray was lost: {first_line(error)} Go on with --run.resume."
+                f"A worker on Ray was lost: {first_line(error)} What the workers stored is kept; "
+                "pass --run.resume to resume."
             ) from error
         if isinstance(told, WorkerDone):
             running.remove(ready)
@@ -82,20 +91,23 @@ def _listen(running: list[Any], ray: Any) -> Iterator[Told]:
 
 
 def _num_gpus(plan: GenerationPlan, ray: Any) -> int:
-    """Of a worker: as many as its engine spreads over, none where the plan says cpu.
+    """GPUs per worker: the engine's tensor-parallel size, or none on CPUs.
 
     Raises:
-        SpeculatorError: the plan names a GPU by its number, which Ray chooses.
+        SpeculatorError: the plan names a GPU by number, which Ray chooses.
     """
     device, over = plan.engine.device, plan.engine.vllm.get("tensor_parallel_size", 1)
     if device is not None and ":" in device:
-        raise SpeculatorError(f"engine.device {device}: on Ray say cuda, Ray chooses which.")
+        raise SpeculatorError(
+            f"engine.device is {device}; expected cuda or cpu with run.backend ray, since Ray "
+            "chooses each worker's GPU. Remove the number."
+        )
     wants = device in (None, "cuda") and ray.cluster_resources().get("GPU", 0) > 0
     return int(over) if wants and isinstance(over, int) else 0
 
 
 def _absolute(plan: GenerationPlan) -> GenerationPlan:
-    """Local paths in full: workers of a cluster stand in another directory."""
+    """The plan with absolute local paths: a cluster's workers run in another directory."""
     data = plan.data.model_copy(
         update={
             "verifier": _in_full(plan.data.verifier),
@@ -115,5 +127,5 @@ def _in_full(name: str) -> str:
     try:
         path = Path(name).expanduser()
         return str(path.absolute()) if path.exists() else name
-    except (OSError, RuntimeError):  # a template's text is no path
+    except (OSError, RuntimeError):  # the text of a template is not a path
         return name

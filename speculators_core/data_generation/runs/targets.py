@@ -1,4 +1,4 @@
-"""Where units go, and which of them have arrived: shards in a folder, or a queue with a journal."""
+"""Targets of units: a store, or a queue with a journal."""
 
 import json
 from collections import Counter
@@ -16,40 +16,40 @@ from speculators_core.files import open_own
 
 
 class Target(Protocol):
-    """Takes units."""
+    """Stores units, and knows which are stored already."""
 
     def has(self, unit: Unit) -> bool:
-        """Whether an earlier run has dealt with all of it."""
+        """Whether an earlier run has completed this unit."""
 
     def store(self, unit: Unit, results: Sequence[GeneratedExample | Failure]) -> int:
-        """Takes what was made of a unit; the number of its bytes.
+        """Stores the results of a unit and returns their size in bytes.
 
         Raises:
-            SpeculatorError: it cannot be taken.
+            SpeculatorError: they cannot be stored.
         """
 
     def close(self) -> None:
         """Returns when everything has arrived."""
 
     def abort(self) -> None:
-        """Lets go of everything at once, after an error; from any thread."""
+        """Stops at once after an error; may be called from any thread."""
 
 
 class DiskTarget:
-    """A shard a unit."""
+    """One shard per unit."""
 
     def __init__(self, store: DiskStore) -> None:
         self.disk = store
 
     def has(self, unit: Unit) -> bool:
-        """Raises SpeculatorError where the shard was made of other texts."""
+        """Whether the unit's shard exists; raises SpeculatorError if it holds other texts."""
         path = self.disk.shard_path(unit.number)
         if not path.exists():
             return False
         if read_header(path).unit_digest != unit.digest:
             raise SpeculatorError(
-                f"{path} was made of other texts than its place now has: the data have changed. "
-                "Name another folder."
+                f"{path} was made from other texts than unit {unit.number} now has; expected the "
+                "same data as in the run that wrote it. Restore the data, or choose another folder."
             )
         return True
 
@@ -59,17 +59,17 @@ class DiskTarget:
         return self.disk.shard_path(unit.number).stat().st_size
 
     def close(self) -> None:
-        """The run itself writes the index, of all workers' shards."""
+        """Does nothing: the run writes the index once all workers are done."""
 
     def abort(self) -> None:
-        """A shard is written to its end, or not at all."""
+        """Does nothing: a shard is written whole or not at all."""
 
 
 class QueueTarget:
-    """Examples go to a queue; those that a consumer has dealt with get a line in the journal."""
+    """Sends examples to a queue; a journal lists those that a consumer has acknowledged."""
 
     def __init__(self, sink: DataSink, folder: Path | None, worker: int) -> None:
-        """Without a folder for the journal an interrupted run begins anew."""
+        """Without a ``folder`` there is no journal, and an interrupted run starts over."""
         self.sink = sink
         self._file = None if folder is None else folder / f"arrived-{worker:03d}.jsonl"
         self._arrived = Arrived() if folder is None else Arrived.read(folder)
@@ -80,7 +80,7 @@ class QueueTarget:
         return all(self._arrived.has(unit.number, example.key) for example in unit.examples)
 
     def store(self, unit: Unit, results: Sequence[GeneratedExample | Failure]) -> int:
-        """Of a unit that had arrived in part, the rest: it was run whole, for the same bytes."""
+        """Sends what has not arrived of a unit, which is always generated whole."""
         made = [
             result
             for result in results
@@ -121,21 +121,24 @@ class QueueTarget:
             with open_own(self._file) as file:
                 file.write("".join(f"\n{json.dumps(line)}" for line in lines))
         except OSError as error:
-            raise SpeculatorError(f"{self._file}: {first_line(error)}.") from error
+            raise SpeculatorError(
+                f"journal {self._file} cannot be written: {first_line(error)}; expected a regular "
+                "file in a writable folder. Make room, then pass --run.resume to resume."
+            ) from error
 
 
 class Arrived:
-    """What the journals of a run say."""
+    """Units and examples that the journals of a run list."""
 
     def __init__(self) -> None:
         self.units: set[int] = set()
-        """Those that have arrived whole."""
+        """Units that have arrived completely."""
         self.keys: set[str] = set()
-        """Examples of the others."""
+        """Examples that have arrived from other units."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The journals of all workers; the last line of one that was killed may be half-written."""
+        """Reads all workers' journals, skipping lines that a killed worker left half-written."""
         found, keys = cls(), {}
         for journal in sorted(folder.glob("arrived-*.jsonl")):
             for line in journal.read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""Units of work: consecutive examples, the same ones in every run of the same plan."""
+"""Units of work, identical in every run of a plan."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +16,14 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Unit:
-    """What becomes one shard."""
+    """Consecutive examples that become one shard."""
 
     number: int
     examples: tuple[Example, ...]
 
     @property
     def digest(self) -> str:
-        """Of its texts: where the data have changed, a shard of that number is another."""
+        """Hash of the unit's texts, which reveals that the data have changed."""
         digest = xxh3_64()
         for example in self.examples:
             digest.update(f"{example.key} {len(example.input_ids)}".encode())
@@ -33,9 +33,9 @@ class Unit:
 
 
 def cut_units(examples: Iterable[Example], plan: GenerationPlan) -> Iterator[Unit]:
-    """Examples in units of at most ``sync.shard_tokens`` tokens, those to be written included.
+    """Examples in units of at most ``sync.shard_tokens`` tokens, including those to be generated.
 
-    A unit's examples depend on those before it alone, so each worker and each run cuts alike.
+    A unit depends only on the examples before it, so every worker and every run cuts alike.
     """
     written = plan.engine.max_new_tokens if plan.data.states.tokens == "all" else 0
     unit: list[Example] = []
@@ -52,7 +52,7 @@ def cut_units(examples: Iterable[Example], plan: GenerationPlan) -> Iterator[Uni
 
 
 def ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The same items; the next one is made in a thread while this one is dealt with."""
+    """The same items; a thread prepares the next one while the caller uses the current one."""
     end = object()
     iterator = iter(items)
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:

@@ -1,7 +1,8 @@
-"""Workers: each runs its share of the units through an engine of its own.
+"""Workers: each runs its share of the units through an engine.
 
-Worker i of n takes every n-th unit, from the i-th on, whatever the others do. So nothing is handed
-out, a worker that dies takes nothing with it, and the next run makes what is missing.
+Worker i of n takes every n-th unit from the i-th on, independently of the others. There is no
+shared work queue: when a worker dies no other is affected, and the next run generates what is
+missing.
 """
 
 import json
@@ -38,39 +39,39 @@ logger = logging.getLogger(__name__)
 
 
 class UnitDone(Settings):
-    """What a worker tells of a unit."""
+    """A worker's report on a unit."""
 
     worker: int
     unit: int
     rows: int
-    """Rows of the data sets that were read so far."""
+    """Rows of the data sets read so far."""
     num_examples: int = 0
     num_tokens: int = 0
     size_bytes: int = 0
     engine_s: float = 0.0
     set_aside: tuple[Failure, ...] = ()
     was_there: bool = False
-    """An earlier run had made it."""
+    """Whether an earlier run had completed it."""
 
 
 class WorkerDone(Settings):
-    """The last thing that a worker tells."""
+    """A worker's last message."""
 
     worker: int
     counts: dict[str, int | dict[str, int]] = Field(default_factory=dict)
-    """`sources.Counts` of all that was read."""
+    """`sources.Counts` of all rows that were read."""
 
 
 Told = UnitDone | WorkerDone
 
 
 def generate_data_worker(plan: GenerationPlan, worker: int = 0) -> Iterator[Told]:
-    """Runs worker ``worker`` of ``run.workers``, and tells of each unit when it has been stored.
+    """Runs worker ``worker`` of ``run.workers``, and reports each unit once it is stored.
 
-    The plan is one that `preparation.placed` gave, its folder one that `preparation.prepare` made.
+    The plan must come from `preparation.placed`, its folder from `preparation.prepare`.
 
     Raises:
-        SpeculatorError: the engine, the data or the store are at fault.
+        SpeculatorError: the engine, the data or the store has a fault.
     """
     counts = Counts()
     schema = schema_of(plan)
@@ -84,7 +85,7 @@ def generate_data_worker(plan: GenerationPlan, worker: int = 0) -> Iterator[Told
             if target.has(unit):
                 yield UnitDone(worker=worker, unit=unit.number, rows=rows, was_there=True)
                 continue
-            if engine is None:  # not before a text has been read
+            if engine is None:  # only once a text has been read
                 engine = InferencePipeline.from_config(_on_device(plan, worker), schema)
                 stack.enter_context(engine)
             start = time.monotonic()
@@ -97,12 +98,12 @@ def generate_data_worker(plan: GenerationPlan, worker: int = 0) -> Iterator[Told
             del results
         if storing is not None:
             yield storing.result()
-    target.close()  # not after an error: a queue would tell its consumers that this was all
+    target.close()  # not after an error: a queue would mark the end of the data for its consumers
     yield WorkerDone(worker=worker, counts=counts.as_dict())
 
 
 def _aborting(target: Target) -> Callable[..., None]:
-    """What an exit calls: lets go of the target where there was an error."""
+    """An exit callback that aborts the target after an error."""
 
     def end(kind: object, error: object, trace: object) -> None:
         if kind is not None:
@@ -144,7 +145,7 @@ def _target(plan: GenerationPlan, worker: int) -> Target:
 
 
 def _on_device(plan: GenerationPlan, worker: int) -> GenerationPlan:
-    """Workers of one machine take its GPUs in turn."""
+    """The plan with the worker's GPU; workers of one machine take its GPUs in turn."""
     device = plan.engine.device or ("cuda" if torch.cuda.is_available() else "cpu")
     num_devices = torch.cuda.device_count()
     if device != "cuda" or plan.run.backend != "local" or min(plan.run.workers, num_devices) < 2:
@@ -157,10 +158,10 @@ def _on_device(plan: GenerationPlan, worker: int) -> GenerationPlan:
 
 
 def run_here(plan: GenerationPlan) -> Iterator[Told]:
-    """One worker in this process, or several in processes of their own.
+    """Runs one worker in this process, or several in separate processes.
 
     Raises:
-        SpeculatorError: a worker met a fault, or was killed.
+        SpeculatorError: a worker failed or was killed.
     """
     if plan.run.workers == 1:
         yield from generate_data_worker(plan)
@@ -188,7 +189,7 @@ def run_here(plan: GenerationPlan) -> Iterator[Told]:
 
 
 def _listen(started: Sequence[tuple[SpawnProcess, Connection]]) -> Iterator[Told]:
-    """What workers tell, until all are done."""
+    """Messages of the workers, until all are done."""
     running = {ours: process for process, ours in started}
     lost = []
     while running:
@@ -216,7 +217,7 @@ def end_of(code: int) -> str:
 
 
 def _work(connection: Connection, plan: str, worker: int) -> None:
-    """A worker's process: tells in JSON, ends with the process that started it."""
+    """A worker's process, which sends JSON and ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
     watch_parent()
     parsed = GenerationPlan.model_validate_json(plan)
@@ -225,7 +226,7 @@ def _work(connection: Connection, plan: str, worker: int) -> None:
 
 
 def watch_parent() -> None:
-    """Ends this process when the one that started it has ended, however that came."""
+    """Ends this process when its parent ends for any reason."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -237,7 +238,7 @@ def watch_parent() -> None:
 
 
 def messages_of(work: Callable[[], Iterator[Told]]) -> Iterator[bytes]:
-    """Everything that a worker tells, or at the end the line that says why it could not go on."""
+    """A worker's messages as JSON; the last one states the error that stopped it, if any."""
     try:
         for told in work():
             yield json.dumps({type(told).__name__: told.model_dump(mode="json")}).encode()
@@ -246,10 +247,10 @@ def messages_of(work: Callable[[], Iterator[Told]]) -> Iterator[bytes]:
 
 
 def read_told(message: bytes) -> Told:
-    """What a message of `messages_of` says.
+    """Parses a message of `messages_of`.
 
     Raises:
-        SpeculatorError: the worker met one.
+        SpeculatorError: the message states the worker's error.
     """
     ((kind, content),) = json.loads(message).items()
     if kind == "fault":
@@ -262,7 +263,7 @@ def read_told(message: bytes) -> Told:
 
 
 def to_json(plan: GenerationPlan) -> str:
-    """The plan for a process of our own, its key included."""
+    """The plan for a child process, including its API key."""
     content = plan.model_dump(mode="json")
     content["engine"]["api_key"] = plan.engine.api_key
     return json.dumps(content)

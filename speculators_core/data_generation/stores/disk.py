@@ -1,12 +1,12 @@
 """`DiskStore`: a folder of shards.
 
-    store.json              what the examples are and what they were made from
+    store.json              schema of the examples, and the options they were made from
     shards/000000.safetensors
-    index.parquet           a row an example: its key, shard, place and numbers of tokens
-    report.json             there when the run came to its end
+    index.parquet           one row per example: key, shard, offset and numbers of tokens
+    report.json             written when the run is complete
 
-A shard appears under its name when it is whole, and holds the same examples in every run of the
-same plan; so what is there need not be made again. The index can be made from the shards at any
+A shard gets its name once it is whole, and holds the same examples in every run of the same plan,
+so existing shards need not be generated again. The index can be rebuilt from the shards at any
 time.
 """
 
@@ -42,7 +42,7 @@ REPORT = "report.json"
 SHARDS = "shards"
 SHARD_NAME = re.compile(r"(\d{6,9})\.safetensors(\.zst)?")
 OPEN_SHARDS = 16
-"""Shards that one process keeps mapped; of compressed ones, which lie in memory, one."""
+"""Shards that a process keeps mapped; only one where they are compressed and held in memory."""
 INDEX_SCHEMA = pa.schema(
     {
         "key": pa.string(),
@@ -56,12 +56,12 @@ INDEX_SCHEMA = pa.schema(
 
 
 class Manifest(Settings):
-    """What the examples are, and what they were made from."""
+    """Schema of the examples, and the options they were made from."""
 
     format: Literal["speculators-data-1"] = "speculators-data-1"
     content: Schema
     made_from: dict[str, JsonValue] = Field(default_factory=dict)
-    """The options that decide the bytes; a run with others does not go on here."""
+    """Options that determine the bytes; a run with other options cannot resume here."""
     versions: dict[str, str] = Field(default_factory=dict)
 
     @classmethod
@@ -72,16 +72,22 @@ class Manifest(Settings):
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise SpeculatorError(f"{path} cannot be read: {first_line(error)}.") from error
+            raise SpeculatorError(
+                f"{path} cannot be read: {first_line(error)}; expected the manifest of a run. "
+                "Check its permissions, or copy it again."
+            ) from error
         except ValidationError as error:
-            raise SpeculatorError(f"{path} is damaged: {first_fault(error)}.") from error
+            raise SpeculatorError(
+                f"{path} is damaged: {first_fault(error)}; expected the manifest as a run wrote "
+                "it. Copy it again, or generate into another folder."
+            ) from error
 
 
 class DiskStore:
     """Both sides of a store on disk: a `DataSink`, a `DataSource`, and examples by number."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        """Of a folder that `create` or `open` has looked at."""
+        """Use `create` or `open`, which check the folder."""
         self.folder = folder
         self.manifest = manifest
         self.schema = manifest.content
@@ -109,10 +115,10 @@ class DiskStore:
         compression: str = "none",
         shard_tokens: int = 65_536,
     ) -> Self:
-        """A new store, or with ``resume`` the one that is there.
+        """A new store, or with ``resume`` the existing one.
 
         Raises:
-            SpeculatorError: the folder holds something else, or a store that was made otherwise.
+            SpeculatorError: the folder holds something else, or a store with other options.
         """
         manifest = Manifest(
             content=schema, made_from=dict(made_from or {}), versions=dict(versions or {})
@@ -121,19 +127,23 @@ class DiskStore:
             found = cls.open(folder).manifest
             if not resume:
                 raise SpeculatorError(
-                    f"{folder} holds a store already. Go on with --run.resume, or name another "
-                    "folder."
+                    f"{folder} already holds a store, expected a new folder. Pass --run.resume to "
+                    "resume its run, or choose another folder with --sync.path."
                 )
             check_same(folder, found, manifest)
         elif folder.exists() and any(_visible(folder)):
-            raise SpeculatorError(f"{folder} is not empty and no store. Name another folder.")
+            raise SpeculatorError(
+                f"{folder} holds other files; expected a store, or a new or empty folder. Choose "
+                "another folder with --sync.path."
+            )
         else:
             try:
                 make_folder(folder / SHARDS)
                 write_text(folder / MANIFEST, manifest.model_dump_json(indent=2))
             except OSError as error:
                 raise SpeculatorError(
-                    f"{folder} cannot be made: {error.strerror or first_line(error)}."
+                    f"{folder} cannot be made: {error.strerror or first_line(error)}; expected a "
+                    "writable place. Choose another folder with --sync.path."
                 ) from error
         store = cls(folder, manifest)
         store.suffix = SUFFIXES[compression]
@@ -149,17 +159,20 @@ class DiskStore:
         """
         folder = Path(folder)
         if not (folder / MANIFEST).exists():
-            raise SpeculatorError(f"{folder} holds no {MANIFEST}; not a store.")
+            raise SpeculatorError(
+                f"{folder} holds no {MANIFEST}; expected a store of `speculators generate-data`. "
+                "Name its folder, or generate one there."
+            )
         return cls(folder, Manifest.read_file(folder / MANIFEST))
 
     def shard_path(self, number: int) -> Path:
         return self.folder / SHARDS / f"{number:06d}{self.suffix}"
 
     def shard_paths(self) -> list[Path]:
-        """The shards that are there, by number.
+        """Existing shards in order of their numbers.
 
         Raises:
-            SpeculatorError: one is a link out of the store.
+            SpeculatorError: one is a link to a place outside the store.
         """
         root = (self.folder / SHARDS).resolve()
         found: dict[int, Path] = {}
@@ -168,20 +181,23 @@ class DiskStore:
             if match is None:
                 continue
             if path.resolve().parent != root:
-                raise SpeculatorError(f"{path} is a link out of the store, to {path.resolve()}.")
+                raise SpeculatorError(
+                    f"{path} is a link to {path.resolve()}, expected a file in {root}. Replace "
+                    "the link with a copy of the shard."
+                )
             found[int(match[1])] = path
         return [found[number] for number in sorted(found)]
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run that made it came to its end."""
+        """Whether the run that made it is complete."""
         return (self.folder / REPORT).exists()
 
     def complete(self, report: str) -> None:
-        """Notes that the run came to its end, with its report (JSON).
+        """Marks the run as complete and writes its report (JSON).
 
-        Before that all shards are brought to disk: one that a power failure spoils belongs to a
-        run that is not complete, and `run.repair` finds it by its checksums.
+        All shards are flushed to disk first, so a shard that a power failure damages belongs to an
+        incomplete run, where `run.repair` finds it by its checksums.
         """
         for path in self.shard_paths():
             sync(path)
@@ -189,7 +205,7 @@ class DiskStore:
         write_text(self.folder / REPORT, report)
 
     def headers(self, leave_out: Collection[Path] = ()) -> Iterator[tuple[Path, ShardHeader]]:
-        """What the shards say of themselves, by number.
+        """Paths and headers of the shards, in order of their numbers.
 
         Raises:
             SpeculatorError: one is damaged.
@@ -197,29 +213,29 @@ class DiskStore:
         return ((path, read_header(path)) for path in self.shard_paths() if path not in leave_out)
 
     def check_numbers(self, below: int) -> None:
-        """Raises SpeculatorError where there is a shard that no unit of the run is."""
+        """Raises SpeculatorError if a shard belongs to no unit of the run."""
         for path in self.shard_paths():
             if number_of(path) >= below:
                 raise SpeculatorError(
-                    f"{path} is not of this run, which has {below} units: the data have changed. "
-                    "Name another folder."
+                    f"{path} does not belong to this run; expected shards 0 to {below - 1}, since "
+                    f"the data now make {below} units. Restore the data, or choose another folder."
                 )
 
     def set_aside(self) -> dict[str, str]:
-        """Examples that the engine failed on, and why."""
+        """Reasons of the examples that the engine failed on, by key."""
         return {
             aside.key: aside.reason for _, header in self.headers() for aside in header.set_aside
         }
 
     def clean(self) -> None:
-        """Removes what a killed run left half-written, and the report: a run begins."""
+        """Prepares for a run: removes the report, and the partial files of a killed run."""
         (self.folder / REPORT).unlink(missing_ok=True)
         for folder in (self.folder, self.folder / SHARDS):
             for path in folder.glob(".*.part"):
                 path.unlink(missing_ok=True)
 
     def find_damage(self) -> dict[Path, str]:
-        """Damaged shards and what is wrong with them; every byte is read."""
+        """Damaged shards and their faults; reads every byte."""
         found = {}
         for path in self.shard_paths():
             try:
@@ -230,7 +246,7 @@ class DiskStore:
         return found
 
     def find_set_aside(self, leave_out: Collection[Path] = ()) -> dict[Path, str]:
-        """Shards with examples that the engine failed on, and how many."""
+        """Shards that list failed examples, each with their number."""
         return {
             path: f"{len(header.set_aside)} of its examples were set aside"
             for path, header in self.headers(leave_out)
@@ -239,7 +255,7 @@ class DiskStore:
 
     @property
     def size_bytes(self) -> int:
-        """Of all shards."""
+        """Size of all shards."""
         return sum(path.stat().st_size for path in self.shard_paths())
 
     # ---- writing ----
@@ -250,7 +266,7 @@ class DiskStore:
         results: Sequence[GeneratedExample | Failure],
         unit_digest: str = "",
     ) -> ShardHeader:
-        """Writes a shard; failures are listed in it, and of what texts it was made.
+        """Writes a shard, with its failures and the digest of its unit in the header.
 
         Raises:
             SpeculatorError: it cannot be written.
@@ -264,7 +280,7 @@ class DiskStore:
         return header
 
     def write(self, example: GeneratedExample) -> None:
-        """Takes an example; it is on disk when its shard is full, or at `close`."""
+        """Buffers an example, which is written when its shard is full or at `close`."""
         self._buffer.append(example)
         if sum(len(waiting.input_ids) for waiting in self._buffer) >= self.shard_tokens:
             self._flush()
@@ -286,7 +302,7 @@ class DiskStore:
         self._buffer = []
 
     def close(self) -> None:
-        """Writes what is left, and the index."""
+        """Writes the buffered examples and the index."""
         self._flush()
         self.write_index()
         self._open.clear()
@@ -303,16 +319,19 @@ class DiskStore:
             with replaced(self.folder / INDEX) as temporary:
                 parquet.write_table(self._table(), temporary)
         except OSError as error:
-            raise SpeculatorError(f"{self.folder / INDEX}: {first_line(error)}.") from error
+            raise SpeculatorError(
+                f"{self.folder / INDEX} cannot be written: {first_line(error)}; expected a "
+                "writable folder. Make room, then pass --run.resume to resume."
+            ) from error
 
     def _table(self) -> pa.Table:
-        """A row an example, from the shards' headers."""
+        """One row per example, from the shards' headers."""
         batches = [pa.RecordBatch.from_pylist(rows, INDEX_SCHEMA) for rows in self._rows()]
         table = pa.Table.from_batches(batches, INDEX_SCHEMA)
         return table.replace_schema_metadata({"shards": self._listing()})
 
     def _rows(self) -> Iterator[list[dict[str, Any]]]:
-        """Of the index, shard by shard."""
+        """Rows of the index, shard by shard."""
         for _, header in self.headers():
             yield [
                 {"shard": header.number, **entry.model_dump(exclude={"checksum"})}
@@ -320,12 +339,12 @@ class DiskStore:
             ]
 
     def _listing(self) -> str:
-        """Names and sizes of the shards: another listing means another index."""
+        """Names and sizes of the shards, which show whether an index is current."""
         return json.dumps([(path.name, path.stat().st_size) for path in self.shard_paths()])
 
     @property
     def index(self) -> pa.Table:
-        """Examples in order; of ``index.parquet`` where that fits the shards that are there."""
+        """Examples in order: read from ``index.parquet`` where it is current, else rebuilt."""
         try:
             table = parquet.read_table(self.folder / INDEX)
         except (OSError, pa.ArrowInvalid):
@@ -352,11 +371,11 @@ class DiskStore:
 
     @property
     def lengths(self) -> Int64[np.ndarray, "examples"]:
-        """Tokens of each example."""
+        """Number of tokens of each example."""
         return self._read_places()[2]
 
     def _read_places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Shard of each example, its number within it, and its tokens."""
+        """Shard of each example, its index within the shard, and its number of tokens."""
         if self._places is None:
             index = self.index
             shards = index.column("shard").to_numpy().astype(np.int64)
@@ -393,6 +412,7 @@ def check_same(folder: Path, found: Manifest, expected: Manifest) -> None:
         before, now = pairs[0].get(key), pairs[1].get(key)
         if before != now:
             raise SpeculatorError(
-                f"{folder} was made with {key} {before!r:.80}, now it is {now!r:.80}: the shards "
-                "would not fit together. Run with the same options, or name another folder."
+                f"{folder} was made with {key} {before!r:.80}, but it is now {now!r:.80}; expected "
+                "the same options, so that all shards match. Restore the option, or choose another "
+                "folder."
             )

@@ -1,4 +1,4 @@
-"""What every store does: take examples on one side and give them on the other."""
+"""Protocols of stores and queues: sinks and sources."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
@@ -13,23 +13,23 @@ class DataSink(Protocol):
     schema: Schema
 
     def write(self, example: GeneratedExample) -> None:
-        """Takes an example, and waits where there is no room for it.
+        """Stores or sends an example, after waiting for room.
 
         Raises:
-            SpeculatorError: it cannot be taken.
+            SpeculatorError: it cannot be stored or sent.
         """
 
     def write_batch(self, examples: Sequence[GeneratedExample]) -> None:
-        """Takes several."""
+        """Calls `write` for each example."""
 
     def take_acknowledged(self) -> list[str]:
-        """Keys of examples that have arrived for good since the last call."""
+        """Keys of examples that have been stored or acknowledged since the last call."""
 
     def close(self) -> None:
-        """Returns when everything that was written has arrived; then nothing more can be."""
+        """Returns when everything written has arrived; the sink then accepts nothing more."""
 
     def abort(self) -> None:
-        """Lets go of what has not arrived, at once and from any thread; a waiting `write` ends."""
+        """Drops what has not arrived, at once and from any thread; a waiting `write` raises."""
 
 
 @runtime_checkable
@@ -41,7 +41,7 @@ class DataSource(Protocol):
     def read(self) -> Iterator[GeneratedExample]:
         """Examples, until there are no more.
 
-        Asking for the next one says that the one before has been dealt with.
+        Requesting the next one acknowledges the previous one.
 
         Raises:
             SpeculatorError: an example is damaged.
@@ -50,20 +50,20 @@ class DataSource(Protocol):
 
 @runtime_checkable
 class HoldingSource(DataSource, Protocol):
-    """A source whose examples are the reader's alone until it has dealt with them: a queue."""
+    """A source that waits for the reader to acknowledge its examples: a queue."""
 
     capacity: int
-    """Examples that can be with the reader and on their way to it, at most."""
+    """Maximum number of unacknowledged examples, with the reader or on their way to it."""
 
     def hold(self) -> Iterator[GeneratedExample]:
-        """Examples, until no more come before some of them have been dealt with.
+        """Examples, until no more can come before some are acknowledged.
 
-        Only `done` says that they have been. A call begins with those that an earlier one gave and
-        that were not; one that gives none says that there are no more.
+        Only `done` acknowledges them. A call first yields the unacknowledged examples of earlier
+        calls; a call that yields none means that there are no more.
 
         Raises:
             SpeculatorError: an example is damaged.
         """
 
     def done(self, keys: Iterable[str]) -> None:
-        """The reader has dealt with these examples; keys that it does not hold are skipped."""
+        """Acknowledges these examples; keys that the reader does not hold are ignored."""

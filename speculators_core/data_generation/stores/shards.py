@@ -1,11 +1,11 @@
-"""One shard: a safetensors file of examples that lie end to end, with a list of them in its header.
+"""Shards: safetensors files of examples, listed in the header.
 
     input_ids      [tokens]                 | example 0 | example 1 | ... |
     hidden_states  [tokens, states, hidden] | example 0 | example 1 | ... |
 
-The header also holds a checksum of each example, and the examples that were set aside. The file is
-written as it goes, field by field from where the tensors lie: the library's own writer wants the
-fields whole and copies them twice.
+Examples are concatenated along their first axis. The header also holds a checksum of each example,
+and the examples that were set aside. The file is written field by field, straight from the
+examples' tensors: safetensors' writer needs whole fields and copies them twice.
 """
 
 import json
@@ -31,7 +31,7 @@ from speculators_core.settings import Settings
 
 FORMAT = "speculators-data-1"
 MAX_HEADER_BYTES = 100_000_000
-"""As safetensors itself has it."""
+"""The limit of safetensors itself."""
 SUFFIXES = {"none": ".safetensors", "zstd": ".safetensors.zst"}
 DTYPES = {
     torch.int64: "I64",
@@ -42,20 +42,20 @@ DTYPES = {
     torch.float16: "F16",
     torch.float8_e4m3fn: "F8_E4M3",
 }
-"""Names of safetensors."""
+"""Data types by their names in safetensors."""
 
 
 class Entry(Settings):
-    """Where an example lies in its shard."""
+    """The place of an example in its shard."""
 
     key: str
     start: int = Field(ge=0)
     num_tokens: int = Field(ge=1)
     num_prompt_tokens: int = Field(ge=1)
     num_trained: int = Field(ge=0)
-    """Tokens that a draft learns."""
+    """Number of tokens that a draft learns."""
     checksum: str = ""
-    """XXH3, 64 bits, over the above and the bytes of all fields in the schema's order."""
+    """64-bit XXH3 of the fields above and the bytes of all tensors in the schema's order."""
 
     def checksum_with(self, tensors: Mapping[str, Tensor]) -> str:
         digest = xxh3_64(self.model_dump_json(exclude={"checksum"}).encode())
@@ -65,14 +65,14 @@ class Entry(Settings):
 
 
 class ShardHeader(Settings):
-    """What a shard says of itself."""
+    """Contents of a shard."""
 
     format: Literal["speculators-data-1"]
     number: int = Field(ge=0)
     fields_digest: str
-    """Of the schema; shards of other schemas do not belong to the store."""
+    """Hash of the schema; shards of other schemas do not belong to the store."""
     unit_digest: str = ""
-    """Of the texts that it was made of."""
+    """Hash of the texts that the shard was made from."""
     entries: tuple[Entry, ...]
     set_aside: tuple[Failure, ...] = ()
 
@@ -81,7 +81,10 @@ class ShardHeader(Settings):
         end = 0
         for entry in self.entries:
             if entry.start != end or entry.num_prompt_tokens > entry.num_tokens:
-                raise ValueError(f"example {entry.key!r} does not follow the one before it")
+                raise ValueError(
+                    f"example {entry.key!r} starts at {entry.start} with {entry.num_prompt_tokens} "
+                    f"prompt tokens of {entry.num_tokens}, expected start {end}"
+                )
             end += entry.num_tokens
         return self
 
@@ -91,12 +94,12 @@ class ShardHeader(Settings):
 
 
 def number_of(path: Path) -> int:
-    """Of the shard in this file."""
+    """A shard's number, from its file name."""
     return int(path.name.split(".")[0])
 
 
 def digest_of(schema: Schema) -> str:
-    """Of all but the verifier's name, which is another when its folder moves."""
+    """Hash of a schema without the verifier's name, which changes when its folder moves."""
     return xxh3_64(schema.model_dump_json(exclude={"verifier"}).encode()).hexdigest()
 
 
@@ -115,10 +118,10 @@ def write_shard(
     results: Sequence[GeneratedExample | Failure],
     unit_digest: str = "",
 ) -> ShardHeader:
-    """Writes a shard; ``.zst`` is compressed. It has its name when all of it is on disk.
+    """Writes a shard, compressed for ``.zst``; it gets its name once all of it is written.
 
     Raises:
-        SpeculatorError: it cannot be written; nothing of it is left.
+        SpeculatorError: it cannot be written; no partial file remains.
     """
     made = [result for result in results if isinstance(result, GeneratedExample)]
     encoded = [schema.encode(example) for example in made]
@@ -149,8 +152,9 @@ def write_shard(
             _write(file, header, schema, encoded)
     except OSError as error:
         raise SpeculatorError(
-            f"{path} could not be written: {error.strerror or first_line(error)}. Make room and go "
-            "on with --run.resume; shards that are there stay."
+            f"{path} could not be written: {error.strerror or first_line(error)}; expected a "
+            "writable folder with room. Make room, then pass --run.resume to resume; existing "
+            "shards are kept."
         ) from error
     return header
 
@@ -162,9 +166,9 @@ def _opened(path: Path, is_compressed: bool) -> Any:
 def _write(
     file: BinaryIO, header: ShardHeader, schema: Schema, encoded: Sequence[Mapping[str, Tensor]]
 ) -> None:
-    """The format of safetensors: length and text of a JSON header, then the tensors.
+    """Writes the safetensors format: length and text of a JSON header, then the tensors.
 
-    Fields of wide types come first, so that each lies aligned to its type.
+    Fields of wide types come first, so that each is aligned to its type.
     """
     described: dict[str, Any] = {"__metadata__": {"shard": header.model_dump_json()}}
     names = sorted(schema.fields, key=lambda name: -schema.fields[name].dtype.itemsize)
@@ -192,10 +196,10 @@ def _write(
 
 
 def read_header(path: Path) -> ShardHeader:
-    """What a shard says of itself.
+    """Reads a shard's header.
 
     Raises:
-        SpeculatorError: it is truncated, or no shard of ours.
+        SpeculatorError: the file is truncated, or is not a shard.
     """
     try:
         if path.suffix == ".zst":
@@ -212,7 +216,7 @@ def _metadata_of_compressed(path: Path) -> Any:
     with pa.input_stream(str(path), compression="zstd") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > MAX_HEADER_BYTES:
-            raise ValueError(f"a header of {length} bytes")
+            raise ValueError(f"its header has {length} bytes, at most {MAX_HEADER_BYTES} allowed")
         described = json.loads(file.read(length))
     return described.get("__metadata__") if isinstance(described, dict) else None
 
@@ -228,26 +232,27 @@ def _header_in(metadata: Any, path: Path) -> ShardHeader:
 
 def damaged(path: Path, what: str) -> SpeculatorError:
     return SpeculatorError(
-        f"{path} is damaged: {what}. Make it again with --run.repair, or copy it again."
+        f"{path} is damaged: {what}; expected the bytes that generate-data wrote. Pass "
+        "--run.repair to generate it again, or copy it again."
     )
 
 
 class Shard:
-    """An open shard; its tensors are views of the file, mapped into memory where it is plain."""
+    """An open shard; the tensors of an uncompressed one are views of the memory-mapped file."""
 
     def __init__(self, path: Path, schema: Schema, verified: bytearray | None = None) -> None:
-        """``verified``: the examples whose checksums need not be compared again.
+        """``verified``: flags of examples whose checksums need not be compared again.
 
         Raises:
-            SpeculatorError: it is truncated, or not one of this schema.
+            SpeculatorError: it is truncated, or has another schema.
         """
         self.path = path
         self.schema = schema
         self.header = read_header(path)
         if self.header.fields_digest != digest_of(schema):
-            raise damaged(path, "it was made for another schema than the store's")
+            raise damaged(path, "its schema is not the store's")
         if self.header.number != number_of(path):
-            raise damaged(path, f"it is shard {self.header.number}")
+            raise damaged(path, f"its header states shard {self.header.number}")
         self.verified = verified or bytearray(len(self))
 
     @cached_property
@@ -263,24 +268,24 @@ class Shard:
         if tensors.keys() != self.schema.fields.keys() or any(
             len(tensor) != self.header.num_tokens for tensor in tensors.values()
         ):
-            raise damaged(self.path, "its tensors are not those that its header lists")
+            raise damaged(self.path, "its tensors do not match its header")
         return {name: tensors[name] for name in self.schema.fields}
 
     def _decompressed(self) -> bytes:
-        """All of the file; one that would grow beyond what its header tells is damaged."""
+        """The decompressed file; one that does not have the size in its header is damaged."""
         data_bytes = self.header.num_tokens * self.schema.token_bytes
         with pa.input_stream(str(self.path), compression="zstd") as file:
             (length,) = struct.unpack("<Q", start := file.read(8))
             rest = file.read(length + data_bytes + 1)
         if len(rest) != length + data_bytes:
-            raise damaged(self.path, "it holds more or less than its header tells")
+            raise damaged(self.path, f"it does not hold the {data_bytes} bytes its header states")
         return start + rest
 
     def __len__(self) -> int:
         return len(self.header.entries)
 
     def read(self, index: int) -> GeneratedExample:
-        """An example; the first time, its checksum is compared.
+        """An example; its checksum is compared the first time.
 
         Raises:
             SpeculatorError: the bytes are not those that were written.
@@ -292,9 +297,9 @@ class Shard:
         }
         if not self.verified[index]:
             if entry.checksum_with(own) != entry.checksum:
-                raise damaged(self.path, f"example {entry.key!r} has another checksum")
+                raise damaged(self.path, f"the checksum of example {entry.key!r} does not match")
             self.verified[index] = True
-        if self.path.suffix == ".zst":  # a view would keep all of the shard in memory
+        if self.path.suffix == ".zst":  # a view would keep the whole shard in memory
             own = {name: tensor.clone() for name, tensor in own.items()}
         return self.schema.decode(entry.key, entry.num_prompt_tokens, own, str(self.path))
 

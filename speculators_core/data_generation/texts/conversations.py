@@ -1,17 +1,17 @@
-"""Conversations as token ids, with an exact loss mask on every turn of the assistant.
+"""Conversations as token ids with exact loss masks.
 
-What a verifier writes in a turn is found by rendering the conversation twice: up to the turn with
-the generation prompt, and with the turn. What the second has more, up to the stop token, the
-verifier wrote; the newline that a template puts behind it, it did not.
+The text that a verifier writes in a turn is found by rendering the conversation twice: up to the
+turn with the generation prompt, and including the turn. The verifier wrote the difference, up to
+the stop token, but not the newline that a template adds after it.
 
     <user> hi <assistant>                     prompt
     <user> hi <assistant> hello <end> \\n      answered
                           └─ written ┘
 
-Many templates rewrite history: Qwen3 drops the thoughts of earlier turns, gpt-oss their analysis.
-A turn is learned behind the history that the verifier saw when it wrote it. Turns whose history
-still reads the same at the end of the conversation share one sequence; another gets its own. So
-does a turn whose first token a tokenizer would merge with the prompt.
+Many templates rewrite history: Qwen3 drops the reasoning of earlier turns, gpt-oss their analysis.
+A turn is learned after the history that the verifier saw when it wrote the turn. Turns whose
+history is unchanged at the end of the conversation share one sequence; every other turn gets a
+separate one. So does a turn whose first token a tokenizer would merge with the prompt.
 """
 
 import inspect
@@ -46,7 +46,7 @@ RENDERING_ERRORS = (
     ArithmeticError,
     RecursionError,
 )
-"""What a template can come to on messages that it was not written for."""
+"""Errors that a template can raise on messages that it does not support."""
 
 
 @dataclass(frozen=True)
@@ -56,27 +56,27 @@ class Conversation:
     messages: list[Message]
     tools: list[Tool] | None = None
     num_given: int = 0
-    """Messages at the start that are not learned."""
+    """Number of messages at the start that are not learned."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How a verifier's conversations are written."""
+    """A verifier's chat template, with its tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
     template: str | None = None
-    """Jinja; the tokenizer's own where None."""
+    """Jinja text; None for the tokenizer's template."""
     options: Mapping[str, JsonValue] = field(default_factory=dict)
-    """More variables of the template."""
+    """Additional variables of the template."""
 
     def __post_init__(self) -> None:
         known = inspect.signature(self.tokenizer.apply_chat_template).parameters
         for name in self.options:
             if name in known:
                 raise SpeculatorError(
-                    f"data.template_options.{name}: not a variable of a chat template but an "
-                    "option of `apply_chat_template`, which is set here."
+                    f"data.template_options.{name} is a parameter of `apply_chat_template`, which "
+                    "data generation sets; expected a variable of the chat template. Remove it."
                 )
 
     @cached_property
@@ -88,11 +88,11 @@ class ChatTemplate:
         return [str(t) for t in self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)) if t]
 
     def render(self, conversation: Conversation, num_messages: int, prompt: bool) -> str:
-        """The text of the first messages; with ``prompt``, up to where an answer begins.
+        """The text of the first messages; with ``prompt``, followed by the generation prompt.
 
         Raises:
             RowSkipped: the template refuses them.
-            SpeculatorError: the template is no Jinja.
+            SpeculatorError: the template is not valid Jinja.
         """
         try:
             return self.tokenizer.apply_chat_template(
@@ -105,20 +105,21 @@ class ChatTemplate:
             )
         except TemplateSyntaxError as error:
             raise SpeculatorError(
-                f"the chat template is no Jinja: {first_line(error)} (line {error.lineno})."
+                f"The chat template is not valid Jinja: line {error.lineno}: {first_line(error)}. "
+                "Correct the template, or name another one with data.chat_template."
             ) from error
         except RENDERING_ERRORS as error:
             raise RowSkipped(SkipReason.TEMPLATE, first_line(error)) from error
 
     def tokenize(self, conversation: Conversation, is_open: bool = False) -> list[TokenSequence]:
-        """Every turn of the assistant once.
+        """Sequences with every assistant turn once.
 
-        ``is_open``: a conversation that ends with another's turn ends with the generation prompt,
-        for the verifier to go on; otherwise what follows the last answer is left off.
+        ``is_open``: a conversation that ends with another role's turn gets the generation prompt,
+        for the verifier to continue; otherwise the messages after the last answer are dropped.
 
         Raises:
-            RowSkipped: there is no answer, the template refuses the conversation, or no mask of it
-                is exact.
+            RowSkipped: there is no answer, the template refuses the conversation, or it has no
+                exact mask.
         """
         roles = [message["role"] for message in conversation.messages]
         texts: list[tuple[str, list[Span]]] = []
@@ -139,23 +140,23 @@ class ChatTemplate:
         return [sequence for text in texts for sequence in self.spans.tokenize(*text)]
 
     def _split(self, conversation: Conversation, turn: int) -> tuple[str, str]:
-        """The text before a turn, and what the verifier wrote in it."""
+        """The text before a turn, and the text that the verifier wrote in it."""
         prompt = self.render(conversation, turn, prompt=True)
         answered = self.render(conversation, turn + 1, prompt=False)
         written = answered.removeprefix(prompt)
         if not answered.startswith(prompt):
-            written = self._behind_rewritten(conversation, turn, prompt, answered)
+            written = self._after_rewritten(conversation, turn, prompt, answered)
         stops = [written.find(stop) + len(stop) for stop in self.stop_tokens if stop in written]
         written = written[: min(stops)] if stops else written.rstrip()
         return prompt, written
 
-    def _behind_rewritten(
+    def _after_rewritten(
         self, conversation: Conversation, turn: int, prompt: str, answered: str
     ) -> str:
         """The text of a turn that changes the history before it.
 
-        gpt-oss drops the analysis of a tool call once there is an answer. Behind the text of the
-        message before, which a change of that message shows, the generation prompt comes first.
+        gpt-oss drops the analysis of a tool call once there is an answer. Changing the previous
+        message shows where its text ends; the turn follows the generation prompt after that.
         """
         *earlier, before = conversation.messages[:turn]
         mark = "y" if before["content"].endswith("x") else "x"
@@ -173,15 +174,16 @@ def load_tokenizer(data: DataGenConfig) -> PreTrainedTokenizerBase:
     """The verifier's tokenizer, with the configuration's overrides.
 
     Raises:
-        SpeculatorError: there is none, or it cannot say which characters a token stands for.
+        SpeculatorError: there is none, or it cannot map tokens to characters.
     """
     tokenizer = _read_tokenizer(
         data.verifier, trust_remote_code=data.trust_remote_code, **data.tokenizer_options
     )
     if not tokenizer.is_fast:
         raise SpeculatorError(
-            f"{data.verifier}: {type(tokenizer).__name__} does not say which characters a token "
-            "stands for; expected a tokenizer with a `tokenizer.json`."
+            f"{data.verifier}: its tokenizer {type(tokenizer).__name__} does not map tokens to "
+            "characters; expected a fast tokenizer with a `tokenizer.json`. Convert it with "
+            "Transformers' `convert_slow_tokenizer`."
         )
     return tokenizer
 
@@ -189,10 +191,10 @@ def load_tokenizer(data: DataGenConfig) -> PreTrainedTokenizerBase:
 def load_chat_template(
     data: DataGenConfig, tokenizer: PreTrainedTokenizerBase
 ) -> ChatTemplate | None:
-    """The chat template of a configuration; None where the verifier's is asked for and has none.
+    """The configured chat template, by default the verifier's; None if the verifier has none.
 
     Raises:
-        SpeculatorError: the template cannot be found, or its options are not its own.
+        SpeculatorError: the template cannot be found, or its options are invalid.
     """
     template = None
     if data.chat_template is not None:
@@ -204,7 +206,7 @@ def load_chat_template(
 
 
 def resolve_chat_template(given: str) -> str:
-    """The Jinja of a template that is given as such, as a file, or as a tokenizer that has one.
+    """The Jinja text of a template given as text, as a file, or as a tokenizer that has one.
 
     Raises:
         SpeculatorError: there is no such file or tokenizer, or the tokenizer has no template.
@@ -216,15 +218,22 @@ def resolve_chat_template(given: str) -> str:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise SpeculatorError(f"{path} cannot be read: {first_line(error)}.") from error
+            raise SpeculatorError(
+                f"data.chat_template: {path} cannot be read: {first_line(error)}; expected a file "
+                "of UTF-8 text. Check its permissions and encoding."
+            ) from error
     if path.suffix in (".jinja", ".jinja2", ".j2"):
-        raise SpeculatorError(f"{path}: no such file, given as data.chat_template.")
+        raise SpeculatorError(
+            f"data.chat_template: {path} does not exist; expected a file of Jinja text. Correct "
+            "the path."
+        )
     tokenizer = _read_tokenizer(str(path) if path.is_dir() else given)
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:
         raise SpeculatorError(
-            f"{given} has no chat template of its own: {first_line(error)}"
+            f"data.chat_template: the tokenizer {given} has no chat template: {first_line(error)} "
+            "Name another tokenizer, or a file of Jinja text."
         ) from error
 
 
@@ -233,15 +242,17 @@ def _read_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # of Transformers, tokenizers, the hub, and of options it passes on
         raise SpeculatorError(
-            f"{name}: its tokenizer cannot be loaded: {first_line(error)}"
+            f"{name}: the tokenizer cannot be loaded: {first_line(error)}; expected the folder or "
+            "hub id of a model with a tokenizer. Correct the name, or copy the tokenizer's files "
+            "there."
         ) from error
 
 
 def _stop_ids(verifier: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """What ends an answer: of the verifier's generation config, and the tokenizer's own."""
+    """Ids that end an answer, from the verifier's generation config and the tokenizer."""
     try:
         found = GenerationConfig.from_pretrained(verifier).eos_token_id
-    except (OSError, ValueError):  # it has none
+    except (OSError, ValueError):  # no generation config
         found = None
     stops = {found} if isinstance(found, int) else set(found or ())
     return frozenset(stops | {tokenizer.eos_token_id} - {None})

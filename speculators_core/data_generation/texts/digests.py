@@ -1,4 +1,4 @@
-"""The token ids that came before, in sixteen bytes each."""
+"""Set of token sequences, stored as 16-byte digests."""
 
 import hashlib
 from array import array
@@ -11,7 +11,7 @@ _NONE = bytes(DIGEST_BYTES)
 class Digests:
     """A set of digests in one open-addressed table, at most two thirds full.
 
-    A Python set of the same takes three times the memory.
+    A Python set would take three times the memory.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Digests:
         return self._num_held
 
     def add(self, token_ids: Sequence[int]) -> bool:
-        """Whether these ids are new."""
+        """Adds these ids and returns whether they are new."""
         digest = hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=DIGEST_BYTES).digest()
         is_new = self._place(digest)
         if is_new:

@@ -1,4 +1,4 @@
-"""Messages and tools of conversations: what data sets hold, as chat templates take it."""
+"""Messages and tools of data sets, normalised for chat templates."""
 
 import json
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 from speculators_core.data_generation.texts.spans import RowSkipped, SkipReason
 
 Message = dict[str, Any]
-"""`role`, `content`, and what else a chat template reads: `tool_calls`, `reasoning_content`."""
+"""`role`, `content`, and other keys that chat templates read: `tool_calls`, `reasoning_content`."""
 
 Tool = Message
-"""A tool or a call of one, as a chat template takes it."""
+"""A tool or a tool call, as chat templates expect it."""
 
 ROLES = {
     "human": "user",
@@ -19,20 +19,20 @@ ROLES = {
     "function_call": "assistant",
     "observation": "tool",
 }
-"""Other names for roles, as ShareGPT and its kin have them."""
+"""Role names of ShareGPT and similar formats."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""Names that templates have for what an assistant thinks."""
+"""Keys that templates use for the assistant's reasoning."""
 
 
 def read_messages(value: object) -> list[Message]:
-    """Messages as chat templates take them, of those or of ShareGPT's `from` and `value`.
+    """Messages as chat templates expect them, also from ShareGPT's `from` and `value`.
 
-    A key that is null, and tool calls or thoughts that are empty, are left out: a table has every
-    key in every row, and some templates ask whether one is there. Arguments of tool calls
-    that are JSON in a string, as servers give them, become what they say.
+    Null keys, and empty tool calls or reasoning, are removed: a table has every key in every row,
+    and some templates test whether a key is present. Arguments of tool calls that are JSON in a
+    string, as servers return them, are parsed.
 
     Raises:
-        RowSkipped: it is no list of messages, or there is more in them than text.
+        RowSkipped: the value is not a list of messages, or their content is not only text.
     """
     value = _parsed(value)
     if not isinstance(value, list) or not value:
@@ -41,10 +41,10 @@ def read_messages(value: object) -> list[Message]:
 
 
 def read_tools(value: object) -> list[Tool] | None:
-    """Tools as chat templates take them, of a list or its JSON; None where there are none.
+    """Tools as chat templates expect them, from a list or its JSON; None where there are none.
 
     Raises:
-        RowSkipped: it is no list of tools.
+        RowSkipped: the value is not a list of tools.
     """
     value = [_parsed(tool) for tool in value] if isinstance(value, list) else _parsed(value)
     if not value:
@@ -61,7 +61,7 @@ def _read_message(raw: object) -> Message:
     kind = message.pop("from", None)
     role = message.setdefault("role", kind)
     if not isinstance(role, str):
-        raise malformed(f"a message without role: {shown(raw)}")
+        raise malformed(f"expected a message with a role, found {shown(raw)}")
     message["role"] = ROLES.get(role, role)
     content = _read_content(message.pop("content", message.pop("value", "")))
     calls = message.pop("tool_calls", None)
@@ -84,7 +84,7 @@ def _read_content(content: object) -> str:
     found = [part.get("text") for part in parts if isinstance(part, dict)]
     texts = [text for text in found if isinstance(text, str)]
     if len(texts) < len(parts):
-        raise malformed(f"content that is no text: {shown(content)}")
+        raise malformed(f"expected content that is text, found {shown(content)}")
     return "\n".join(texts)
 
 
@@ -98,7 +98,7 @@ def _read_call(call: object) -> Tool:
 
 
 def _parsed(value: object) -> Any:
-    """What a string says as JSON; itself where it says nothing, or half a surrogate pair."""
+    """A string parsed as JSON; unchanged if it is not valid JSON or has a lone surrogate."""
     if not isinstance(value, str):
         return value
     try:
@@ -122,6 +122,6 @@ def malformed(detail: str) -> RowSkipped:
 
 
 def shown(value: object) -> str:
-    """As a message shows it, in at most 80 characters."""
+    """A value's repr for error messages, in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -42,9 +42,15 @@ def open_rows(config: DatasetConfig, roots: Roots) -> tuple[Dataset | IterableDa
         raise
     except Exception as error:  # datasets raises a dozen kinds, its own and its backends'
         reason = first_line(error.__cause__ or error)
-        raise SpeculatorError(f"{where} cannot be opened: {reason}") from error
+        raise SpeculatorError(
+            f"{where} cannot be opened: {reason}; expected a file, a folder or a hub id with this "
+            "split. Correct the data set's `path`, `name` or `split`."
+        ) from error
     if not columns:
-        raise SpeculatorError(f"{where} holds no rows.")
+        raise SpeculatorError(
+            f"{where} holds no rows, expected at least 1. Correct the data set's `split`, or "
+            "remove the data set."
+        )
     return rows, columns
 
 
@@ -52,17 +58,24 @@ def _open_local(config: DatasetConfig, path: Path, roots: Roots) -> Dataset | It
     roots = roots.with_own(path)
     is_text = path.suffix == ".txt"
     if config.sample_by != "line" and not is_text:
-        raise SpeculatorError(f"{config.path}: `sample_by` is for text files (.txt) alone.")
+        raise SpeculatorError(
+            f"{config.path}: `sample_by` is {config.sample_by!r}, which only text files (.txt) "
+            "support; expected line. Remove `sample_by`."
+        )
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return _open_saved(config, path, roots)
         builder = load_dataset_builder(str(path), config.name)
     elif path.suffix not in FORMATS:
         raise SpeculatorError(
-            f"{config.path}: expected a file named {', '.join(FORMATS)}, or a folder."
+            f"{config.path}: the file's suffix is {path.suffix!r}; expected one of "
+            f"{', '.join(FORMATS)}, or a folder. Convert or rename the file."
         )
     elif config.name is not None:
-        raise SpeculatorError(f"{config.path}: a file has no configuration {config.name!r}.")
+        raise SpeculatorError(
+            f"{config.path}: `name` is {config.name!r}, but a file has no configurations; expected "
+            "a folder or a hub id. Remove `name`."
+        )
     else:
         options: dict[str, object] = {"sample_by": config.sample_by} if is_text else {}
         if path.suffix == ".jsonl":
@@ -98,7 +111,7 @@ def _features(path: Path) -> Features:
 
 
 def _open_hub(config: DatasetConfig) -> Dataset | IterableDataset:
-    """What the hub holds; its description may name files of any place, which are not read."""
+    """A data set of the hub; files elsewhere that its description names are refused."""
     builder = load_dataset_builder(config.path, config.name)
     for file in _data_files(builder):
         if not file.startswith("hf://"):
@@ -110,7 +123,7 @@ def _open_hub(config: DatasetConfig) -> Dataset | IterableDataset:
 
 
 def _open_saved(config: DatasetConfig, path: Path, roots: Roots) -> Dataset | IterableDataset:
-    """What `save_to_disk` wrote, mapped into memory; one without splits is `train`."""
+    """A data set that `save_to_disk` wrote, memory-mapped; without splits it is `train`."""
     saved = load_from_disk(path)
     splits = {"train": saved} if isinstance(saved, Dataset) else dict(saved)
     for rows in splits.values():
@@ -133,10 +146,13 @@ def _take_split(
 
 
 def _foreign(config: DatasetConfig, file: str) -> SpeculatorError:
-    return SpeculatorError(f"{config.path} takes data from {file}; expected its own files.")
+    return SpeculatorError(
+        f"{config.path} lists {file}; expected only files of the data set itself. Download that "
+        "file, and name it as a data set."
+    )
 
 
 def _data_files(builder: DatasetBuilder) -> Iterator[str]:
-    """Where a builder reads; the archive, where a file lies in one."""
+    """Files that a builder reads; the archive's path for a file inside one."""
     for files in (builder.config.data_files or {}).values():
         yield from (str(file).rpartition("::")[2] for file in files)

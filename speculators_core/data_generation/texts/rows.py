@@ -1,10 +1,10 @@
-"""Rows of data sets: what their columns make of them, and their tokens.
+"""Rows of data sets: their kind and their tokens.
 
-input_ids, loss_mask      token ids         as they are
-messages, tools           conversation      learned: all turns of the assistant
-prompt, completion        completion        learned: the completion, a stop token behind it;
+input_ids, loss_mask      token ids         unchanged
+messages, tools           conversation      learned: all assistant turns
+prompt, completion        completion        learned: the completion and a stop token after it;
                                             both may be messages, with tools
-text                      text              learned: all but the first, which nothing precedes
+text                      text              learned: all tokens but the first, which has no context
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ MESSAGES = ("messages", "conversations", "conversation")
 COMPLETIONS = ("completion", "response")
 
 Row = Mapping[str, object]
-"""Values by column, of whatever types the data set has."""
+"""Values by column, of the data set's types."""
 
 
 class RowKind(StrEnum):
@@ -48,11 +48,11 @@ class RowKind(StrEnum):
 
 @dataclass(frozen=True)
 class RowParts:
-    """What the rows of a source are, and the columns that they are read from."""
+    """The kind of a source's rows, and the columns that they are read from."""
 
     kind: RowKind
     main: str
-    """Column of token ids, messages, prompts or text."""
+    """Column of the token ids, messages, prompts or text."""
     loss_mask: str | None = None
     tools: str | None = None
     completion: str | None = None
@@ -66,13 +66,13 @@ class RowParts:
 def choose_parts(
     columns: Sequence[str], mapping: ColumnMapping, where: str, is_open: bool
 ) -> RowParts:
-    """What rows of these columns are; the first kind that they suffice for.
+    """The kind of rows with these columns: the first whose columns are present.
 
-    Kinds whose columns the mapping names otherwise than usual come before the others.
-    ``is_open``: a prompt without a completion will do.
+    Kinds with columns that the mapping renames take precedence. ``is_open``: a prompt without a
+    completion is enough.
 
     Raises:
-        SpeculatorError: they are nothing that we know, or lack a column that the mapping names.
+        SpeculatorError: no kind fits, or a column that the mapping names is missing.
     """
     usual, named = ColumnMapping(), set()
     for part, name in mapping:
@@ -80,8 +80,8 @@ def choose_parts(
             continue
         if name not in columns:
             raise SpeculatorError(
-                f"{where} has no column {name!r}, named by `columns.{part}`; "
-                f"it has {', '.join(columns)}."
+                f"{where} has no column {name!r}, named by `columns.{part}`; expected one of "
+                f"{', '.join(columns)}. Correct `columns.{part}`."
             )
         named.add(name)
 
@@ -120,7 +120,7 @@ class RowReader:
     tokenizer: PreTrainedTokenizerBase
     chat: ChatTemplate | None
     is_open: bool = False
-    """The verifier goes on writing, so a row may end with a prompt."""
+    """Whether the verifier generates the continuation, so a row may end with a prompt."""
 
     def read(self, row: Row, parts: RowParts) -> list[TokenSequence]:
         """The row's sequences; more than one where a chat template rewrites history.
@@ -156,13 +156,15 @@ class RowReader:
             raise malformed(f"expected a list of token ids, found {shown(ids)}")
         vocab_size = len(self.tokenizer)
         if min(ids) < 0 or max(ids) >= vocab_size:
-            raise malformed(f"token ids {min(ids)}..{max(ids)} of a vocabulary of {vocab_size}")
+            raise malformed(
+                f"expected token ids in 0..{vocab_size - 1}, found {min(ids)}..{max(ids)}"
+            )
         if mask is None:
             return TokenSequence(ids, [True] * len(ids))
         if not isinstance(mask, list) or not all(flag in (0, 1) for flag in mask):
             raise malformed(f"expected a loss mask of 0 and 1, found {shown(mask)}")
         if len(mask) != len(ids):
-            raise malformed(f"a loss mask of {len(mask)} for {len(ids)} token ids")
+            raise malformed(f"expected a loss mask of {len(ids)} tokens, found {len(mask)}")
         return TokenSequence(ids, [bool(flag) for flag in mask])
 
     def _converse(self, conversation: Conversation) -> list[TokenSequence]:
@@ -175,10 +177,10 @@ class RowReader:
         return TokenSequence(ids, [False] + [True] * (len(ids) - 1))
 
     def _complete(self, prompt: str, completion: str | None) -> TokenSequence:
-        """A stop token ends the completion; what the tokenizer begins texts with, the prompt.
+        """The prompt after a beginning-of-text token, and the completion with a stop token.
 
-        Both are tokenised apart, as a server does, where that keeps the text. SentencePiece puts
-        a space before what is tokenised alone; then they are taken together.
+        Both are tokenised separately, as a server does, where that preserves the text.
+        SentencePiece adds a space to a separate text; then both are tokenised together.
         """
         begin, end = self._frame
         given = self._encode(prompt)
@@ -200,7 +202,7 @@ class RowReader:
 
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:
-        """Token ids before a text, and behind it."""
+        """Token ids before and after a text."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         begins = bos is not None and self.tokenizer("a")["input_ids"][0] == bos
         return [bos] if begins else [], [] if eos is None else [eos]

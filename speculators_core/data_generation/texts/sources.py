@@ -1,4 +1,4 @@
-"""Texts of data sets as examples: read one after another, tokenised, cut, counted."""
+"""Examples from data sets: tokenised, truncated and counted."""
 
 import logging
 from collections import Counter
@@ -29,12 +29,12 @@ from speculators_core.files import Roots
 logger = logging.getLogger(__name__)
 
 FIRST_ROWS = 100
-"""A source of which none of these can be used is not what its columns are taken for."""
+"""Rows after which a source without any usable row is an error."""
 
 
 @dataclass
 class Counts:
-    """What became of the rows."""
+    """Counts of rows and of the examples made from them."""
 
     rows: int = 0
     examples: int = 0
@@ -43,7 +43,7 @@ class Counts:
     truncated: int = 0
     duplicates: int = 0
     skipped: Counter[SkipReason] = field(default_factory=Counter)
-    """Rows, or further sequences of one, by the reason why they were left out."""
+    """Skipped rows, and skipped further sequences of a row, by reason."""
 
     def as_dict(self) -> dict[str, int | dict[str, int]]:
         return vars(self) | {"skipped": {str(r): n for r, n in self.skipped.items()}}
@@ -51,7 +51,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that has been opened, and what its rows are."""
+    """An opened data set, and the kind of its rows."""
 
     number: int
     config: DatasetConfig
@@ -65,7 +65,7 @@ class Source:
 
     @property
     def num_rows(self) -> int | None:
-        """None where they are streamed."""
+        """Number of rows; None where they are streamed."""
         try:
             total = len(self.rows)
         except TypeError:
@@ -83,8 +83,8 @@ def open_sources(data: DataGenConfig, roots: Roots) -> list[Source]:
     """The data sets of a configuration, with the columns that will be read.
 
     Raises:
-        SpeculatorError: one is not there, lies outside the roots, or has none of the columns that
-            its mapping, or the usual one, names.
+        SpeculatorError: a data set is missing, lies outside the roots, or has none of the columns
+            that its mapping names.
     """
     sources = []
     for number, config in enumerate(data.datasets):
@@ -103,13 +103,13 @@ def read_examples(
     counts: Counts,
     roots: Roots,
 ) -> Iterator[Example]:
-    """Examples of all data sets, in their order; ``counts`` grows as they are read.
+    """Examples of all data sets, in order; ``counts`` is updated as they are read.
 
-    The data sets are opened when this is called, their rows read when they are asked for. A key is
-    `<data set>/<row>`, with `.<n>` for the further sequences of a row.
+    The data sets are opened by this call, their rows are read lazily. A key is
+    `<data set>/<row>`, with `.<n>` for further sequences of a row.
 
     Raises:
-        SpeculatorError: a data set or the chat template is at fault; or none of a data set's first
+        SpeculatorError: a data set or the chat template is invalid, or none of a data set's first
             rows can be used.
     """
     sources = open_sources(data, roots)
@@ -118,23 +118,25 @@ def read_examples(
         logger.info("reading %s", source.describe())
         if source.parts.kind is RowKind.CONVERSATION and chat is None:
             raise SpeculatorError(
-                f"{source.name} holds conversations, and {data.verifier} has no chat template. "
-                "Name one with `data.chat_template`."
+                f"{source.name} holds conversations, but {data.verifier} has no chat template, "
+                "which they require. Name one with `data.chat_template`."
             )
     reader = RowReader(tokenizer, chat, is_open=data.states.tokens == "all")
-    sieve = _Sieve(data, max_length, counts)
-    return (example for source in sources for example in _read_source(source, reader, sieve))
+    example_filter = _ExampleFilter(data, max_length, counts)
+    return (
+        example for source in sources for example in _read_source(source, reader, example_filter)
+    )
 
 
 def read_plan_examples(plan: GenerationPlan, counts: Counts) -> Iterator[Example]:
-    """`read_examples` of a plan."""
+    """`read_examples` for a plan."""
     tokenizer = load_tokenizer(plan.data)
     roots = Roots(plan.run.allowed_roots)
     return read_examples(plan.data, tokenizer, plan.engine.max_length, counts, roots)
 
 
 def count_rows(plan: GenerationPlan) -> int | None:
-    """Rows of all data sets, `run.limit` of them at most; None where one is streamed."""
+    """Number of rows of all data sets, at most `run.limit`; None where one is streamed."""
     sources = open_sources(plan.data, Roots(plan.run.allowed_roots))
     total = 0
     for source in sources:
@@ -144,8 +146,8 @@ def count_rows(plan: GenerationPlan) -> int | None:
     return min(total, plan.run.limit or total)
 
 
-class _Sieve:
-    """Cuts sequences, and keeps those that are worth it."""
+class _ExampleFilter:
+    """Truncates sequences, and drops duplicates and those with too little to learn."""
 
     def __init__(self, data: DataGenConfig, max_length: int, counts: Counts) -> None:
         self.counts = counts
@@ -155,7 +157,7 @@ class _Sieve:
         self._digests = Digests() if data.deduplicate else None
 
     def keep(self, key: str, sequence: TokenSequence) -> Example | None:
-        """The example, or None where it is left out, which is counted."""
+        """The example, or None where it is dropped; both are counted."""
         counts = self.counts
         ids, mask = sequence.input_ids[: self._max_length], sequence.loss_mask[: self._max_length]
         is_cut, num_trained = len(ids) < len(sequence.input_ids), sum(mask)
@@ -174,16 +176,18 @@ class _Sieve:
         return None
 
 
-def _read_source(source: Source, reader: RowReader, sieve: _Sieve) -> Iterator[Example]:
+def _read_source(
+    source: Source, reader: RowReader, example_filter: _ExampleFilter
+) -> Iterator[Example]:
     num_rows, fault, usable = 0, None, False
     for num_rows, row in enumerate(rows_of(source), 1):
-        sieve.counts.rows += 1
+        example_filter.counts.rows += 1
         try:
             sequences = reader.read(row, source.parts)
         except RowSkipped as skipped:
-            if not sieve.counts.skipped[skipped.reason]:
+            if not example_filter.counts.skipped[skipped.reason]:
                 logger.warning("%s: skipped row %d: %s", source.name, num_rows - 1, skipped)
-            sieve.counts.skipped[skipped.reason] += 1
+            example_filter.counts.skipped[skipped.reason] += 1
             fault = fault or skipped
             if num_rows == FIRST_ROWS and not usable:
                 break
@@ -191,25 +195,32 @@ def _read_source(source: Source, reader: RowReader, sieve: _Sieve) -> Iterator[E
         usable = True
         for number, sequence in enumerate(sequences):
             further = f".{number}" if number else ""
-            example = sieve.keep(f"{source.number}/{num_rows - 1}{further}", sequence)
+            example = example_filter.keep(f"{source.number}/{num_rows - 1}{further}", sequence)
             if example is not None:
                 yield example
     if fault is not None and not usable:
         raise SpeculatorError(
-            f"{source.describe()}. None of the first {num_rows} rows can be used; the first: "
+            f"{source.describe()}; none of its first {num_rows} rows can be used. The first is "
             f"{fault}. Name other columns with `columns`, or another `data.chat_template`."
         ) from fault
     if num_rows == 0:
-        raise SpeculatorError(f"{source.name} holds no rows.")
+        raise SpeculatorError(
+            f"{source.name} holds no rows, expected at least 1. Correct the data set's `split` or "
+            "`limit`, or remove the data set."
+        )
 
 
 def rows_of(source: Source) -> Iterator[Row]:
-    """Raises:
-    SpeculatorError: the data set is damaged, or the hub out of reach.
+    """The rows of a source.
+
+    Raises:
+        SpeculatorError: the data set is damaged, or the hub cannot be reached.
     """
     try:
         yield from islice(source.rows, source.config.limit)
     except Exception as error:  # datasets raises a dozen kinds, its own and its backends'
         raise SpeculatorError(
-            f"{source.name} cannot be read further: {first_line(error)}"
+            f"{source.name} cannot be read further: {first_line(error)}; expected rows as its "
+            "files describe them. Repair or download the data set again, then pass --run.resume "
+            "to resume."
         ) from error

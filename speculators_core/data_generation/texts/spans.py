@@ -1,11 +1,11 @@
-"""A text and the spans of it that the verifier wrote, as tokens and an exact loss mask.
+"""Tokens and exact loss masks of spans in texts.
 
     text    <user> hi <assistant> hello <end>     span: "hello <end>"
     tokens  <user>│hi│<assistant>│hello│<end>
     mask      0    0       0        1     1
 
-Exact means that no token is partly one and partly the other, and that the tokens before a span are
-those which a server makes of the text before it.
+A span is text that the verifier wrote. Exact means that no token lies partly in a span, and that
+the tokens before a span are those that a server makes of the text before it.
 """
 
 from bisect import bisect_left, bisect_right
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 class SkipReason(StrEnum):
-    """Why a row, or a sequence of one, is left out."""
+    """Why a row, or a sequence of it, is skipped."""
 
     MALFORMED = "not what its columns promise"
     TEMPLATE = "refused by the chat template"
@@ -31,7 +31,7 @@ class SkipReason(StrEnum):
 
 
 class RowSkipped(Exception):
-    """A row cannot be learned from; the run goes on without it."""
+    """A row cannot be learned from; the run continues without it."""
 
     def __init__(self, reason: SkipReason, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -40,7 +40,7 @@ class RowSkipped(Exception):
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Token ids, and which of them are learned."""
+    """Token ids, and a mask of those that are learned."""
 
     input_ids: list[int]
     loss_mask: list[bool]
@@ -48,14 +48,14 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Span:
-    """Characters of a text, the end exclusive."""
+    """A range of characters in a text; ``end`` is exclusive."""
 
     start: int
     end: int
 
 
 class _Encoded(NamedTuple):
-    """Tokens of a text, and which of its characters each stands for."""
+    """Tokens of a text, with the character range of each."""
 
     ids: list[int]
     starts: list[int]
@@ -64,26 +64,26 @@ class _Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class SpanTokenizer:
-    """Tokenises texts of which spans are learned."""
+    """Tokenises texts in which some spans are learned."""
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int] = frozenset()
 
     def tokenize(self, text: str, spans: Iterable[Span]) -> list[TokenSequence]:
-        """The text's tokens, those in the spans to be learned.
+        """The text's tokens, with the tokens of the spans in the loss mask.
 
-        A span whose start falls into a token, such as an answer that begins with a newline after a
+        A span whose start lies within a token, such as an answer that begins with a newline after a
         template that ends with one, is learned in another sequence. That one is cut at the border,
-        where the prompt of a server ends.
+        where a server's prompt ends.
 
             whole   assistant│\\n\\n│hi      alone   assistant│\\n│  and  \\n│hi
 
-        Where a span ends without a stop token and one follows at once, that is what ended it:
-        GLM's answers end with the `<|user|>` of the next message.
+        A span without a stop token is extended by one that follows immediately: GLM's answers end
+        with the `<|user|>` of the next message.
 
         Raises:
-            RowSkipped: a span's end falls into a token, or its start does and the tokenizer cannot
-                read the parts alone.
+            RowSkipped: a token straddles a span's end, or its start and the tokenizer cannot read
+                the parts alone.
         """
         encoded = self._encode(text)
         mask = [False] * len(encoded.ids)
@@ -99,11 +99,11 @@ class SpanTokenizer:
 
     def _apart(self, text: str, span: Span) -> TokenSequence:
         """A sequence that ends with this span, cut at its start."""
-        given, behind = self._encode(text[: span.start]), self._encode(text[span.start :])
+        given, rest = self._encode(text[: span.start]), self._encode(text[span.start :])
         both = _Encoded(
-            given.ids + behind.ids,
-            given.starts + [span.start + place for place in behind.starts],
-            given.ends + [span.start + place for place in behind.ends],
+            given.ids + rest.ids,
+            given.starts + [span.start + place for place in rest.starts],
+            given.ends + [span.start + place for place in rest.ends],
         )
         if self.tokenizer.decode(both.ids, clean_up_tokenization_spaces=False) != text:
             raise _straddled(text, span.start)
@@ -113,7 +113,7 @@ class SpanTokenizer:
         return TokenSequence(both.ids[:end], mask[:end])
 
     def _mark(self, mask: list[bool], span: Span, first: int, text: str, encoded: _Encoded) -> None:
-        """Learns the tokens from ``first`` to the end of the span."""
+        """Marks the tokens from ``first`` to the end of the span."""
         ids, starts, ends = encoded
         last = len(ids) if span.end == len(text) else bisect_left(starts, span.end)
         ended = first < last and ids[last - 1] in self.stop_ids
@@ -124,11 +124,11 @@ class SpanTokenizer:
         mask[first:last] = [True] * (last - first)
 
     def _first_of(self, text: str, border: int, encoded: _Encoded) -> int | None:
-        """The first token after a border; None where the border falls into a token.
+        """Index of the first token after a border; None where the border lies within a token.
 
         The text between the last added token and the border is tokenised alone, as a server would;
-        what lies before an added token does not change what follows. Offsets would not do: some
-        tokenizers leave spaces out of them, and a border may change tokens that end before it.
+        the text before an added token does not affect the text after it. Offsets are not enough:
+        some tokenizers exclude spaces from them, and a border may change tokens that end before it.
         """
         ids, starts, ends = encoded
         anchor = bisect_right(ends, border) - 1

@@ -1,13 +1,14 @@
-"""The folders of saved states in a run: each is whole or absent, and others' files are left alone.
+"""Folders of saved training states, whole or absent.
 
-    run/checkpoint-500/           a whole state
+    run/checkpoint-500/           a complete state
           weights.safetensors ...
           manifest.json           sizes and checksums of the files above
-    run/.checkpoint-600.part/     one that is being written, or that a killed process left
+    run/.checkpoint-600.part/     a state being written, or left by a killed process
 
-A state is written as `.checkpoint-600.part`, its manifest last, and then renamed. It is taken apart
-the other way round: the manifest is renamed to `.unfinished` first, then the files go. So a folder
-with a manifest is whole, and half of one is known for ours.
+A state is written as `.checkpoint-600.part`, its manifest last, and then renamed. Removal is the
+reverse: the manifest is first renamed to `.unfinished`, then the files are deleted. A folder with
+a manifest is therefore complete, and a partial one is recognised. Other files in these folders are
+left alone.
 """
 
 import logging
@@ -49,32 +50,32 @@ RNG = "rng.safetensors"
 FILES = (WEIGHTS, OPTIMIZER, OPTIMIZER_GROUPS, SCHEDULER, TRAINER_STATE, RNG)
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
-"""The manifest's name while a state is taken apart."""
+"""The manifest's name while a state is being removed."""
 FORMAT = "speculators-state-1"
 FOLDER_NAME = re.compile(r"checkpoint-(\d{1,12})|\.checkpoint-(\d{1,12})\.part")
 
 Content = Mapping[str, Tensor] | str
-"""Of a file: tensors by name, or a text."""
+"""Content of a file: tensors by name, or text."""
 
 
 class FileRecord(Settings):
-    """What a file must be."""
+    """Expected size and checksum of a file."""
 
     size_bytes: int = Field(ge=0)
     checksum: str
-    """XXH3, 64 bits, of all its bytes."""
+    """64-bit XXH3 of the file."""
 
 
 class Manifest(Settings):
-    """What makes a folder a whole state."""
+    """Files of a complete state."""
 
     format: Literal["speculators-state-1"] = "speculators-state-1"
     step: int = Field(ge=0)
     serial: int = Field(ge=1)
-    """Orders the states of a run as they were written: the step of a damaged one comes again."""
+    """Orders the states of a run by time of writing; a damaged state's step is written again."""
     files: dict[str, FileRecord]
     checksum: str = ""
-    """XXH3, 64 bits, of the above as JSON."""
+    """64-bit XXH3 of the fields above as JSON."""
 
     @model_validator(mode="after")
     def _lists_our_files(self) -> "Manifest":
@@ -88,7 +89,7 @@ class Manifest(Settings):
 
 
 def step_of(folder: Path) -> int | None:
-    """Of the state that a folder of this name holds; None where the name is no state's."""
+    """The step in a state folder's name; None if it is not the name of a state."""
     match = FOLDER_NAME.fullmatch(folder.name)
     return None if match is None else int(match[1] or match[2])
 
@@ -97,24 +98,30 @@ def step_of(folder: Path) -> int | None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What a state's files must be.
+    """Reads a state's manifest.
 
     Raises:
-        SpeculatorError: there is no manifest, or it is damaged, or of another step.
+        SpeculatorError: it is missing, damaged, or states another step.
     """
     path = folder / MANIFEST
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
-        raise SpeculatorError(f"{folder} holds no {MANIFEST}; not a whole saved state.") from error
+        raise SpeculatorError(
+            f"{folder} holds no {MANIFEST}; expected a complete saved state. Resume from another "
+            "state."
+        ) from error
     except OSError as error:
-        raise SpeculatorError(f"{path} cannot be read: {first_line(error)}.") from error
+        raise SpeculatorError(
+            f"{path} cannot be read: {first_line(error)}; expected the manifest of a state. Check "
+            "its permissions, or resume from another state."
+        ) from error
     except ValidationError as error:
         raise _damaged(path, first_fault(error)) from error
     if manifest.checksum != manifest.expected_checksum:
-        raise _damaged(path, "it does not say what was written")
+        raise _damaged(path, "its checksum does not match")
     if step_of(folder) not in (None, manifest.step):
-        raise _damaged(path, f"it is of step {manifest.step}")
+        raise _damaged(path, f"it states step {manifest.step}, expected {step_of(folder)}")
     return manifest
 
 
@@ -129,7 +136,7 @@ def check_state(folder: Path) -> None:
 
 
 def check_file(folder: Path, name: str) -> Path:
-    """The path of a state's file, once its bytes are those that were written.
+    """The path of a state's file, after comparing its bytes with the manifest.
 
     Raises:
         SpeculatorError: it is missing, truncated or changed, or the manifest is.
@@ -142,17 +149,17 @@ def check_file(folder: Path, name: str) -> Path:
     if found.size_bytes != expected.size_bytes:
         raise _damaged(path, f"it has {found.size_bytes} bytes, expected {expected.size_bytes}")
     if found != expected:
-        raise _damaged(path, "its bytes are not those that were written")
+        raise _damaged(path, "its checksum does not match")
     return path
 
 
 def newest_state(run: Path) -> Path | None:
-    """The whole state that was written last; damaged ones are passed over, with a warning each."""
+    """The complete state written last; damaged ones are skipped with a warning."""
     for folder in _in_order(run):
         try:
             check_state(folder)
         except SpeculatorError as error:
-            logger.warning("passed over %s: %s", folder.name, error)
+            logger.warning("skipped %s: %s", folder.name, error)
         else:
             return folder
     return None
@@ -165,13 +172,13 @@ def _state_folders(run: Path) -> Iterator[Path]:
 
 
 def _in_order(run: Path) -> list[Path]:
-    """Folders with a manifest, the last written first; before them those with a damaged one."""
+    """Folders with a manifest, newest first; those with a damaged one come before all others."""
     found = [folder for folder in _state_folders(run) if (folder / MANIFEST).exists()]
     return sorted(found, key=lambda folder: _serial_of(folder) or math.inf, reverse=True)
 
 
 def _serial_of(folder: Path) -> int:
-    """0 where the manifest is damaged, or not ours."""
+    """The state's serial; 0 where its manifest is damaged or of another format."""
     try:
         return read_manifest(folder).serial
     except SpeculatorError:
@@ -199,7 +206,8 @@ def _record(path: Path) -> FileRecord:
 
 def _damaged(path: Path, what: str) -> SpeculatorError:
     return SpeculatorError(
-        f"{path} is damaged: {what}. Copy it again, or go on from another state."
+        f"{path} is damaged: {what}; expected the bytes that training wrote. Copy it again, or "
+        "resume from another state."
     )
 
 
@@ -207,14 +215,14 @@ def _damaged(path: Path, what: str) -> SpeculatorError:
 
 
 def write_whole(folder: Path, contents: Mapping[str, Content]) -> None:
-    """Makes ``run/checkpoint-<step>`` of all `FILES`; it is on disk afterwards.
+    """Writes ``run/checkpoint-<step>`` with all `FILES`; it is on disk afterwards.
 
-    A state of ours of the same step is replaced; files of others that lie there stay.
+    A state of the same step is replaced; foreign files in its folder are kept.
 
     Raises:
-        ValueError: the folder's name is no state's, or the files are not those of one.
-        SpeculatorError: a file of others is in the way.
-        OSError, SafetensorError: there is no room, or no right to write.
+        ValueError: the folder's name or the set of files is not that of a state.
+        SpeculatorError: a foreign file has the name of one of the files.
+        OSError, SafetensorError: there is no room, or no permission to write.
     """
     step = step_of(folder)
     if step is None or folder.name.startswith(".") or set(contents) != set(FILES):
@@ -242,9 +250,9 @@ def _write_manifest(folder: Path, step: int, serial: int) -> None:
 
 
 def rotate_states(run: Path, keep: int, best_step: int | None = None) -> None:
-    """Removes all but the last ``keep`` states, and the best one.
+    """Removes all states but the last ``keep`` and the best one.
 
-    States that lack a part do not count. What is not ours stays, and so does the folder it is in.
+    Incomplete states do not count. Foreign files are kept, and so are the folders they are in.
 
     Raises:
         ValueError: ``keep`` is less than 1.
@@ -263,10 +271,10 @@ def rotate_states(run: Path, keep: int, best_step: int | None = None) -> None:
 
 
 def tidy(run: Path) -> None:
-    """Ends what a killed process began: a whole state gets its name, half of one goes.
+    """Finishes what a killed process began: renames complete states, removes partial ones.
 
     Raises:
-        SpeculatorError: a file of others is in the way of a whole state.
+        SpeculatorError: a foreign file is in the way of a complete state.
     """
     for part in sorted(run.glob(".checkpoint-*.part")):
         if step_of(part) is None or not part.is_dir() or part.is_symlink():
@@ -281,7 +289,7 @@ def tidy(run: Path) -> None:
 
 
 def _put_in_place(part: Path) -> None:
-    """Gives a whole state its name; a state that had it goes."""
+    """Renames a complete state, replacing one of the same step."""
     folder = part.with_name(part.name.removeprefix(".").removesuffix(".part"))
     if _is_ours(folder):
         _take_apart(folder)
@@ -292,18 +300,18 @@ def _put_in_place(part: Path) -> None:
 
 
 def _fill(folder: Path, part: Path) -> None:
-    """Moves a state into a folder that holds files of others, or goes on with that."""
+    """Moves a state into a folder with foreign files, or finishes an interrupted move."""
     for name in sorted(path.name for path in part.iterdir()):
         if (folder / name).exists():
             raise SpeculatorError(
-                f"{folder / name} is of no state of this run, and in the way of one. Move it away, "
-                "then start the same command again."
+                f"{folder / name} belongs to no state of this run; expected that name to be free "
+                "for a saved state. Move the file away, then run the same command again."
             )
     place_files(part, folder, MANIFEST)
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether it has a manifest of ours, be it damaged."""
+    """Whether the folder has a state's manifest, even a damaged one."""
     try:
         return (folder / UNFINISHED).exists() or FORMAT.encode() in (folder / MANIFEST).read_bytes()
     except OSError:
@@ -311,7 +319,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _take_apart(folder: Path) -> None:
-    """Removes a state's own files, and the folder where nothing else is in it."""
+    """Removes a state's files, and the folder if nothing else is in it."""
     if (folder / MANIFEST).exists():
         os.replace(folder / MANIFEST, folder / UNFINISHED)
         sync_names(folder)
