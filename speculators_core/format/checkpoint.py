@@ -114,7 +114,9 @@ def fetch(
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise SpeculatorError(f"{folder} is a file; expected the folder that holds {CONFIG}.")
+        raise SpeculatorError(
+            f"{folder} is a file; expected the folder that holds {CONFIG}. Pass that folder."
+        )
     hub = hub or HubOptions()
     try:
         return Path(
@@ -129,10 +131,14 @@ def fetch(
             )
         )
     except HFValidationError as error:
-        raise SpeculatorError(f"{name_or_path}: no such folder, and not a hub id.") from error
+        raise SpeculatorError(
+            f"{name_or_path}: no such folder, and not a hub id. Pass the folder of a checkpoint, "
+            "or a hub id such as organization/name."
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SpeculatorError(
-            f"{name_or_path}: no such folder, and the hub did not give it ({first_line(error)})."
+            f"{name_or_path}: no such folder, and it could not be downloaded from the hub "
+            f"({first_line(error)}). Check the name and the connection, or pass a local folder."
         ) from error
 
 
@@ -193,7 +199,8 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise SpeculatorError(
-            f"{folder / INDEX}: weight_map must map tensor names to files. Copy it again.",
+            f"{folder / INDEX}: weight_map does not map tensor names to files, as expected. Copy "
+            "it again.",
             cause="damaged checkpoint",
         )
     return weight_map
@@ -202,7 +209,8 @@ def read_weight_map(folder: Path) -> dict[str, str]:
 def _inside(folder: Path, name: str) -> Path:
     if Path(name).name != name or not name.isprintable() or len(name) > 255:
         raise SpeculatorError(
-            f"{folder / INDEX}: shard {name!r} must be the name of a file in the same folder.",
+            f"{folder / INDEX}: found shard {name!r}, expected the name of a file in the same "
+            "folder. Copy the checkpoint again.",
             cause="damaged checkpoint",
         )
     return folder / name
@@ -211,7 +219,8 @@ def _inside(folder: Path, name: str) -> Path:
 def _stored_in(file: Path) -> dict[str, StoredTensor]:
     if not file.is_file():
         raise SpeculatorError(
-            f"{file} is missing or not a file. Copy the checkpoint again, with all its files.",
+            f"{file} is missing or not a file; expected a safetensors file. Copy the checkpoint "
+            "again, with all its files.",
             cause="damaged checkpoint",
         )
     try:
@@ -241,19 +250,21 @@ def check_shapes(
     for name, shape in expected.items():
         if name not in found and name not in optional:
             raise SpeculatorError(
-                f"{where}: tensor {name} {list(shape)} is missing.",
+                f"{where}: tensor {name} {list(shape)} is missing, which {CONFIG} requires. Copy "
+                f"the checkpoint again, or correct {CONFIG}.",
                 cause="missing norm" if "norm" in name else _cause_in(name),
             )
         if name in found and found[name] != shape:
             raise SpeculatorError(
-                f"{where}: {name} has shape {list(found[name])}; the config asks for "
-                f"{list(shape)}.",
+                f"{where}: {name} has shape {list(found[name])}, expected {list(shape)} by "
+                f"{CONFIG}. Copy the checkpoint again, or correct {CONFIG}.",
                 cause=_cause_in(name),
             )
     for name in found:
         if name not in expected:
             raise SpeculatorError(
-                f"{where}: tensor {name} has no place in the model that {CONFIG} describes.",
+                f"{where}: tensor {name} has no place in the model that {CONFIG} describes. Copy "
+                f"the checkpoint again, or correct {CONFIG}.",
                 cause="missing norm" if "norm" in name else _cause_in(name),
             )
 
@@ -282,11 +293,16 @@ def read_tensors(
                     name.endswith((".weight", ".bias")) and not is_real
                 ):
                     raise SpeculatorError(
-                        f"{file}: {name} must not hold {tensor.dtype}.", cause=_cause_in(name)
+                        f"{file}: {name} holds {tensor.dtype}, expected "
+                        f"{MAP_DTYPES.get(name, 'a floating-point dtype')}. Convert the tensor, or "
+                        "copy the checkpoint again.",
+                        cause=_cause_in(name),
                     )
                 if is_real and not _is_finite(tensor):
                     raise SpeculatorError(
-                        f"{file}: {name} holds a NaN or an infinity.", cause=_cause_in(name)
+                        f"{file}: {name} holds a NaN or an infinity, expected finite values. Copy "
+                        "the checkpoint again, or restore one from before training diverged.",
+                        cause=_cause_in(name),
                     )
                 yield name, tensor
 
@@ -336,7 +352,10 @@ def as_dtype(dtype: str | torch.dtype | None, default: torch.dtype = torch.float
     name = str(dtype).removeprefix("torch.")
     found = default if dtype is None else getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise SpeculatorError(f"dtype {name!r} is not a floating-point dtype of torch.")
+        raise SpeculatorError(
+            f"dtype {name!r} is not a floating-point dtype of torch; expected one such as "
+            "bfloat16. Correct it."
+        )
     return found
 
 

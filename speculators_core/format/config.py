@@ -96,7 +96,10 @@ class VerifierConfig(BaseModel):
     def _can_be_a_path(cls, name: str | None) -> str | None:
         longest = max(map(len, (name or "").split("/")))
         if longest > 255:
-            raise ValueError(f"a name of {longest} characters is neither a hub id nor a folder")
+            raise ValueError(
+                f"a name of {longest} characters is neither a hub id nor a folder, which have at "
+                "most 255"
+            )
         return name
 
     @classmethod
@@ -130,7 +133,7 @@ class SpeculatorsConfig(ReloadableBaseModel):
         if self.default_proposal_method not in known:
             raise ValueError(
                 f"default_proposal_method {self.default_proposal_method!r} is not the "
-                f"proposal_type of a proposal method; there are: {', '.join(known)}"
+                f"proposal_type of a proposal method; expected one of {', '.join(known)}"
             )
         return self
 
@@ -152,10 +155,10 @@ def _read_layer_config(value: Any) -> PretrainedConfig:
     if isinstance(value, PretrainedConfig):
         return value
     if not isinstance(value, dict):
-        raise ValueError("expected an object")
+        raise ValueError("expected a JSON object")
     kind = value.get("model_type", "qwen3")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ValueError(f"model_type {kind!r} is not in Transformers")
+        raise ValueError(f"model_type {kind!r} is not in Transformers, expected one such as qwen3")
     config_class = CONFIG_MAPPING[kind]
     known = {f.name for f in fields(config_class)} | checkpoint.LAYER_KEYS
     for key in value:
@@ -181,16 +184,21 @@ def _check_buildable(config: PretrainedConfig) -> None:
         if size is not None and not 1 <= size <= largest:
             raise ValueError(f"{key} must be 1 to {largest}, found {size!r}")
     if (activation := getattr(config, "hidden_act", "silu")) not in ACT2FN:
-        raise ValueError(f"hidden_act {activation!r} is not in Transformers")
+        raise ValueError(
+            f"hidden_act {activation!r} is not in Transformers, expected one such as silu"
+        )
     norm_eps = getattr(config, "rms_norm_eps", 0.0)
     if not 0.0 <= norm_eps < math.inf:
-        raise ValueError(f"rms_norm_eps must be a number from 0, found {norm_eps!r}")
+        raise ValueError(f"rms_norm_eps must be a finite number of at least 0, found {norm_eps!r}")
     rope = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" not in rope:
         return
     kind, theta = rope.get("rope_type", "default"), rope["rope_theta"]
     if not isinstance(kind, str) or kind not in {"default", *ROPE_INIT_FUNCTIONS}:
-        raise ValueError(f"rope_parameters: rope_type {kind!r} is not in Transformers")
+        raise ValueError(
+            f"rope_parameters: rope_type {kind!r} is not in Transformers, expected one of "
+            f"{', '.join(sorted({'default', *ROPE_INIT_FUNCTIONS}))}"
+        )
     if not isinstance(theta, int | float) or not 0 < theta < 2**63:
         raise ValueError(f"rope_parameters: rope_theta must be above 0, found {theta!r}")
     try:
@@ -253,7 +261,7 @@ class SpeculatorModelConfig(PydanticFace):
         for key in [key for key in kwargs if key not in checkpoint.COMMON_KEYS]:
             raise SpeculatorError(
                 f"unknown key {key!r} for a {self.speculators_model_type} speculator."
-                f"{did_you_mean(key, own)} Known: {', '.join(own)}."
+                f"{did_you_mean(key, own)} Expected one of {', '.join(own)}. Correct or remove it."
             )
         if self.speculators_config is None:
             self.speculators_config = SpeculatorsConfig(
@@ -272,7 +280,8 @@ class SpeculatorModelConfig(PydanticFace):
         if self.speculators_config.algorithm != self.speculators_model_type:
             raise SpeculatorError(
                 f"speculators_config.algorithm {self.speculators_config.algorithm!r} contradicts "
-                f"speculators_model_type {self.speculators_model_type!r}."
+                f"speculators_model_type {self.speculators_model_type!r}; expected the same name. "
+                "Correct one of the two."
             )
         self.check()
         self._is_checked = True
@@ -399,16 +408,16 @@ class SpeculatorModelConfig(PydanticFace):
         config_dict = {**config_dict, **_taken(kwargs, ["speculators_model_type"])}
         if "speculators_model_type" not in config_dict:
             raise UnsupportedError(
-                "no speculators_model_type in the config: this is not a speculator. "
-                f"Expected one of {', '.join(MODELS.names())}.",
+                "speculators_model_type is missing, so this is not a speculator's config; expected "
+                f"one of {', '.join(MODELS.names())}. Pass a speculator, or set the key.",
                 cause="invalid config",
             )
         kind = config_dict["speculators_model_type"]
         target = config_class_of(kind)
         if not issubclass(target, cls):
             raise SpeculatorError(
-                f"the config is of a {kind} speculator, which {cls.__name__} cannot hold. "
-                f"Load it with {target.__name__}."
+                f"speculators_model_type is {kind!r}, which {cls.__name__} cannot hold. "
+                f"Load the config with {target.__name__}."
             )
         known = {*own_fields(target), *PretrainedConfig.__annotations__, *checkpoint.COMMON_KEYS}
         overrides = _taken(kwargs, known)

@@ -51,7 +51,10 @@ class StoredSpeculator:
         """
         located = self.config.located_verifier
         if located is None:
-            raise SpeculatorError(f"{self.name} names no verifier. Pass --verifier.")
+            raise SpeculatorError(
+                f"{self.name} names no verifier. Pass --verifier, the folder or hub id of the "
+                "model that it was trained for."
+            )
         return located
 
     def check_tensors(self) -> None:

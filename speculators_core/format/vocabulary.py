@@ -79,6 +79,7 @@ def check_vocabulary(t2d: Bool[Tensor, "vocab"], d2t: Int[Tensor, "draft_vocab"]
     if not torch.equal(ids, t2d.cpu().bool().nonzero().flatten()):
         raise SpeculatorError(
             "d2t and t2d contradict each other: draft id + d2t must list, ascending, the tokens "
-            "that t2d marks. One of them was made for another draft.",
+            "that t2d marks. One of them was made for another draft; restore the pair that the "
+            "draft was trained with.",
             cause="d2t offset",
         )

@@ -73,13 +73,17 @@ class EagleStackConfig(FeatureDraftConfig):
         layer_config = self.transformer_layer_config
         family_of(layer_config, LAYER_TYPES)
         if self.norm_before_fc and self.fc_norm:
-            raise SpeculatorError("norm_before_fc and fc_norm exclude each other; set one.")
+            raise SpeculatorError(
+                "norm_before_fc and fc_norm are both true, but exclude each other. Set one to "
+                "false, as the draft was trained."
+            )
         # vLLM sizes the fc of a llama draft by this key, not by the ids.
         stated = getattr(layer_config, "num_aux_hidden_states", self.num_aux)
         if stated != self.num_aux:
             raise SpeculatorError(
                 f"transformer_layer_config.num_aux_hidden_states is {stated}, but there are "
-                f"{self.num_aux} aux layer ids ({self.stated_layer_ids}).",
+                f"{self.num_aux} aux layer ids ({self.stated_layer_ids}); expected equal numbers. "
+                "Correct num_aux_hidden_states, or the ids.",
                 cause="wrong layer ids",
             )
         if self.num_aux != DEFAULT_NUM_AUX:

@@ -41,8 +41,8 @@ class FeatureDraftConfig(SpeculatorModelConfig):
         ids = self.stated_layer_ids
         if ids is not None and (not ids or ids != sorted(set(ids))):
             raise SpeculatorError(
-                f"aux layer ids {ids} must be ascending without doubles: vLLM sorts them, and fc "
-                "would read its inputs in another order.",
+                f"aux layer ids are {ids}, expected ascending and unique: vLLM sorts them, and fc "
+                "would read its inputs in another order. Restore the order of training.",
                 cause="wrong layer ids",
             )
         vocab_size = self.transformer_layer_config.vocab_size
@@ -50,8 +50,9 @@ class FeatureDraftConfig(SpeculatorModelConfig):
             self.draft_vocab_size = vocab_size
         if self.draft_vocab_size > vocab_size:
             raise SpeculatorError(
-                f"draft_vocab_size {self.draft_vocab_size} is larger than the verifier's "
-                f"vocabulary of {vocab_size}."
+                f"draft_vocab_size is {self.draft_vocab_size}, expected at most {vocab_size}, the "
+                "verifier's vocabulary. Correct draft_vocab_size, or vocab_size of "
+                "transformer_layer_config."
             )
 
     @property
@@ -82,8 +83,8 @@ class FeatureDraftConfig(SpeculatorModelConfig):
             return self.stated_layer_ids
         if not hasattr(self, "_default_aux_layer_ids"):
             raise SpeculatorError(
-                "the config has no aux layer ids: the verifier's depth decides. "
-                "Attach the verifier first."
+                "the config has no aux layer ids, so the verifier's depth decides; expected an "
+                "attached verifier. Call attach_verifier first."
             )
         return self._default_aux_layer_ids
 
@@ -110,13 +111,13 @@ def check_mask_token(mask_token_id: int | None, vocab_size: int, who: str) -> No
     """Raises SpeculatorError unless it is a token of the vocabulary; ``who`` reads it."""
     if mask_token_id is None:
         raise SpeculatorError(
-            f"mask_token_id is missing in the config: {who} needs it. Add the id of a token that "
-            "no text has, as it was trained."
+            f"mask_token_id is missing in the config: {who} needs it. Add the id of the mask token "
+            "that the draft was trained with, which no text contains."
         )
     if mask_token_id >= vocab_size:
         raise SpeculatorError(
             f"mask_token_id {mask_token_id} is not in the vocabulary: expected 0 to "
-            f"{vocab_size - 1}."
+            f"{vocab_size - 1}. Set the id that the draft was trained with."
         )
 
 
@@ -163,14 +164,15 @@ class FeatureDraftModel(SpeculatorModel):
     def start_fresh(self, t2d: Tensor | None, d2t: Tensor | None) -> None:
         if (t2d is None) != (d2t is None):
             raise SpeculatorError(
-                f"{'t2d' if t2d is None else 'd2t'} is missing: pass t2d and d2t together."
+                f"{'t2d' if t2d is None else 'd2t'} is missing; expected both or neither. Pass t2d "
+                "and d2t together."
             )
         if t2d is not None and d2t is not None:
             vocab_size = self.config.transformer_layer_config.vocab_size
             if len(t2d) != vocab_size:
                 raise SpeculatorError(
                     f"t2d has {len(t2d)} entries; expected one for each of the verifier's "
-                    f"{vocab_size} tokens."
+                    f"{vocab_size} tokens. Make it for this verifier."
                 )
             check_vocabulary(t2d, d2t)
             if not self.config.vocabulary.is_whole:
@@ -298,6 +300,7 @@ def _plain_rope(text: PretrainedConfig) -> dict[str, object]:
         rope = dict(rope.get("sliding_attention") or next(iter(rope.values())))
     if "mrope_section" in rope:
         raise SpeculatorError(
-            "the verifier's rotary embedding has mrope sections, which these drafts do not have."
+            "the verifier's rope_parameters have an mrope_section, expected a rotary embedding "
+            "without sections. Choose a text-only verifier."
         )
     return {k: v for k, v in rope.items() if k not in ("type", "partial_rotary_factor")}

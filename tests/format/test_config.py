@@ -121,7 +121,7 @@ def test_keywords_replace_keys_and_may_name_the_algorithm():
         ({"draft_vocab_size": 0}, "draft_vocab_size"),
         ({"dtype": "float3"}, "dtype 'float3'"),
         ({"dtype": "int8"}, "dtype 'int8'"),
-        ({"draft_vocab_size": 9999}, "larger than the verifier's vocabulary of 2048"),
+        ({"draft_vocab_size": 9999}, "expected at most 2048, the verifier's vocabulary"),
         ({"norm_before_fc": True, "fc_norm": True}, "exclude each other"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"eagle_aux_hidden_state_layer_ids": [3, 1, 4]}, "ascending"),
@@ -159,7 +159,7 @@ def test_bad_layer_config_is_named(key, value, message):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("default_proposal_method",), "magic", "there are: greedy"),
+        (("default_proposal_method",), "magic", "expected one of greedy"),
         (("proposal_methods",), [], "proposal_methods"),
         (("proposal_methods", 0, "speculative_tokens"), 0, "greater than or equal to 1"),
         (("proposal_methods", 0, "proposal_type"), "magic", "known: greedy, sampling"),

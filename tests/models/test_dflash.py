@@ -937,7 +937,7 @@ def sliding(window: int) -> dict:
         ({"aux_hidden_state_layer_ids": [1, 1, 4]}, "ascending"),
         ({"block_size": 1}, "block_size: .* greater than or equal to 2"),
         (sliding(7), "sliding_window 7 is smaller than block_size 8"),
-        ({"draft_vocab_size": 4096}, "larger than the verifier's vocabulary of 2048"),
+        ({"draft_vocab_size": 4096}, "expected at most 2048, the verifier's vocabulary"),
     ],
 )
 def test_bad_key_is_named_in_one_line(change, message):
@@ -954,7 +954,7 @@ def test_window_of_a_block_is_enough():
 def test_layers_that_nobody_serves_are_refused():
     config = interop_config("dflash")
     config["transformer_layer_config"]["model_type"] = "llama"
-    with pytest.raises(SpeculatorError, match="'llama' has no draft layers; known: qwen3"):
+    with pytest.raises(SpeculatorError, match="'llama' has no draft layers; expected one of qwen3"):
         SpeculatorModelConfig.from_dict(config)
 
 
@@ -983,7 +983,7 @@ def test_bad_training_argument_is_named(kwargs, message):
         ({"dpace_smoothing": 1.5}, "dpace_smoothing"),
         ({"position_weights": "dpace"}, "'dpace' needs the loss 'ce' alone"),
         ({"position_weights": "dpace", "loss": {"ce": 1, "tv": 1}}, "'dpace' needs the loss"),
-        ({"loss": "l2"}, "unknown loss 'l2'; known: kl_div"),
+        ({"loss": "l2"}, "unknown loss 'l2'; expected one of kl_div"),
         ({"num_depths": 3}, "num_depths"),
     ],
 )

@@ -728,7 +728,7 @@ def test_bad_training_argument_is_named(verifier, kwargs, message):
 
 def test_half_a_vocabulary_map_is_refused(verifier):
     t2d, _ = choose_draft_vocabulary({}, 30, 96)
-    with pytest.raises(SpeculatorError, match="pass t2d and d2t together"):
+    with pytest.raises(SpeculatorError, match="Pass t2d and d2t together"):
         Eagle3DraftModel.from_training_args(verifier.config, t2d, aux_layer_ids=(1, 2, 3))
 
 
@@ -736,7 +736,7 @@ def test_half_a_vocabulary_map_is_refused(verifier):
     ("kwargs", "message"),
     [
         ({"ttt_steps": 0}, "ttt_steps"),
-        ({"loss": "l2"}, "unknown loss 'l2'; known: kl_div"),
+        ({"loss": "l2"}, "unknown loss 'l2'; expected one of kl_div"),
         ({"loss": {}}, "loss"),
         ({"steps": 2}, "steps"),
     ],

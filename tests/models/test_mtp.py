@@ -591,7 +591,9 @@ def test_bad_key_is_named_in_one_line(change, message):
 def test_blocks_that_we_do_not_have_are_refused():
     config = interop_config("mtp")
     config["transformer_layer_config"]["model_type"] = "gemma3_text"
-    with pytest.raises(SpeculatorError, match="no draft layers; known: qwen3, qwen2, llama"):
+    with pytest.raises(
+        SpeculatorError, match="no draft layers; expected one of qwen3, qwen2, llama"
+    ):
         SpeculatorModelConfig.from_dict(config)
 
 
@@ -619,7 +621,7 @@ def test_bad_training_argument_is_named(kwargs, message):
         ({"step_weights": (1.0, 1.0)}, "step_weights has 2 weights for 3 steps"),
         ({"targets": "draft"}, "targets: .*'text' or 'verifier'"),
         ({"attention": "full"}, "attention: .*'served' or 'independent'"),
-        ({"loss": "l2"}, "unknown loss 'l2'; known: kl_div"),
+        ({"loss": "l2"}, "unknown loss 'l2'; expected one of kl_div"),
         ({"ttt_steps": 3}, "ttt_steps"),
     ],
 )

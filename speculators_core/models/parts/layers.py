@@ -83,7 +83,7 @@ def family_of(config: PretrainedConfig, allowed: Collection[str] = tuple(FAMILIE
     if config.model_type not in allowed:
         raise SpeculatorError(
             f"transformer_layer_config.model_type {config.model_type!r} has no draft layers; "
-            f"known: {', '.join(allowed)}."
+            f"expected one of {', '.join(allowed)}. Correct model_type."
         )
     return FAMILIES[config.model_type]
 

@@ -76,7 +76,7 @@ def _loss_weights(value: object) -> object:
     weights = {value: 1.0} if isinstance(value, str) else value
     if isinstance(weights, Mapping):
         if unknown := [name for name in weights if name not in LOSSES]:
-            raise ValueError(f"unknown loss {unknown[0]!r}; known: {', '.join(LOSSES)}")
+            raise ValueError(f"unknown loss {unknown[0]!r}; expected one of {', '.join(LOSSES)}")
     return weights
 
 
@@ -93,7 +93,9 @@ def weighted_loss(weights: Mapping[str, float], draft: Logits, verifier: Logits)
     total = draft.new_zeros(draft.shape[:-1], dtype=torch.float32)
     for name, weight in weights.items():
         if name not in LOSSES:
-            raise SpeculatorError(f"unknown loss {name!r}; known: {', '.join(LOSSES)}.")
+            raise SpeculatorError(
+                f"unknown loss {name!r}; expected one of {', '.join(LOSSES)}. Correct its name."
+            )
         total = total + weight * LOSSES[name](draft, verifier)
     return total
 

@@ -225,7 +225,7 @@ def test_who_does_not_keep_to_the_protocol_is_shown_out(misbehave, caplog):
             stranger.send(frames)
         assert stranger.answer().kind == Kind.REFUSED
         assert source.num_refused >= 1
-        assert caplog.text.count("refused a message of stranger") <= 1
+        assert caplog.text.count("refused a message from stranger") <= 1
         stranger.send(stranger.example())
         assert stranger.answer().kind in (Kind.WAIT, Kind.REFUSED)
         sink = open_sink(sync, source.url)  # its place is free
@@ -331,7 +331,7 @@ def test_one_log_line_a_peer_says_that_it_was_refused(caplog):
         for _ in range(20):
             stranger.send([b"garbage", b""])
         wait_until(lambda: source.num_refused == 20)
-        assert caplog.text.count("refused a message of") == 1
+        assert caplog.text.count("refused a message from") == 1
 
 
 def test_keys_that_were_dealt_with_are_forgotten_in_the_end(monkeypatch):

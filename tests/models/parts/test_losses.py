@@ -67,7 +67,7 @@ def test_weighted_loss_is_the_weighted_sum():
 
 
 def test_unknown_loss_is_named():
-    with pytest.raises(SpeculatorError, match="unknown loss 'l2'; known: kl_div"):
+    with pytest.raises(SpeculatorError, match="unknown loss 'l2'; expected one of kl_div"):
         weighted_loss({"l2": 1.0}, torch.zeros(1, 2), torch.zeros(1, 2))
 
 
@@ -111,8 +111,8 @@ def test_name_of_a_loss_stands_for_it_alone():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("l2", "unknown loss 'l2'; known: kl_div"),
-        ({"ce": 0.5, "l2": 0.5}, "unknown loss 'l2'; known: kl_div"),
+        ("l2", "unknown loss 'l2'; expected one of kl_div"),
+        ({"ce": 0.5, "l2": 0.5}, "unknown loss 'l2'; expected one of kl_div"),
         ({}, "at least 1 item"),
         ({"ce": "much"}, "loss"),
         (3, "loss"),

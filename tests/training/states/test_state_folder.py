@@ -116,7 +116,7 @@ def test_a_flipped_byte_is_found(run, name, caplog):
             check_state(file.parent)
     assert newest_state(run).name == "checkpoint-1"
     (line,) = caplog.messages
-    assert line.startswith("passed over checkpoint-2: ") and name in line
+    assert line.startswith("skipped checkpoint-2: ") and name in line
     file.write_bytes(good)
     assert newest_state(run).name == "checkpoint-2"
 
