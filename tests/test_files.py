@@ -95,7 +95,9 @@ def test_what_cannot_reach_the_disk_gets_no_name(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(SpeculatorError, match="index.parquet: .*Input/output error"):
+    with pytest.raises(
+        SpeculatorError, match="index.parquet cannot be written: .*Input/output error"
+    ):
         add_index(store)
     assert list((store.folder / SHARDS).iterdir()) == []
     assert {path.name for path in store.folder.iterdir()} == {MANIFEST, SHARDS}

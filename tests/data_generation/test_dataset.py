@@ -94,9 +94,13 @@ def test_a_draft_reads_its_own_layers_in_its_own_type(states):
 
 
 REFUSED = {
-    "no last state": ({"has_last": False}, {}, "no last state"),
-    "layer not stored": ({}, {"layer_ids": [3]}, r"reads layers \[3\], the store holds layers"),
-    "mean alone": ({"reduce": "mean"}, {"layer_ids": [1]}, r"holds layers \[4\] and the mean of"),
+    "no last state": ({"has_last": False}, {}, "without the last hidden state"),
+    "layer not stored": (
+        {},
+        {"layer_ids": [3]},
+        r"reads layers \[3\], but the examples hold",
+    ),
+    "mean alone": ({"reduce": "mean"}, {"layer_ids": [1]}, r"hold layers \[4\] and the mean of"),
 }
 
 
@@ -136,7 +140,7 @@ def test_a_queue_is_consumed_as_it_comes(states):
 
 
 def test_a_source_that_does_not_give_back_is_not_shuffled():
-    with pytest.raises(SpeculatorError, match="This source is not shuffled"):
+    with pytest.raises(SpeculatorError, match="acknowledges an example as it is read"):
         GeneratedDataset(Queue([]), shuffle_buffer=4)
 
 
@@ -147,5 +151,5 @@ def test_a_rank_comes_with_the_number_of_ranks(states):
 
 
 def test_workers_of_a_loader_do_not_read_a_queue(states):
-    with pytest.raises(SpeculatorError, match="num_workers to 0"):
+    with pytest.raises(SpeculatorError, match="num_workers=0"):
         list(DataLoader(GeneratedDataset(Queue([])), batch_size=None, num_workers=1))

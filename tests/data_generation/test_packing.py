@@ -95,9 +95,9 @@ def test_a_mean_is_one_state_and_the_last_can_be_one_of_the_drafts():
 
 
 REFUSED = {
-    "no last state": ({"has_last": False}, None, "no last state.*data.states.last"),
-    "not stored": ({}, [1, 3], r"reads layers \[1, 3\], the store holds layers \[1, 2, 4\]"),
-    "mean": ({"reduce": "mean"}, [1], r"holds layers \[4\] and the mean of others"),
+    "no last state": ({"has_last": False}, None, "without the last hidden state.*data.states.last"),
+    "not stored": ({}, [1, 3], r"reads layers \[1, 3\], but the examples hold layers \[1, 2, 4\]"),
+    "mean": ({"reduce": "mean"}, [1], r"hold layers \[4\] and the mean of others"),
 }
 
 

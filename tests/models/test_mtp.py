@@ -591,9 +591,7 @@ def test_bad_key_is_named_in_one_line(change, message):
 def test_blocks_that_we_do_not_have_are_refused():
     config = interop_config("mtp")
     config["transformer_layer_config"]["model_type"] = "gemma3_text"
-    with pytest.raises(
-        SpeculatorError, match="no draft layers; expected one of qwen3"
-    ):
+    with pytest.raises(SpeculatorError, match="no draft layers; expected one of qwen3"):
         SpeculatorModelConfig.from_dict(config)
 
 

@@ -653,7 +653,7 @@ def test_only_what_data_name_must_lie_in_the_allowed_folders(run, server, tmp_pa
     run(None, server.url, **options)
     assert (tmp_path / "there" / "out.jsonl").exists()
     options |= {"data": {"path": str(data)}, "output": run.output}
-    with pytest.raises(SpeculatorError, match="lies outside.*Add its folder to --allowed-roots"):
+    with pytest.raises(SpeculatorError, match="is outside.*Add its folder to --allowed-roots"):
         run(None, server.url, **options)
     assert len(server.bodies) == 1 and not run.output.exists()
     run(None, server.url, **options | {"allowed_roots": [tmp_path]})

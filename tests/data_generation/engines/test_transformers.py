@@ -205,13 +205,16 @@ def test_the_verifiers_type_is_the_one_that_is_asked_for(verifier):
 
 
 REFUSED = {
-    "layer": ({"states": {"layer_ids": [5]}}, r"layer_ids \[5\]: expected ascending ids of 0..4"),
-    "order": ({"states": {"layer_ids": [2, 1]}}, "expected ascending"),
-    "top_k": ({"states": {"logits": "top-k", "top_k": 97}}, "top_k 97: .* has 96 tokens"),
-    "length": ({"engine": {"max_length": 129}}, "come to 129 tokens; .* has 128 positions"),
+    "layer": (
+        {"states": {"layer_ids": [5]}},
+        r"is \[5\]; expected unique, ascending ids in 0..4",
+    ),
+    "order": ({"states": {"layer_ids": [2, 1]}}, "expected unique, ascending"),
+    "top_k": ({"states": {"logits": "top-k", "top_k": 97}}, "top_k is 97; expected at most 96"),
+    "length": ({"engine": {"max_length": 129}}, "add up to 129 tokens; expected at most 128"),
     "writing": (
         {"states": {"tokens": "all"}, "engine": {"max_length": 120}},
-        "max_length and engine.max_new_tokens come to 132",
+        "max_length and engine.max_new_tokens add up to 132",
     ),
     "engine": ({"engine": {"name": "transformer"}}, "unknown engine .* Did you mean"),
     "device": ({"engine": {"device": "cuda:77"}}, "engine.device cuda:77"),

@@ -248,5 +248,5 @@ def test_any_order_of_dealing_with_examples_ends(kind):
 
 def test_workers_of_a_loader_do_not_hold_examples_of_a_queue(kind):
     with closing(open_source(kind, make_sync(kind))) as source:
-        with pytest.raises(SpeculatorError, match="num_workers to 0"):
+        with pytest.raises(SpeculatorError, match="num_workers=0"):
             list(DataLoader(GeneratedDataset(source), batch_size=None, num_workers=1))

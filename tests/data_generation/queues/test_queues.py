@@ -265,7 +265,7 @@ def test_a_producer_of_another_schema_is_refused_by_name(kind, changes):
     ((name, value),) = changes.items()
     with closing(open_source(kind, sync)) as source:
         sink = open_sink(sync, source.url, schema=theirs, name="stranger")
-        expected = f"refused stranger: it has {name} {value!r}, expected {getattr(SCHEMA, name)!r}"
+        expected = f"producer stranger: its {name} is {value!r}, expected {getattr(SCHEMA, name)!r}"
         with pytest.raises(SpeculatorError, match=re.escape(expected)):
             sink.write(make_example(1, theirs))
         with pytest.raises(SpeculatorError, match=re.escape(expected)):
@@ -278,10 +278,14 @@ def test_a_producer_of_another_schema_is_refused_by_name(kind, changes):
 @pytest.mark.parametrize(
     ("num_tokens", "changes", "message"),
     [
-        (2000, {}, "2000 tokens are 114000 bytes, over sync.max_message_bytes 100000"),
+        (
+            2000,
+            {},
+            "2000 tokens take 114000 bytes, expected at most sync.max_message_bytes",
+        ),
         (8, {"key": ""}, "key: String should have at least 1 character"),
         (8, {"key": "\ud800"}, "key: Input should be a valid string, unable to parse"),
-        (8, {"num_prompt_tokens": 99}, "99 prompt tokens of 8"),
+        (8, {"num_prompt_tokens": 99}, "num_prompt_tokens 99 exceeds num_tokens 8"),
     ],
     ids=["size", "key", "text", "prompt"],
 )
@@ -322,7 +326,7 @@ def test_a_producer_says_that_nobody_listens(kind):
         url = source.url
         source.close()
     sink = open_sink(sync, url, timeout_s=0.4)
-    expected = f"No consumer took examples for 0.4 s ({url}: nobody has answered)"
+    expected = f"No consumer took examples for 0.4 s ({url}: no answer)"
     with pytest.raises(SpeculatorError, match=re.escape(expected)):
         sink.write(make_example(1))
     source.close()
@@ -334,7 +338,10 @@ def test_a_producer_too_many_waits_for_a_place(kind):
     with closing(open_source(kind, sync)) as source:
         first = open_sink(sync, source.url, name="first")
         first.write(make_example(1))
-        for name, reason in [("first", "'first' is here"), ("more", "all 1 producers")]:
+        for name, reason in [
+            ("first", "'first' is already connected"),
+            ("more", "all 1 expected"),
+        ]:
             late = open_sink(sync, source.url, name=name, timeout_s=0.3)
             with pytest.raises(SpeculatorError, match=reason):
                 late.write(make_example(2))
@@ -353,7 +360,7 @@ def test_consumers_that_never_came_are_waited_for_and_named(kind, caplog):
         sink = open_sink(sync, source.url, nobody, timeout_s=0.4)
         with caplog.at_level(logging.WARNING), in_thread(write_all, sink, [1]):
             assert [example.key for example in source.read()] == ["0/1"]
-        assert f"left without telling {nobody}" in caplog.text
+        assert f"{nobody} did not acknowledge the end" in caplog.text
 
 
 def test_a_closed_end_says_so(kind):
@@ -366,5 +373,5 @@ def test_a_closed_end_says_so(kind):
     source.close()
     source.close()
     for use in (lambda: sink.write(make_example(1)), lambda: next(source.read())):
-        with pytest.raises(SpeculatorError, match="has been closed"):
+        with pytest.raises(SpeculatorError, match="queue is closed"):
             use()

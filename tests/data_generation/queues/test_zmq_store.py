@@ -350,7 +350,7 @@ def test_a_producer_of_the_other_store_is_refused():
             stranger.send(pack(stranger.hello))
             answer = stranger.answer()
     assert answer.kind == Kind.REFUSED
-    assert answer.body.reason == "it is a producer of mp_queue, expected one of zmq"
+    assert answer.body.reason == "its store is mp_queue, expected zmq"
 
 
 def test_a_producer_of_another_version_learns_why():
@@ -359,13 +359,13 @@ def test_a_producer_of_another_version_learns_why():
         fields = list(HEADER.unpack(header))
         fields[1] = 2
         stranger.send([sealed(fields, body), body])
-        assert stranger.answer().body.reason == "speaks version 2 of the protocol, expected 1"
+        assert stranger.answer().body.reason == "protocol version 2, expected 1"
 
 
 def test_a_producer_that_may_send_more_than_a_consumer_takes_says_so():
     with closing(open_source("zmq", make_sync(max_message_bytes=1000))) as source:
         sink = open_sink(make_sync(max_message_bytes=1001), source.url)
-        expected = "takes messages of 1000 bytes, we may send 1001: sync.max_message_bytes must"
+        expected = "accepts messages of 1000 bytes, expected 1001 .* sync.max_message_bytes"
         with pytest.raises(SpeculatorError, match=expected):
             sink.write(make_example(1))
 
@@ -377,7 +377,7 @@ def test_a_producer_does_not_take_any_server_for_a_consumer():
     sink = open_sink(make_sync(), f"tcp://127.0.0.1:{port}")
     peer, *_ = router.recv_multipart()
     router.send_multipart([peer, b"what?"])
-    with pytest.raises(SpeculatorError, match="is no consumer of ours: no message of ours"):
+    with pytest.raises(SpeculatorError, match="is not a consumer of this protocol: not a message"):
         sink.write(make_example(1))
     context.destroy(linger=0)
 
@@ -469,7 +469,7 @@ def test_with_other_keys_nothing_gets_in(keys, ours, theirs):
     sync = curve(keys, **ours, heartbeat_s=0.1)
     with closing(open_source("zmq", sync, timeout_s=0.5)) as source:
         sink = open_sink(curve(keys, **theirs, heartbeat_s=0.1), source.url, timeout_s=0.5)
-        with pytest.raises(SpeculatorError, match="Check that training runs, and that .* keys"):
+        with pytest.raises(SpeculatorError, match="Check that training is running, .* keys"):
             sink.write(make_example(1))
         with pytest.raises(SpeculatorError, match="never seen"):
             next(source.read())
@@ -493,9 +493,13 @@ def test_keys_that_cannot_be_used_are_named_at_once(keys, tmp_path):
         (source, {"key_file": nothing}, "nothing cannot be read as CURVE keys: No public key"),
         (source, {"key_file": ours["public_file"]}, "has no secret key; expected the"),
         (source, {"server_key": key}, "sync.key_file is missing"),
-        (source, {"key_file": keys["other"]["file"], "server_key": key}, "is not the public key"),
+        (source, {"key_file": keys["other"]["file"], "server_key": key}, "the public key in"),
         (sink, {"key_file": ours["file"]}, "sync.server_key is missing"),
-        (sink, {"server_key": "\n" * 40}, "cannot be connected to, with the keys of sync"),
+        (
+            sink,
+            {"server_key": "\n" * 40},
+            "cannot connect to tcp://127.0.0.1:9 with the keys",
+        ),
     ]
     for make, options, complaint in tables:
         with pytest.raises(SpeculatorError, match=re.escape(complaint)):
@@ -506,7 +510,7 @@ def test_addresses_that_cannot_be_used_are_named_at_once():
     with closing(open_source("zmq", make_sync())) as source:
         with pytest.raises(SpeculatorError, match=f"{source.url} cannot be bound: Address"):
             ZmqStore.source(SCHEMA, make_sync(), source.url)
-    with pytest.raises(SpeculatorError, match="tcp://nowhere cannot be connected to"):
+    with pytest.raises(SpeculatorError, match="cannot connect to tcp://nowhere"):
         open_sink(make_sync(), "tcp://nowhere")
     with pytest.raises(SpeculatorError, match="sync.urls is missing"):
         open_sink(make_sync())

@@ -406,9 +406,9 @@ def changed_verifier(plan):
 
 
 CHANGES = {
-    changed_options: "made with engine.batch_size None, now it is 3",
-    changed_data: "was made of other texts",
-    shortened_data: "was made of other texts",
+    changed_options: "made with engine.batch_size None, but it is now 3",
+    changed_data: "was made from other texts",
+    shortened_data: "was made from other texts",
     changed_verifier: "made with weights",
 }
 
@@ -432,7 +432,9 @@ def test_shards_that_no_unit_is_are_refused(given, tmp_path):
     (_, first), *_ = DiskStore.open(tmp_path / "store").headers()
     rows = tmp_path / "given" / "rows.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[: len(first.entries)]))
-    with pytest.raises(SpeculatorError, match="000001.* is not of this run, which has 1 units"):
+    with pytest.raises(
+        SpeculatorError, match="000001.* not belong to this run; expected shards 0 to 0"
+    ):
         generate_data(plan)
 
 
@@ -444,7 +446,7 @@ def test_a_queue_is_gone_on_with_when_that_is_asked_for(given, tmp_path):
         generate_data(plan)
     other = plan_of(given, tmp_path / "journal", sync=sync | {"dtype": "float16"})
     run = {"resume": True, "allowed_roots": ["/"]}
-    with pytest.raises(SpeculatorError, match="made with dtype 'float32', now it is 'float16'"):
+    with pytest.raises(SpeculatorError, match="made with dtype 'float32', but it is now 'float16'"):
         generate_data(GenerationPlan.read(other.model_dump() | {"run": run}, "test"))
     with pytest.raises(SpeculatorError, match="sync.path is missing"):
         plan_of(given, tmp_path, sync=sync | {"path": None}, run={"resume": True})

@@ -152,8 +152,8 @@ def test_a_killed_worker_is_run_again_and_in_the_end_the_run_says_so(
 def test_a_fault_in_a_cluster_is_one_line(cluster, given, tmp_path):
     (given / "none.jsonl").write_text('{"input_ids": "no ids"}\n')
     plan = plan_of(given, tmp_path / "store", "none.jsonl", run={"backend": "ray"})
-    with pytest.raises(SpeculatorError, match="None of the first 1 rows can be used"):
+    with pytest.raises(SpeculatorError, match="none of its first 1 rows can be used"):
         generate_data(plan)
     device = plan_of(given, tmp_path / "s", run={"backend": "ray"}, engine={"device": "cuda:1"})
-    with pytest.raises(SpeculatorError, match="on Ray say cuda"):
+    with pytest.raises(SpeculatorError, match="expected cuda or cpu with run.backend ray"):
         generate_data(device)

@@ -127,7 +127,7 @@ def test_a_checksum_is_compared_once(filled):
         if verified:
             shard.read(0)
         else:
-            with pytest.raises(SpeculatorError, match="another checksum"):
+            with pytest.raises(SpeculatorError, match="checksum of example .* does not match"):
                 shard.read(0)
 
 
@@ -170,7 +170,7 @@ DAMAGE = {
     "a key": (lambda content: content.replace(b"0/2", b"0/\xff"), ""),
     "an entry that starts elsewhere": (
         lambda content: content.replace(b'\\"start\\":9', b'\\"start\\":8'),
-        "does not follow",
+        "starts at 8",
     ),
 }
 
@@ -195,11 +195,11 @@ def test_shards_of_another_place_or_store_are_found(filled, tmp_path):
     store = DiskStore.open(folder)
     first, second = store.shard_paths()
     shutil.copy(first, second)
-    assert "it is shard 0" in store.find_damage()[second]
+    assert "its header states shard 0" in store.find_damage()[second]
     other = DiskStore.create(tmp_path / "other", schema(layer_ids=(1, 3, 4)))
     other.write_shard(0, [generated(0, 5, schema())])
     shutil.copy(other.shard_path(0), first)
-    assert "another schema" in store.find_damage()[first]
+    assert "its schema is not the store's" in store.find_damage()[first]
 
 
 def compressed(content):
@@ -230,7 +230,7 @@ def test_a_compressed_shard_grows_no_further_than_its_header_tells(tmp_path):
         content = file.read()
     path.write_bytes(compressed(content + bytes(10**6)))
     (found,) = store.find_damage().values()
-    assert "more or less than its header tells" in found
+    assert "bytes its header states" in found
 
 
 def test_every_flipped_bit_of_a_shard_is_noticed(filled):
@@ -266,26 +266,26 @@ def test_a_link_out_of_the_store_is_refused(filled, tmp_path):
     outside = tmp_path / "outside.safetensors"
     path.rename(outside)
     path.symlink_to(outside)
-    with pytest.raises(SpeculatorError, match="link out of the store"):
+    with pytest.raises(SpeculatorError, match="is a link to"):
         list(DiskStore.open(folder).read())
 
 
 def test_a_folder_that_is_no_store_is_left_alone(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(SpeculatorError, match="not empty and no store"):
+    with pytest.raises(SpeculatorError, match="holds other files"):
         DiskStore.create(tmp_path, schema())
-    with pytest.raises(SpeculatorError, match="not a store"):
+    with pytest.raises(SpeculatorError, match="expected a store"):
         DiskStore.open(tmp_path)
 
 
 def test_a_store_is_gone_on_with_by_the_same_options_alone(filled):
     folder, _ = filled
-    with pytest.raises(SpeculatorError, match="holds a store already.*--run.resume"):
+    with pytest.raises(SpeculatorError, match="already holds a store.*--run.resume"):
         DiskStore.create(folder, schema())
     DiskStore.create(folder, schema(), resume=True)
-    with pytest.raises(SpeculatorError, match="dtype 'float32', now it is 'float16'"):
+    with pytest.raises(SpeculatorError, match="dtype 'float32', but it is now 'float16'"):
         DiskStore.create(folder, schema(dtype="float16"), resume=True)
-    with pytest.raises(SpeculatorError, match=r"made with data.seed None, now it is 1"):
+    with pytest.raises(SpeculatorError, match=r"made with data.seed None, but it is now 1"):
         DiskStore.create(folder, schema(), resume=True, made_from={"data": {"seed": 1}})
 
 
@@ -342,7 +342,7 @@ def test_a_schema_refuses_tensors_of_other_shapes_and_types():
         with pytest.raises(SpeculatorError, match="here"):
             of.decode("0/0", 1, given, "here")
             pytest.fail(what)
-    with pytest.raises(SpeculatorError, match="4 prompt tokens of 3"):
+    with pytest.raises(SpeculatorError, match="num_prompt_tokens is 4, expected 1 to 3"):
         of.decode("0/0", 4, tensors, "here")
-    with pytest.raises(SpeculatorError, match="a key of 0 characters"):
+    with pytest.raises(SpeculatorError, match="the key has 0 characters"):
         of.decode("", 1, tensors, "here")

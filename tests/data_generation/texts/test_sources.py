@@ -366,7 +366,7 @@ def test_a_prompt_alone_is_a_row_where_the_verifier_goes_on(reader):
         reader.read([{"prompt": "hello"}])
     with pytest.raises(SpeculatorError, match="no answer to learn"):
         reader.read([{"messages": [USER]}])
-    with pytest.raises(SpeculatorError, match="holds conversations, and .* has no chat template"):
+    with pytest.raises(SpeculatorError, match="holds conversations, but .* has no chat template"):
         bare = reader.config([{"messages": [USER, ANSWER]}])
         (reader.folder / "verifier" / "chat_template.jinja").unlink()
         read_plan_examples(plan_of(bare, reader.folder), Counts())
@@ -493,7 +493,7 @@ def test_hub_data_sets_are_streamed_unless_a_part_is_asked_for(reader, tmp_path)
 def test_a_hub_data_set_has_no_data_from_elsewhere(tmp_path, monkeypatch):
     write_rows(tmp_path, "folder").rename(tmp_path / "name")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SpeculatorError, match="name takes data from /.*expected its own files"):
+    with pytest.raises(SpeculatorError, match="name lists /.*expected only files of the data set"):
         _open_hub(DatasetConfig(path="name"))
 
 
@@ -503,7 +503,7 @@ def test_a_folder_has_no_data_from_elsewhere(reader, tmp_path):
     (tmp_path / "folder" / "README.md").write_text(
         "---\nconfigs:\n- {config_name: a, data_files: 'memory://elsewhere/rows.jsonl'}\n---\n"
     )
-    with pytest.raises(SpeculatorError, match="takes data from memory:.*expected its own files"):
+    with pytest.raises(SpeculatorError, match="lists memory:.*expected only files of the data set"):
         reader.read(path=str(tmp_path / "folder"))
 
 
@@ -524,7 +524,7 @@ def test_reading_is_lazy(reader):
         ({"path": "missing.jsonl"}, "no such file or folder"),
         ({"path": "./missing"}, "no such file or folder"),
         ({"path": "no-such/data"}, "no-such/data .*cannot be opened"),
-        ({"path": "rows.xyz"}, "expected a file named .jsonl, .json"),
+        ({"path": "rows.xyz"}, "expected one of .jsonl, .json"),
         ({"path": "rows.jsonl", "split": "test"}, "test"),
         ({"path": "rows.jsonl", "split": "test", "streaming": True}, "Available splits"),
         ({"path": "rows.jsonl", "split": "train[:x]"}, "train"),
@@ -532,17 +532,20 @@ def test_reading_is_lazy(reader):
         ({"path": "rows.jsonl", "split": "train[:0]"}, "no data"),
         ({"path": "none.csv", "streaming": True}, "none.csv.*holds no rows"),
         ({"path": "none.parquet", "streaming": True}, "none.parquet.*holds no rows"),
-        ({"path": "rows.jsonl", "name": "main"}, "a file has no configuration 'main'"),
+        ({"path": "rows.jsonl", "name": "main"}, "`name` is 'main', but a file has no conf"),
         ({"path": "rows.jsonl", "sample_by": "document"}, "sample_by"),
-        ({"path": "rows.jsonl", "columns": {"text": "body"}}, "no column 'body'.*it has text"),
+        (
+            {"path": "rows.jsonl", "columns": {"text": "body"}},
+            "no column 'body'.*one of text",
+        ),
         ({"path": "saved", "split": "test"}, "test.*train"),
         ({"path": "other.jsonl"}, "has the columns a, b; expected 'input_ids', 'messages'"),
         ({"path": "broken.jsonl"}, "broken.jsonl .*cannot be opened"),
         ({"path": "empty.jsonl"}, "empty.jsonl"),
         ({"path": "../missing.jsonl"}, "no such file or folder"),
-        ({"path": "linked"}, "lies outside"),
-        ({"path": "described"}, "lies outside"),
-        ({"path": "saved elsewhere"}, "lies outside"),
+        ({"path": "linked"}, "is outside"),
+        ({"path": "described"}, "is outside"),
+        ({"path": "saved elsewhere"}, "is outside"),
     ],
 )
 def test_bad_sources_are_one_line_before_anything_is_read(dataset, message, reader, monkeypatch):
@@ -588,7 +591,7 @@ def test_what_the_user_names_lies_anywhere(reader):
         reader.read(path=path, roots=Roots(()))
         assert reader.counts.rows == len(TEXTS)
     path = str(reader.folder / "linked")
-    with pytest.raises(SpeculatorError, match="lies outside"):
+    with pytest.raises(SpeculatorError, match="outside the allowed folders"):
         reader.read(path=path, roots=Roots(()))
     assert reader.read(path=path, roots=Roots((folder,)))
 
@@ -611,7 +614,7 @@ def test_a_plan_reads_with_its_own_tokenizer_length_and_roots(reader, tmp_path):
     Dataset.from_list(TEXTS).to_json(tmp_path / "beyond.jsonl")
     (tmp_path / "linked" / "train.jsonl").symlink_to(tmp_path / "beyond.jsonl")
     data = reader.config(path=str(tmp_path / "linked"))
-    with pytest.raises(SpeculatorError, match="lies outside.*run.allowed_roots"):
+    with pytest.raises(SpeculatorError, match="is outside.*run.allowed_roots"):
         read_plan_examples(plan_of(data, tmp_path / "other"), Counts())
     assert read_plan_examples(plan_of(data, tmp_path), Counts())
 

@@ -152,12 +152,14 @@ def test_a_state_is_of_the_step_in_its_name(run):
     folder = write(run, 1)
     check_state(folder.rename(run / "the best one"))
     (run / "the best one").rename(run / "checkpoint-2")
-    with pytest.raises(SpeculatorError, match="it is of step 1"):
+    with pytest.raises(SpeculatorError, match="it states step 1, expected 2"):
         check_state(run / "checkpoint-2")
 
 
 def test_a_manifest_that_is_none_is_said_in_one_line(run):
-    with pytest.raises(SpeculatorError, match="holds no manifest.json; not a whole saved state"):
+    with pytest.raises(
+        SpeculatorError, match="holds no manifest.json; expected a complete saved state"
+    ):
         read_manifest(run)
     folder = write(run, 1)
     text = json.loads((folder / MANIFEST).read_text())
@@ -259,7 +261,7 @@ def test_a_file_of_others_is_not_overwritten(run):
     file = run / "checkpoint-1" / "trainer_state.json"
     file.parent.mkdir(parents=True)
     file.write_text("theirs")
-    with pytest.raises(SpeculatorError, match="trainer_state.json is of no state of this run"):
+    with pytest.raises(SpeculatorError, match="trainer_state.json belongs to no state of this run"):
         write(run, 1)
     assert file.read_text() == "theirs"
     file.rename(run / "theirs.json")
