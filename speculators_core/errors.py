@@ -51,6 +51,16 @@ class MissingAttributeError(SpeculatorError, AttributeError):
     """An object lacks what its users read."""
 
 
+class UnreadFormatError(SpeculatorError):
+    """A speculator that may be sound, in a form that this package does not read and vLLM may.
+
+    It has no cause: nothing is known to be wrong.
+    """
+
+    def within(self, where: object, cause: Cause | None = None) -> "SpeculatorError":
+        return UnreadFormatError(f"{where}: {self}")
+
+
 def first_line(error: BaseException) -> str:
     """First line of another library's message; the error's type where it has no message."""
     lines = str(error).strip().splitlines()

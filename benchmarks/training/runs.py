@@ -234,7 +234,7 @@ def _step_rates(settings: RunsBenchmarkConfig, work: Path, algorithm: str) -> tu
         rows = job.rows
         assert isinstance(rows, Rows)
         trainer.add_callback(clock)
-        kwargs, _ = job.draft.get_trainer_kwargs(**plan.model.objective)
+        kwargs, _ = job.draft.trainer_kwargs(plan.model.objective)
         weights = [weight for weight in job.draft.parameters() if weight.requires_grad]
         for _ in range(3):
             clock.ends = []

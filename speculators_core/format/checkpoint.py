@@ -5,6 +5,7 @@ checked before any tensor is read; what is written goes to a temporary name firs
 """
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -18,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from speculators_core.errors import Cause, SpeculatorError, first_line
+from speculators_core.errors import Cause, SpeculatorError, UnreadFormatError, first_line
 from speculators_core.files import make_folder, read_json, replaced_files, write_text
 
 CONFIG = "config.json"
@@ -68,6 +69,15 @@ LAYER_KEYS = {
 COMMON_KEYS = {"name_or_path", "torch_dtype", "attn_implementation", "_commit_hash"}
 """Keys of any Transformers config that are not fields of its class."""
 MAP_DTYPES = {"d2t": torch.int64, "t2d": torch.bool}
+PICKLE = re.compile(r"(?!optimizer|scheduler|training_|rng_|mask_embedding).*\.(bin|pt|pth)")
+"""Files that may hold weights which vLLM reads and this package does not."""
+LEFTOVERS = re.compile(
+    r"(verifier_norm|verifier_lm_head)\.\w+"
+    r"|(.*\.)?rotary_(pos_)?emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+)
+"""Tensors that other writers leave in a draft's file and no draft reads."""
+FUSED = (".qkv_proj.", ".gate_up_proj.")
+"""Projections that vLLM's networks keep as one; it reads them from a file too."""
 ALL_FILES = (CONFIG, "generation_config.json", "model*.safetensors", INDEX)
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.py")
 HEAD_FILES = (CONFIG, INDEX)
@@ -171,9 +181,10 @@ def stored_tensors(folder: Path, files: Collection[str] | None = None) -> dict[s
     Raises:
         SpeculatorError: no weights, a shard missing or truncated, or the index names a tensor
             that its shard does not hold.
+        UnreadFormatError: the weights are pickled.
     """
     if not (folder / INDEX).exists():
-        return _stored_in(folder / WEIGHTS)
+        return _without_index(folder)
     weight_map = {
         name: shard
         for name, shard in read_weight_map(folder).items()
@@ -188,6 +199,31 @@ def stored_tensors(folder: Path, files: Collection[str] | None = None) -> dict[s
                 cause="damaged checkpoint",
             )
     return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def _without_index(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of the one file, or of all shards: some writers give one shard and no index."""
+    if (folder / WEIGHTS).exists():
+        return _stored_in(folder / WEIGHTS)
+    stored: dict[str, StoredTensor] = {}
+    for file in sorted(folder.glob("model-*.safetensors")):
+        stored |= _stored_in(file)
+    if stored:
+        return stored
+    if pickled := sorted(file.name for file in folder.glob("*") if _is_pickle(file)):
+        raise UnreadFormatError(
+            f"{folder}: the weights are pickled ({pickled[0]}), which this package does not read; "
+            f"expected {WEIGHTS}. Save them as safetensors."
+        )
+    return _stored_in(folder / WEIGHTS)
+
+
+def _is_pickle(file: Path) -> bool:
+    """Whether a file's name and its first bytes are those of weights that torch has saved."""
+    if not PICKLE.fullmatch(file.name) or not file.is_file():
+        return False
+    with file.open("rb") as content:
+        return content.read(2) in (b"PK", b"\x80\x02")
 
 
 def read_weight_map(folder: Path) -> dict[str, str]:
@@ -236,6 +272,15 @@ def _stored_in(file: Path) -> dict[str, StoredTensor]:
         ) from error
 
 
+def layer_type(folder: Path) -> str | None:
+    """The type of a draft's layers by its tensors: Qwen3's have a norm of q. None if unknown."""
+    try:
+        names = stored_tensors(folder)
+    except SpeculatorError:
+        return None
+    return "qwen3" if any(name.endswith(".q_norm.weight") for name in names) else "llama"
+
+
 def check_shapes(
     found: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
@@ -246,7 +291,13 @@ def check_shapes(
 
     Raises:
         SpeculatorError: a tensor is missing, unknown or of another shape; the first is named.
+        UnreadFormatError: projections are stored as one.
     """
+    if fused := next((n for n in found if n not in expected and any(f in n for f in FUSED)), None):
+        raise UnreadFormatError(
+            f"{where}: {fused} holds projections as one tensor, which vLLM reads and this package "
+            "does not. Save them one by one."
+        )
     for name, shape in expected.items():
         if name not in found and name not in optional:
             raise SpeculatorError(

@@ -26,7 +26,13 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -149,8 +155,8 @@ class SpeculatorsConfig(ReloadableBaseModel):
 def _read_layer_config(value: Any) -> PretrainedConfig:
     """A decoder's config from its dict: the Transformers class that ``model_type`` names.
 
-    Keys that the class does not know stay, as readers add keys; one that is nearly a
-    key of the class is taken for a misspelling.
+    Keys that the class does not know stay, as readers add keys; one that is nearly a size which
+    is missing is taken for a misspelling.
     """
     if isinstance(value, PretrainedConfig):
         return value
@@ -160,9 +166,9 @@ def _read_layer_config(value: Any) -> PretrainedConfig:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"model_type {kind!r} is not in Transformers, expected one such as qwen3")
     config_class = CONFIG_MAPPING[kind]
-    known = {f.name for f in fields(config_class)} | checkpoint.LAYER_KEYS
     for key in value:
-        if key not in known and (hint := did_you_mean(key, known - set(value))):
+        hint = did_you_mean(key, LARGEST.keys() - value.keys())
+        if key not in _layer_keys(config_class) and hint:
             raise ValueError(f"unknown key {key!r}.{hint}")
     try:
         config = config_class(**{key: item for key, item in value.items() if key != "model_type"})
@@ -175,6 +181,12 @@ def _read_layer_config(value: Any) -> PretrainedConfig:
         config.sliding_window = value.get("sliding_window")
     _check_buildable(config)
     return config
+
+
+def _layer_keys(config_class: type[PretrainedConfig]) -> set[str]:
+    """Keys of a layer's config that the class or one of the usual ones has, or that vLLM reads."""
+    classes = (config_class, LlamaConfig, Qwen3Config)
+    return {f.name for one in classes for f in fields(one)} | checkpoint.LAYER_KEYS
 
 
 def _check_buildable(config: PretrainedConfig) -> None:
@@ -247,6 +259,8 @@ class SpeculatorModelConfig(PydanticFace):
 
     model_type: ClassVar[str] = "speculator_model"
     has_no_defaults_at_init: ClassVar[bool] = True
+    objective_keys: ClassVar[Mapping[str, str]] = {}
+    """Keys that other releases write, with the options of the loss that they state."""
     architectures: list[str] | None = None
 
     speculators_model_type: str
@@ -299,11 +313,17 @@ class SpeculatorModelConfig(PydanticFace):
         """
         known = own_fields(type(self))
         hints = {path: did_you_mean(path, known).strip() for path in _paths(self.unread_keys)}
-        return [
+        unknown = [
             f"{path} ({hint})" if hint else path
             for path, hint in hints.items()
             if path not in checkpoint.KEPT_KEYS
         ]
+        layer_config = self.transformer_layer_config
+        of_layer = _layer_keys(type(layer_config))
+        for key in vars(layer_config).keys() - of_layer:
+            if not key.startswith("_") and (hint := did_you_mean(key, of_layer)):
+                unknown.append(f"transformer_layer_config.{key} ({hint.strip()})")
+        return unknown
 
     def warn_of_unread_keys(self) -> None:
         """Logs one warning that lists the unknown keys."""
@@ -314,6 +334,21 @@ class SpeculatorModelConfig(PydanticFace):
                 self.speculators_model_type,
                 ", ".join(unknown),
             )
+
+    @classmethod
+    def normalize(cls, read: dict[str, Any]) -> None:
+        """Puts the format's form in place of others that readers take in the same way."""
+        if read.get("tie_word_embeddings") is True:
+            logger.warning(
+                "tie_word_embeddings true was taken for false: a draft's embeddings and head are "
+                "two tensors, or the verifier's"
+            )
+            read["tie_word_embeddings"] = False
+
+    def stated_objective(self) -> dict[str, Any]:
+        """Options of the training loss that the file states; they have no effect on decoding."""
+        names = self.objective_keys
+        return {names[key]: self.unread_keys[key] for key in names if key in self.unread_keys}
 
     def check(self) -> None:
         """Rules over several keys; an algorithm adds its own.
@@ -428,6 +463,7 @@ class SpeculatorModelConfig(PydanticFace):
                 f"{did_you_mean(key, own_fields(target))} Leave it out."
             )
         read, unread = _split_unread(checkpoint.without_foreign_keys(config_dict), known)
+        target.normalize(read)
         config = target(**{**read, **overrides})
         config.unread_keys = unread
         config.warn_of_unread_keys()
@@ -469,6 +505,11 @@ class SpeculatorModelConfig(PydanticFace):
         Raises:
             SpeculatorError: as `from_dict`, with the file's name and the cause.
         """
+        layer_config = raw.get("transformer_layer_config")
+        if isinstance(layer_config, dict) and "model_type" not in layer_config:
+            kind = checkpoint.layer_type(folder)
+            layer_config = {"model_type": kind, **layer_config} if kind else layer_config
+            raw = {**raw, "transformer_layer_config": layer_config}
         try:
             return cls.from_dict(raw, **kwargs)
         except SpeculatorError as error:

@@ -3,13 +3,14 @@
 The model that the config names, built without memory, decides what a folder must hold.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from speculators_core.errors import UnreadFormatError
 from speculators_core.format import checkpoint
 from speculators_core.format.config import SpeculatorModelConfig
 from speculators_core.registry import MODELS
@@ -20,6 +21,7 @@ class Weights:
 
     Raises:
         SpeculatorError: a file or a tensor is missing, too much, or of another shape.
+        UnreadFormatError: the weights are quantized, pickled or fused.
     """
 
     def __init__(
@@ -29,13 +31,31 @@ class Weights:
         state_dict: Mapping[str, Tensor] | None = None,
     ):
         self._state_dict = state_dict
-        self._stored = checkpoint.stored_tensors(folder) if state_dict is None else {}
+        self._stored = {}
+        if state_dict is None:
+            self._stored = checkpoint.stored_tensors(folder)
         found = self._stored if state_dict is None else state_dict
-        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
         with torch.device("meta"):
             model = MODELS.load(config.speculators_model_type)(config)
+        self._names = {_as_ours(name, model.aliases): name for name in found}
+        shapes = {ours: tuple(found[name].shape) for ours, name in self._names.items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         where = folder if state_dict is None else "state_dict"
+        self.ignored = sorted(
+            name
+            for name in shapes
+            if name not in wanted
+            and (name in model.unneeded or checkpoint.LEFTOVERS.fullmatch(name))
+        )
+        """Tensors of the folder that this kind of draft does not need; they are not read."""
+        for name in self.ignored:
+            del shapes[name], self._names[name]
+        wanted |= {name: shape for name, shape in model.adoptable.items() if name in shapes}
+        self.adopted = sorted(set(model.adoptable) & set(shapes))
+        """Tensors in place of the verifier's, which the model has a place for when it is told."""
+        if state_dict is None and not wanted.keys() >= shapes.keys():
+            check_plain(config, folder)
+        model.check_shapes(shapes, where)
         checkpoint.check_shapes(shapes, wanted, where, model.optional)
         self.missing = set(wanted) - set(shapes)
         """Tensors of the model that are not here."""
@@ -47,20 +67,55 @@ class Weights:
             SpeculatorError: one holds a NaN or an infinity, or values of the wrong kind.
         """
         if self._state_dict is not None:
-            return iter(self._state_dict.items())
-        return checkpoint.read_tensors(self._stored, list(self._stored))
+            return ((ours, self._state_dict[name]) for ours, name in self._names.items())
+        stored = {ours: self._stored[name] for ours, name in self._names.items()}
+        return checkpoint.read_tensors(stored, list(stored))
 
 
-def check_checkpoint(folder: Path, config: SpeculatorModelConfig) -> None:
-    """Reads every tensor once and keeps none but the vocabulary maps.
+def names_of(tensors: Sequence[str]) -> str:
+    """The first names of several, and how many others there are."""
+    others = len(tensors) - 4
+    return ", ".join(tensors[:4]) + (f" and {others} others" if others > 0 else "")
+
+
+def _as_ours(name: str, aliases: Mapping[str, str]) -> str:
+    """A tensor's name in the format, where other writers have another for it."""
+    for theirs, ours in aliases.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def check_plain(config: SpeculatorModelConfig, folder: Path) -> None:
+    """Raises UnreadFormatError where a quantization accounts for unknown tensors."""
+    layer_config = config.transformer_layer_config
+    for key in ("quantization_config", "compression_config"):
+        if settings := getattr(layer_config, key, None):
+            method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+            raise UnreadFormatError(
+                f"{folder}: the draft is quantized (transformer_layer_config.{key}"
+                f"{f', {method}' if method else ''}), which vLLM reads and this package does not. "
+                "Use the draft that it was made from."
+            )
+    if (folder / "hf_quant_config.json").exists():
+        raise UnreadFormatError(
+            f"{folder}: the draft is quantized (hf_quant_config.json), which vLLM reads and this "
+            "package does not. Use the draft that it was made from."
+        )
+
+
+def check_checkpoint(folder: Path, config: SpeculatorModelConfig) -> list[str]:
+    """Reads every tensor once and keeps none but the vocabulary maps; names the ignored ones.
 
     Raises:
         SpeculatorError: a file or a tensor is missing, of another shape, or not finite; or
             tensors contradict each other.
+        UnreadFormatError: the weights are quantized, pickled or fused.
     """
     weights = Weights(config, folder)
     maps = {name: tensor for name, tensor in weights.read() if not tensor.is_floating_point()}
     MODELS.load(config.speculators_model_type).check_tensors(maps)
+    return weights.ignored
 
 
 def write(

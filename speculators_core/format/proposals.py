@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
+from speculators_core.errors import UnreadFormatError
 from speculators_core.registry import PROPOSALS
 
 
@@ -54,7 +55,12 @@ class TokenProposalConfig(ReloadableBaseModel):
         cls, data: Any, handler: ModelWrapValidatorHandler["TokenProposalConfig"]
     ) -> "TokenProposalConfig":
         if cls is TokenProposalConfig and isinstance(data, dict):
-            return PROPOSALS.load(data.get("proposal_type")).model_validate(data)
+            kind = data.get("proposal_type")
+            if isinstance(kind, str) and kind not in PROPOSALS.names():
+                raise UnreadFormatError(
+                    f"unknown proposal_type {kind!r}; known: {', '.join(PROPOSALS.names())}."
+                )
+            return PROPOSALS.load(kind).model_validate(data)
         return handler(data)
 
 

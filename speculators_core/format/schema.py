@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from transformers import PretrainedConfig
 
-from speculators_core.errors import SpeculatorError, first_fault
+from speculators_core.errors import SpeculatorError, UnreadFormatError, first_fault
 
 
 def own_fields(config_class: type[PretrainedConfig]) -> list[str]:
@@ -53,10 +53,14 @@ def checked_fields(
 
     Raises:
         SpeculatorError: one is not.
+        UnreadFormatError: one is of a kind that is not known here.
     """
     try:
         checked = schema(config_class).model_validate(values)
     except ValidationError as error:
+        raised = error.errors()[0].get("ctx", {}).get("error")
+        if isinstance(raised, UnreadFormatError):
+            raise raised from error
         key = str(error.errors()[0]["loc"][0])
         raise SpeculatorError(
             first_fault(error),

@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Self
 
-from speculators_core.errors import SpeculatorError
+from speculators_core.errors import SpeculatorError, UnreadFormatError
 from speculators_core.format import checkpoint
 from speculators_core.format.checkpoint import HubOptions, RawConfig
 from speculators_core.format.config import SpeculatorModelConfig
@@ -57,15 +57,18 @@ class StoredSpeculator:
             )
         return located
 
-    def check_tensors(self) -> None:
-        """Reads every tensor once and keeps none.
+    def check_tensors(self) -> list[str]:
+        """Reads every tensor once and keeps none; names those that the draft does not need.
 
         Raises:
             SpeculatorError: a file or a tensor is missing, of another shape, or not finite; or
                 tensors contradict each other.
+            UnreadFormatError: the weights are in a form that this package does not read.
         """
         try:
-            check_checkpoint(self.folder, self.config)
+            return check_checkpoint(self.folder, self.config)
+        except UnreadFormatError:
+            raise
         except SpeculatorError as error:
             error.cause = error.cause or "damaged checkpoint"
             raise

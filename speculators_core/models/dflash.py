@@ -16,6 +16,7 @@ The anchor's own state is unknown when it is served, so no slot sees it.
 """
 
 import logging
+from collections.abc import Collection, Mapping
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -47,8 +48,9 @@ from speculators_core.models.parts.attention import (
     attend_packed,
 )
 from speculators_core.models.parts.layers import (
+    FAMILIES,
+    as_qwen3,
     decoder_layer,
-    family_of,
     keys_and_values,
     sliding_window,
 )
@@ -58,12 +60,12 @@ from speculators_core.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-LAYER_TYPES = ("qwen3",)
-"""Those that vLLM has this network for."""
-
 
 class DFlashSpeculatorConfig(FeatureDraftConfig):
     """A DFlash speculator on disk."""
+
+    layer_ids_key: ClassVar[str] = "aux_hidden_state_layer_ids"
+    objective_keys: ClassVar[Mapping[str, str]] = {"max_anchors": "max_anchors"}
 
     speculators_model_type: Literal["dflash"] = "dflash"
     block_size: Annotated[int, Field(ge=2)] = 8
@@ -79,7 +81,7 @@ class DFlashSpeculatorConfig(FeatureDraftConfig):
     def check(self) -> None:
         super().check()
         layer_config = self.transformer_layer_config
-        family_of(layer_config, LAYER_TYPES)
+        as_qwen3(layer_config)
         if self.aux_hidden_state_layer_ids is None:
             raise SpeculatorError(
                 "aux_hidden_state_layer_ids is missing in the config: a DFlash draft has no "
@@ -125,7 +127,8 @@ class DFlashSpeculatorConfig(FeatureDraftConfig):
 class DFlashRecipe(DraftRecipe):
     """The shape of a fresh draft, as far as its verifier leaves it open."""
 
-    layer_type: Literal["qwen3"] = "qwen3"
+    layer_type: Literal["llama", "qwen3"] = "qwen3"
+    """Config of the draft's layers; the network is Qwen3's, with its q and k norms, either way."""
     num_layers: int = Field(5, ge=1)
     mask_token_id: int = Field(ge=0)
     """Token in place of those not known yet; one that no text has."""
@@ -170,14 +173,20 @@ class DFlashDraftModel(FeatureDraftModel):
     recipe_class = DFlashRecipe
     objective_class = DFlashObjective
     vocabulary_weights = ("lm_head.weight",)
+    aliases = {
+        **FeatureDraftModel.aliases,
+        "encoder.fc.": "fc.",
+        "encoder.output_norm_enc.": "hidden_norm.",
+    }
     config: DFlashSpeculatorConfig
+    embed_tokens: nn.Embedding | None
+    lm_head: nn.Linear | None
 
     def __init__(
         self, config: DFlashSpeculatorConfig, verifier=None, verifier_attachment_mode=None
     ):  # type: ignore[no-untyped-def]  # as in the base
         super().__init__(config, verifier, verifier_attachment_mode)
-        layer_config = config.transformer_layer_config
-        family = family_of(layer_config, LAYER_TYPES)
+        layer_config, family = as_qwen3(config.transformer_layer_config), FAMILIES["qwen3"]
         hidden, norm_eps = layer_config.hidden_size, layer_config.rms_norm_eps
         self.fc = self.make_fc()
         self.hidden_norm = family.norm(hidden, eps=norm_eps)
@@ -187,15 +196,47 @@ class DFlashDraftModel(FeatureDraftModel):
         )
         self.norm = family.norm(hidden, eps=norm_eps)
         self.rotary_emb = family.rotary(layer_config)
-        if not config.vocabulary.is_whole:
-            self.lm_head = nn.Linear(hidden, config.draft_vocab_size or 0, bias=False)
+        self.embed_tokens = self.lm_head = None
         self.make_vocabulary()
-        self.post_init()
         if not config.vocabulary.is_whole:
+            self.adopt(["lm_head.weight"])
+        self.post_init()
+
+    @property
+    def adoptable(self) -> dict[str, tuple[int, ...]]:
+        """vLLM reads both where they are stored; the format leaves them to the verifier."""
+        layer_config, vocabulary = self.config.transformer_layer_config, self.config.vocabulary
+        return {
+            "embed_tokens.weight": (vocabulary.verifier_size, layer_config.hidden_size),
+            "lm_head.weight": (vocabulary.size, layer_config.hidden_size),
+        }
+
+    def adopt(self, names: Collection[str]) -> None:
+        if "embed_tokens.weight" in names:
+            num_tokens, hidden = self.adoptable["embed_tokens.weight"]
+            self.embed_tokens = nn.Embedding(num_tokens, hidden)
+            self.embed_tokens.requires_grad_(False)
+        if "lm_head.weight" in names:
+            size, hidden = self.adoptable["lm_head.weight"]
+            self.lm_head = nn.Linear(hidden, size, bias=False)
             self.lm_head.requires_grad_(False)
 
+    def fill_unset(self) -> None:
+        """As for every draft; and drops adopted tensors that are the attached verifier's."""
+        super().fill_unset()
+        if self.attached is None:
+            return
+        differing = self.differing_ends()
+        if "embed_tokens.weight" not in differing:
+            self.embed_tokens = None
+        if self.config.vocabulary.is_whole and "lm_head.weight" not in differing:
+            self.lm_head = None
+
+    def get_input_embeddings(self) -> nn.Embedding | None:
+        return self.embed_tokens
+
     def get_output_embeddings(self) -> nn.Linear | None:
-        return None if self.config.vocabulary.is_whole else self.lm_head
+        return self.lm_head
 
     @classmethod
     def fresh_config(
@@ -238,6 +279,8 @@ class DFlashDraftModel(FeatureDraftModel):
         """The anchor's embedding, then the mask's; the table is the verifier's."""
         tokens = anchor_tokens[..., None].repeat_interleave(num_slots, dim=-1)
         tokens[..., 1:] = self.config.mask_token_id or 0
+        if self.embed_tokens is not None:
+            return self.embed_tokens(tokens)
         return self.embed_as_verifier(tokens)
 
     def backbone(

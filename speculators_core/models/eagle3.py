@@ -12,7 +12,7 @@ Training unrolls the same steps for all rows at once, so the draft learns to rea
 ("training-time test").
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -34,6 +34,8 @@ from speculators_core.settings import Settings
 
 class Eagle3SpeculatorConfig(EagleStackConfig):
     """An EAGLE-3 speculator on disk."""
+
+    objective_keys: ClassVar[Mapping[str, str]] = {"ttt_steps": "ttt_steps"}
 
     speculators_model_type: Literal["eagle3"] = "eagle3"
 
@@ -66,6 +68,7 @@ class Eagle3DraftModel(EagleStackModel):
     config_class: ClassVar[type[SpeculatorModelConfig]] = Eagle3SpeculatorConfig
     recipe_class = Eagle3Recipe
     objective_class = Eagle3Objective
+    unneeded = (*EagleStackModel.unneeded, "mask_hidden")
     config: Eagle3SpeculatorConfig
 
     def step(

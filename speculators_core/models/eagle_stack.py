@@ -5,6 +5,7 @@ side; the others are ordinary.
 """
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -37,6 +38,8 @@ EXCLUSIVE_NORMS = ("norm_before_fc", "fc_norm")
 
 class EagleStackConfig(FeatureDraftConfig):
     """The keys of the shared network. Defaults are those of readers that leave a key out."""
+
+    layer_ids_key: ClassVar[str] = "eagle_aux_hidden_state_layer_ids"
 
     norm_before_residual: bool = False
     norm_before_fc: bool = False

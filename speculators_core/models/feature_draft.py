@@ -1,9 +1,11 @@
 """What drafts that read aux hidden states share."""
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping
+from os import PathLike
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +23,8 @@ from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.settings import Settings
 from speculators_core.verifier.taps import DEFAULT_NUM_AUX, default_aux_layer_ids
 
+logger = logging.getLogger(__name__)
+
 AuxLayerIds = list[Annotated[int, Field(ge=0)]]
 MAX_PERMUTED = 4
 """Aux layers whose other orders are tried in a diagnosis."""
@@ -29,6 +33,9 @@ MAX_PERMUTED = 4
 class FeatureDraftConfig(SpeculatorModelConfig):
     """Keys of every draft that reads aux hidden states. Defaults are those of readers."""
 
+    layer_ids_key: ClassVar[str]
+    """Key of the aux layer ids."""
+
     draft_vocab_size: Annotated[int, Field(ge=1)] | None = 32_000
     target_hidden_size: Annotated[int, Field(ge=1)] | None = None
 
@@ -36,6 +43,18 @@ class FeatureDraftConfig(SpeculatorModelConfig):
     def stated_layer_ids(self) -> list[int] | None:
         """The aux layer ids that the config has, under whatever key."""
         raise NotImplementedError
+
+    @classmethod
+    def normalize(cls, read: dict[str, Any]) -> None:
+        super().normalize(read)
+        ids = read.get(cls.layer_ids_key)
+        if not isinstance(ids, list) or not all(isinstance(layer_id, int) for layer_id in ids):
+            return
+        if ids != sorted(set(ids)):
+            logger.warning(
+                "aux layer ids %s were taken for %s, as vLLM takes them", ids, sorted(set(ids))
+            )
+        read[cls.layer_ids_key] = sorted(set(ids)) or None
 
     def check(self) -> None:
         ids = self.stated_layer_ids
@@ -146,6 +165,8 @@ class FeatureDraftModel(SpeculatorModel):
 
     vocabulary_weights: ClassVar[tuple[str, ...]] = ("embed_tokens.weight", "lm_head.weight")
     """Copies of the verifier's embeddings and head that this algorithm's checkpoints hold."""
+    aliases: ClassVar[Mapping[str, str]] = {"midlayer.": "layers.0."}
+    unneeded: ClassVar[tuple[str, ...]] = ("t2d",)  # vLLM skips it beside a whole vocabulary
 
     def make_vocabulary(self) -> None:
         """The maps between the two vocabularies, where they differ."""
@@ -196,18 +217,47 @@ class FeatureDraftModel(SpeculatorModel):
         if "t2d" in tensors and "d2t" in tensors:
             check_vocabulary(tensors["t2d"], tensors["d2t"])
 
+    def check_shapes(self, found: Mapping[str, tuple[int, ...]], where: str | PathLike) -> None:
+        shape, width = found.get("fc.weight", ()), self.config.verifier_hidden_size
+        num_aux = self.config.num_aux
+        if len(shape) == 2 and shape[1] % width == 0 and shape[1] != num_aux * width:
+            raise SpeculatorError(
+                f"{where}: fc.weight has shape {list(shape)}, for {shape[1] // width} aux hidden "
+                f"states, but the config has {num_aux} aux layer ids "
+                f"({self.config.stated_layer_ids}). Write the ids that it was trained with.",
+                cause="wrong layer ids",
+            )
+
+    def differing_ends(self) -> list[str]:
+        """Embeddings and head of the draft that are not its verifier's, which is attached."""
+        ends = self._verifiers_ends()
+        own = {
+            "embed_tokens.weight": self.get_input_embeddings(),
+            "lm_head.weight": self.get_output_embeddings(),
+        }
+        return [
+            name
+            for name, module in own.items()
+            if module is not None
+            and not torch.equal(module.weight.data, ends[name].to(self.device, self.dtype))
+        ]
+
+    def _verifiers_ends(self) -> dict[str, Tensor]:
+        """The attached verifier's embeddings, and the rows of its head that the draft has."""
+        head, token_ids = self.verifier_head, self.draft_token_ids
+        rows = slice(None) if token_ids is None else token_ids.to(head.lm_head.weight.device)
+        return {
+            "embed_tokens.weight": head.embed_tokens.weight.data,
+            "lm_head.weight": head.lm_head.weight.data[rows],
+        }
+
     def fill_unset(self) -> None:
         if "t2d" in self.unset:
             self.t2d[self.draft_token_ids] = True
             self.unset.discard("t2d")
         if not self.unset or self.attached is None:
             return
-        head, token_ids = self.verifier_head, self.draft_token_ids
-        rows = slice(None) if token_ids is None else token_ids
-        ends = {
-            "embed_tokens.weight": head.embed_tokens.weight,
-            "lm_head.weight": head.lm_head.weight[rows],
-        }
+        ends = self._verifiers_ends()
         for name in self.unset:
             self.get_parameter(name).data.copy_(ends[name])
         self.unset = set()

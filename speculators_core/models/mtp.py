@@ -12,7 +12,7 @@ Embeddings and head are the verifier's, and its checkpoint's alone.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -48,6 +48,8 @@ LAYER_TYPES = ("qwen3", "qwen2", "llama")
 
 class MTPSpeculatorConfig(SpeculatorModelConfig):
     """An MTP speculator on disk; ``transformer_layer_config`` is the verifier's."""
+
+    objective_keys: ClassVar[Mapping[str, str]] = {"num_speculative_steps": "num_steps"}
 
     speculators_model_type: Literal["mtp"] = "mtp"
     num_nextn_predict_layers: Literal[1] = 1
@@ -154,6 +156,7 @@ class MTPDraftModel(SpeculatorModel):
     config_class: ClassVar[type[SpeculatorModelConfig]] = MTPSpeculatorConfig
     recipe_class = MTPRecipe
     objective_class = MTPObjective
+    unneeded = ("embed_tokens.weight", "lm_head.weight")  # the verifier's, here and in vLLM
     config: MTPSpeculatorConfig
 
     def __init__(self, config: MTPSpeculatorConfig, verifier=None, verifier_attachment_mode=None):  # type: ignore[no-untyped-def]  # as in the base

@@ -18,7 +18,7 @@ Training all depths at all rows would cost as many passes; conditional drop of d
 share of them that falls with the depth, and never a depth without those before it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -43,6 +43,11 @@ from speculators_core.settings import Settings
 
 class PEagleSpeculatorConfig(EagleStackConfig):
     """A P-EAGLE speculator on disk."""
+
+    objective_keys: ClassVar[Mapping[str, str]] = {
+        key: key
+        for key in ("num_depths", "down_sample_ratio", "down_sample_ratio_min", "max_anchors")
+    }
 
     speculators_model_type: Literal["peagle"] = "peagle"
     mask_token_id: Annotated[int, Field(ge=0)] | None = None

@@ -1,7 +1,8 @@
 """What every speculator shares, from loading to `generate`."""
 
+import logging
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from typing import Any, ClassVar, Self
 
@@ -23,6 +24,8 @@ from speculators_core.settings import Settings
 from speculators_core.verifier.attachment import NamedVerifier
 from speculators_core.verifier.fit import check_verifier
 from speculators_core.verifier.reading import verifier_config_of
+
+logger = logging.getLogger(__name__)
 
 
 class SpeculatorModel(VerifierSide):
@@ -81,7 +84,14 @@ class SpeculatorModel(VerifierSide):
             )
         mode = attachment_mode(verifier, verifier_attachment_mode)
         weights = loading.Weights(config, folder, state_dict)
+        if weights.ignored:
+            logger.warning(
+                "%s has tensors without use, which were ignored: %s",
+                folder,
+                loading.names_of(weights.ignored),
+            )
         model = model_class(config)
+        model.adopt(weights.adopted)
         model.unset = weights.missing
         source = None
         if model.unset & set(model.from_verifier) or mode != "detached":
@@ -103,6 +113,26 @@ class SpeculatorModel(VerifierSide):
     def optional(self) -> tuple[str, ...]:
         """All tensors that a checkpoint may leave out."""
         return self.from_verifier
+
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Beginnings of tensor names that other writers use, with those of the format."""
+    unneeded: ClassVar[tuple[str, ...]] = ()
+    """Tensors that other writers store for this kind of draft, and no reader uses."""
+
+    @property
+    def adoptable(self) -> dict[str, tuple[int, ...]]:
+        """Tensors that a checkpoint may have in place of the verifier's, with their shapes."""
+        return {}
+
+    def adopt(self, names: Collection[str]) -> None:
+        """Makes room for some of the `adoptable` tensors."""
+
+    def check_shapes(self, found: Mapping[str, tuple[int, ...]], where: str | PathLike) -> None:
+        """Looks for faults in the stored shapes that have a more exact name than a wrong shape.
+
+        Raises:
+            SpeculatorError: there is one.
+        """
 
     @staticmethod
     def check_tensors(tensors: Mapping[str, Tensor]) -> None:
@@ -208,6 +238,17 @@ class SpeculatorModel(VerifierSide):
         """
         objective = cls.objective_class.read(kwargs, "get_trainer_kwargs")
         return {"objective": objective}, {"objective": objective}
+
+    def trainer_kwargs(
+        self, objective: Mapping[str, Any]
+    ) -> tuple[dict[str, Settings], dict[str, Settings]]:
+        """`get_trainer_kwargs` for this draft: what its config states is the default.
+
+        Raises:
+            SpeculatorError: as `get_trainer_kwargs`.
+        """
+        stated = {} if "step_weights" in objective else self.config.stated_objective()
+        return self.get_trainer_kwargs(**{**stated, **objective})
 
     # ---- decoding ----
 

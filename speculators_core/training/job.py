@@ -246,7 +246,7 @@ class Job:
             shard(draft, arguments.device, dtype)
         rate, decay = plan.optimizer.learning_rate, plan.optimizer.weight_decay
         make = MuonAdamW if plan.optimizer.name == "muon" else adamw
-        train_kwargs, eval_kwargs = draft.get_trainer_kwargs(**plan.model.objective)
+        train_kwargs, eval_kwargs = draft.trainer_kwargs(plan.model.objective)
         return SpeculatorTrainer(
             draft,
             arguments,

@@ -22,6 +22,8 @@ class Pair:
     verifier: str
     """Hub id or folder."""
     verifier_config: PretrainedConfig
+    ignored_tensors: tuple[str, ...] = ()
+    """Tensors of the speculator's files that such a draft does not need."""
 
     @classmethod
     def open(
@@ -69,6 +71,5 @@ class Pair:
         check_verifier(speculator.config, config, name)
         trained_with = speculator.config.located_verifier
         check_tokenizer(speculator.folder, trained_with, tokenizer or name)
-        if has_weights:
-            speculator.check_tensors()
-        return cls(speculator, name, config)
+        ignored = speculator.check_tensors() if has_weights else []
+        return cls(speculator, name, config, tuple(ignored))

@@ -40,7 +40,10 @@ class DraftConfig(SpeculatorsConfig):
             return super().extract_transformers_pre_trained_config(config_dict)
         from speculators_core.format.config import complete_layer_config  # heavy: not at start-up
 
-        draft = complete_layer_config(config_dict.get("transformer_layer_config", {}))
+        layer_config = config_dict.get("transformer_layer_config", {})
+        if proposer.method == "eagle3" and isinstance(layer_config, dict):
+            layer_config = {"model_type": "llama", **layer_config}  # vLLM's default
+        draft = complete_layer_config(layer_config)
         proposer.configure(config_dict, draft)
         return {**draft, "speculative_method": proposer.method}
 

@@ -110,6 +110,17 @@ FOR_SERVER_REQUESTS = (
 )
 """Where an engine hands out hidden states."""
 
+FOR_WEIGHTS = (
+    # vLLM 0.32, 0.33: all tensors of a checkpoint, of the verifier's and of the draft's.
+    Patch(
+        owner="vllm.model_executor.model_loader.default_loader:DefaultModelLoader",
+        name="_get_weights_iterator",
+        parameters=("self", "source"),
+        wrapper="speculators_vllm.plugin.leftovers:skipping",
+    ),
+)
+"""Where networks are built."""
+
 FOR_CPU_WORKERS = (
     # vLLM 0.32: a worker calls this method of its platform right after it has loaded plug-ins.
     Patch(
@@ -172,6 +183,7 @@ FOR_CPU_GENERATORS = (
 PATCHES = (
     *FOR_ENGINE_ARGUMENTS,
     *FOR_SERVER_REQUESTS,
+    *FOR_WEIGHTS,
     *FOR_CPU_WORKERS,
     *FOR_CPU_SAMPLING,
     *FOR_CPU_GENERATORS,
@@ -195,6 +207,8 @@ def apply() -> None:
     from speculators_vllm.plugin import registries  # imports vLLM
 
     registries.register_networks()
+    for patch in FOR_WEIGHTS:
+        patch.apply()
     if platforms.current_platform.is_cpu():
         for patch in FOR_CPU_WORKERS:
             patch.apply()

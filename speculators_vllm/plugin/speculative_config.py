@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.errors import SpeculatorError, UnreadFormatError, first_line
 from speculators_core.format import checkpoint
-from speculators_core.format.checkpoint import HubOptions, locate_verifier
+from speculators_core.format.checkpoint import HubOptions, RawConfig, locate_verifier
+from speculators_core.format.loading import names_of
 from speculators_core.registry import MODELS
 from speculators_core.verifier.pair import Pair
 from speculators_vllm.plugin.proposers import PROPOSERS
@@ -110,18 +111,7 @@ def _from_checkpoint(
         raise SpeculatorError(f"num_speculative_tokens must be at least 1, found {tokens!r}.")
     check_served(name, config_dict)
     if config_dict["speculators_model_type"] in MODELS.names():
-        pair = Pair.open(
-            name,
-            verifier_name,
-            verifier_config=verifier,
-            tokenizer=source.tokenizer,
-            has_weights=source.has_weights,
-            files=checkpoint.ALL_FILES if source.has_weights else [checkpoint.CONFIG],
-            hub=hub,
-        )
-        completed = pair.speculator.config.speculators_config
-        assert completed is not None
-        config_dict["speculators_config"] = completed.model_dump()
+        config_dict = _completed(config_dict, name, verifier, verifier_name, source, hub)
     try:
         settings = vllm_settings(config_dict)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -135,6 +125,45 @@ def _from_checkpoint(
             f"{name}: vLLM verifies at most {MOST_TOKENS} speculative_tokens, found {tokens}."
         )
     return settings
+
+
+def _completed(
+    config_dict: RawConfig,
+    name: str,
+    verifier: PretrainedConfig,
+    verifier_name: str,
+    source: Source,
+    hub: HubOptions,
+) -> RawConfig:
+    """The config of a draft that fits its verifier, with all of its ``speculators_config``.
+
+    One that this package does not read is vLLM's to judge; a warning states the reason.
+
+    Raises:
+        SpeculatorError: the draft is at fault, or was not made for this verifier.
+    """
+    try:
+        pair = Pair.open(
+            name,
+            verifier_name,
+            verifier_config=verifier,
+            tokenizer=source.tokenizer,
+            has_weights=source.has_weights,
+            files=checkpoint.ALL_FILES if source.has_weights else [checkpoint.CONFIG],
+            hub=hub,
+        )
+    except UnreadFormatError as error:
+        logger.warning("vLLM serves the draft unchecked. %s", _one_line(name, error))
+        return config_dict
+    if pair.ignored_tensors:
+        logger.warning(
+            "%s has tensors without use, which were ignored: %s",
+            name,
+            names_of(pair.ignored_tensors),
+        )
+    completed = pair.speculator.config.speculators_config
+    assert completed is not None
+    return {**config_dict, "speculators_config": completed.model_dump()}
 
 
 def check_served(name: str, config_dict: Mapping[str, Any], with_plugin: bool = True) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from speculators_core.errors import SpeculatorError
+from speculators_core.errors import SpeculatorError, UnreadFormatError
 from speculators_core.format import checkpoint
 from speculators_core.models.speculator import SpeculatorModel
 
@@ -71,12 +71,88 @@ def change_tensor(folder, name, change):
         ("fc.weight", lambda t: t[:, :-1].clone(), "fc.weight has shape"),
         ("fc.weight", lambda t: t.index_fill(0, torch.tensor([3]), float("nan")), "NaN"),
         ("norm.weight", lambda t: t.fill_(float("inf")), "infinity"),
-        ("verifier_norm.weight", lambda t: torch.ones(32), "verifier_norm.weight has no place"),
+        ("model.norm.weight", lambda t: torch.ones(32), "model.norm.weight has no place"),
+        ("layers.0.mlp.gate_up_proj.weight", lambda t: torch.ones(8, 8), "projections as one"),
     ],
 )
 def test_bad_tensor_is_named(eagle3_folder, name, change, message):
     change_tensor(eagle3_folder, name, change)
     refused(eagle3_folder, message)
+
+
+LEFT_OVER = {
+    "verifier_norm.weight": torch.ones(32),
+    "verifier_lm_head.weight": torch.full((96, 32), float("nan")),
+    "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    "mask_hidden": torch.ones(1, 1, 96),
+}
+"""Tensors that other writers leave in an EAGLE-3 draft's file."""
+
+
+def test_tensors_without_use_are_ignored_with_one_note_and_not_written(
+    eagle3_folder, tmp_path, caplog
+):
+    before = load(eagle3_folder).state_dict()
+    for name, tensor in LEFT_OVER.items():
+        change_tensor(eagle3_folder, name, lambda _, tensor=tensor: tensor)
+    caplog.clear()
+    model = load(eagle3_folder)
+    (record,) = caplog.records
+    assert all(name in record.getMessage() for name in LEFT_OVER)
+    assert model.state_dict().keys() == before.keys()
+    model.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / checkpoint.WEIGHTS).keys() == before.keys()
+
+
+def test_names_of_the_authors_own_code_are_read(eagle3_folder):
+    before = load(eagle3_folder).state_dict()
+    file = eagle3_folder / checkpoint.WEIGHTS
+    tensors = {k.replace("layers.0.", "midlayer."): v for k, v in load_file(file).items()}
+    assert any(name.startswith("midlayer.") for name in tensors)
+    save_file(tensors, file)
+    for name, tensor in load(eagle3_folder).state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_one_shard_needs_no_index(eagle3_folder):
+    (eagle3_folder / checkpoint.WEIGHTS).rename(eagle3_folder / "model-00001-of-00001.safetensors")
+    load(eagle3_folder)
+
+
+def test_a_form_that_vllm_alone_reads_is_not_called_damaged(eagle3_folder):
+    tensors = load_file(eagle3_folder / checkpoint.WEIGHTS)
+    name = "layers.0.mlp.up_proj.weight"
+    quantized = {**tensors, name: tensors[name].to(torch.int8), f"{name}_scale": torch.ones(1)}
+    save_file(quantized, eagle3_folder / checkpoint.WEIGHTS)
+    refused(eagle3_folder, "up_proj.weight_scale has no place")
+    config = json.loads((eagle3_folder / "config.json").read_text())
+    config["transformer_layer_config"]["quantization_config"] = {"quant_method": "fp8"}
+    (eagle3_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnreadFormatError, match="quantized .*quantization_config, fp8"):
+        load(eagle3_folder)
+    (eagle3_folder / checkpoint.WEIGHTS).unlink()
+    torch.save(tensors, eagle3_folder / "pytorch_model.bin")
+    with pytest.raises(UnreadFormatError, match="pickled .pytorch_model.bin.") as caught:
+        load(eagle3_folder)
+    assert caught.value.cause is None
+
+
+def test_layers_without_a_type_are_what_their_tensors_are(eagle3_folder):
+    kind = load(eagle3_folder).config.transformer_layer_config.model_type
+    config = json.loads((eagle3_folder / "config.json").read_text())
+    assert config["transformer_layer_config"].pop("model_type") == kind == "llama"
+    (eagle3_folder / "config.json").write_text(json.dumps(config))
+    assert load(eagle3_folder).config.transformer_layer_config.model_type == "llama"
+
+
+def test_more_aux_layer_ids_than_fc_reads_are_named(eagle3_folder):
+    config = json.loads((eagle3_folder / "config.json").read_text())
+    config["eagle_aux_hidden_state_layer_ids"] = [0, 1, 2, 3]
+    config["transformer_layer_config"].pop("num_aux_hidden_states", None)
+    (eagle3_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SpeculatorError, match="for 3 aux hidden states, but .* 4 aux") as caught:
+        load(eagle3_folder)
+    assert caught.value.cause == "wrong layer ids"
 
 
 def test_shards_read_as_one_and_a_missing_one_is_named(eagle3_folder, tmp_path):

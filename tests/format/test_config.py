@@ -4,7 +4,7 @@ from typing import ClassVar
 import pytest
 from transformers import LlamaConfig
 
-from speculators_core.errors import SpeculatorError
+from speculators_core.errors import SpeculatorError, UnreadFormatError
 from speculators_core.format.config import (
     SpeculatorModelConfig,
     SpeculatorsConfig,
@@ -123,11 +123,7 @@ def test_keywords_replace_keys_and_may_name_the_algorithm():
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"draft_vocab_size": 9999}, "expected at most 2048, the verifier's vocabulary"),
         ({"norm_before_fc": True, "fc_norm": True}, "exclude each other"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
-        ({"eagle_aux_hidden_state_layer_ids": [3, 1, 4]}, "ascending"),
-        ({"eagle_aux_hidden_state_layer_ids": [1, 1, 4]}, "ascending"),
         ({"eagle_aux_hidden_state_layer_ids": [-1, 1, 4]}, "greater than or equal to 0"),
-        ({"eagle_aux_hidden_state_layer_ids": []}, "ascending"),
     ],
 )
 def test_bad_key_is_named_in_one_line(change, message):
@@ -174,6 +170,48 @@ def test_bad_speculators_config_is_named(path, value, message):
     at[path[-1]] = value
     with pytest.raises(SpeculatorError, match=message):
         SpeculatorModelConfig.from_dict(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "written"),
+    [
+        ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}),
+        (
+            {"eagle_aux_hidden_state_layer_ids": [4, 1, 3, 1]},
+            {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]},
+        ),
+    ],
+)
+def test_another_spelling_on_disk_is_read_with_a_warning_and_written_as_the_format_has_it(
+    change, written, caplog
+):
+    config = SpeculatorModelConfig.from_dict({**interop_config(), **change})
+    assert config.to_dict() | written == config.to_dict()
+    assert len(caplog.records) == 1
+    with pytest.raises(SpeculatorError, match="tie_word_embeddings|ascending"):
+        SpeculatorModelConfig.from_dict(interop_config(), **change)
+
+
+def test_no_aux_layer_ids_are_the_readers_default():
+    change = {"eagle_aux_hidden_state_layer_ids": []}
+    config = SpeculatorModelConfig.from_dict({**interop_config(), **change})
+    assert config.stated_layer_ids is None
+
+
+def test_a_key_of_the_layer_config_that_nobody_reads_is_kept_with_a_warning(caplog):
+    stored = interop_config()
+    stored["transformer_layer_config"]["attention_bia"] = True
+    config = SpeculatorModelConfig.from_dict(stored)
+    assert "transformer_layer_config.attention_bia (Did you mean 'attention_bias'?)" in caplog.text
+    assert config.to_dict()["transformer_layer_config"]["attention_bia"]
+
+
+def test_an_unknown_proposal_is_not_called_a_fault():
+    stored = interop_config()
+    stored["speculators_config"]["proposal_methods"][0]["proposal_type"] = "tree"
+    with pytest.raises(UnreadFormatError, match="unknown proposal_type 'tree'") as caught:
+        SpeculatorModelConfig.from_dict(stored)
+    assert caught.value.cause is None
 
 
 def test_dict_without_type_is_refused():

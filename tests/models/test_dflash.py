@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import functools
+import json
 import logging
 import math
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from speculators_core.batch import Batch
 from speculators_core.decoding.drafter import Chooser
@@ -71,6 +72,7 @@ VARIANTS: dict[str, dict] = {
     "blocks_of_8": {"block_size": 8, "sliding_window": 8},
     "blocks_of_16": {"block_size": 16, "causal": True},
     "three_layers": {"num_layers": 3},
+    "layers_of_llama": {"layer_type": "llama", "sliding_window": 6},
     "one_aux_layer": {"aux_layer_ids": (2,)},
     "five_aux_layers": {"aux_layer_ids": (0, 1, 2, 3, 4)},
 }
@@ -96,6 +98,58 @@ def all_rows(document: Batch) -> torch.Tensor:
 
 def logits_of(model: DFlashDraftModel, batch: Batch, anchors: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(model.states(batch, anchors), model.head_weight)
+
+
+# ---- embeddings and a head of its own ----
+
+
+def with_ends(folder, model: DFlashDraftModel, change: float) -> None:
+    """The checkpoint with the verifier's embeddings and head beside it, changed by a factor."""
+    model.save_pretrained(folder)
+    head = model.verifier_head
+    ends = {"embed_tokens.weight": head.embed_tokens.weight, "lm_head.weight": head.lm_head.weight}
+    tensors = load_file(folder / "model.safetensors")
+    changed = {name: weight.detach().flip(0) * change for name, weight in ends.items()}
+    kept = {name: weight.detach().clone() for name, weight in ends.items()}
+    save_file(tensors | (kept if change == 1 else changed), folder / "model.safetensors")
+
+
+def test_embeddings_and_a_head_equal_to_the_verifiers_are_not_kept(tmp_path):
+    model = lively_draft()
+    with_ends(tmp_path / "draft", model, 1)
+    read = SpeculatorModel.from_pretrained(tmp_path / "draft", verifier=model.verifier)
+    assert read.embed_tokens is None and read.lm_head is None
+    assert read.differing_ends() == []
+    read.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == model.state_dict().keys()
+
+
+def test_embeddings_and_a_head_of_its_own_are_used_as_in_vllm(tmp_path):
+    model, batch = lively_draft(), make_document(12)
+    with_ends(tmp_path / "draft", model, 0.5)
+    read = SpeculatorModel.from_pretrained(tmp_path / "draft", verifier=model.verifier)
+    assert read.differing_ends() == ["embed_tokens.weight", "lm_head.weight"]
+    anchors = torch.tensor([3])
+    flipped = model.verifier_head.embed_tokens.weight.flip(0) * 0.5
+    block = read.embed_block(batch.input_ids[0, anchors], 5)
+    tokens = torch.tensor([batch.input_ids[0, 3], *[model.config.mask_token_id] * 4])
+    assert_close(block[0], flipped[tokens])
+    states = read.states(batch, anchors)
+    assert_close(logits_of(read, batch, anchors), states @ read.lm_head.weight.T)
+    assert not torch.allclose(logits_of(read, batch, anchors), logits_of(model, batch, anchors))
+    detached = SpeculatorModel.from_pretrained(tmp_path / "draft")
+    detached.save_pretrained(tmp_path / "again")
+    again = SpeculatorModel.from_pretrained(tmp_path / "again", verifier=model.verifier)
+    assert torch.equal(again.lm_head.weight, read.lm_head.weight)
+    assert not any(weight.requires_grad for weight in (again.lm_head.weight,))
+
+
+def test_a_config_of_llamas_is_kept_and_has_qwen3s_norms(tmp_path):
+    model = lively_draft("layers_of_llama")
+    assert "layers.0.self_attn.q_norm.weight" in model.state_dict()
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["transformer_layer_config"]
+    assert written["model_type"] == "llama" and written["sliding_window"] == 6
 
 
 # ---- another implementation's speculator ----
@@ -951,10 +1005,11 @@ def test_window_of_a_block_is_enough():
     assert [config.is_causal(i) for i in range(2)] == [False, False]
 
 
-def test_layers_that_nobody_serves_are_refused():
+def test_layers_without_the_sizes_of_a_decoder_are_refused():
     config = interop_config("dflash")
-    config["transformer_layer_config"]["model_type"] = "llama"
-    with pytest.raises(SpeculatorError, match="'llama' has no draft layers; expected one of qwen3"):
+    config["transformer_layer_config"]["model_type"] = "t5"
+    del config["transformer_layer_config"]["intermediate_size"]
+    with pytest.raises(SpeculatorError, match="'t5' has no .*intermediate_size"):
         SpeculatorModelConfig.from_dict(config)
 
 
@@ -964,7 +1019,7 @@ def test_layers_that_nobody_serves_are_refused():
         ({"mask_token_id": 96}, "mask_token_id 96 is not in the vocabulary: expected 0 to 95"),
         ({"block_size": 1}, "block_size"),
         ({"sliding_window": 4}, "sliding_window 4 is smaller than block_size 5"),
-        ({"layer_type": "llama"}, "layer_type"),
+        ({"layer_type": "gemma3_text"}, "layer_type"),
         ({"aux_layer_ids": (3, 1)}, "ascending"),
         ({"speculative_tokens": 4}, "speculative_tokens"),
     ],

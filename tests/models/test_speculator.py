@@ -132,3 +132,24 @@ def test_without_a_verifier_generate_says_what_to_do(name, verifier):
 def test_unknown_mode_is_refused(verifier):
     with pytest.raises(ValueError, match="'full' or 'train_only', found 'detached'"):
         make_detached("mtp", verifier).attach_verifier(verifier, "detached")
+
+
+@pytest.mark.parametrize(
+    ("name", "stated", "option"),
+    [
+        ("eagle3", {"ttt_steps": 5}, "ttt_steps"),
+        ("peagle", {"num_depths": 5}, "num_depths"),
+        ("peagle", {"down_sample_ratio": 0.5}, "down_sample_ratio"),
+        ("peagle", {"down_sample_ratio_min": 0.5}, "down_sample_ratio_min"),
+        ("dflash", {"max_anchors": 3072}, "max_anchors"),
+        ("mtp", {"num_speculative_steps": 5}, "num_steps"),
+    ],
+)
+def test_what_the_config_states_of_the_loss_is_its_default(verifier, name, stated, option):
+    model = make_draft(name, verifier)
+    model.config = type(model.config).from_dict({**model.config.to_dict(), **stated})
+    (value,) = stated.values()
+    train, evaluation = model.trainer_kwargs({})
+    assert getattr(train["objective"], option) == value == getattr(evaluation["objective"], option)
+    train, _ = model.trainer_kwargs({option: 1})
+    assert getattr(train["objective"], option) == 1

@@ -5,14 +5,14 @@ in the keys that a query sees, so a caller passes that step as an ``Attend``.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, Qwen3Config
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 from transformers.models.qwen2 import modeling_qwen2
@@ -78,6 +78,17 @@ FAMILIES = {
 }
 
 
+QWEN3_SHAPE = {
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "rope_parameters",
+}
+"""What Qwen3's layers cannot do without."""
+
+
 def family_of(config: PretrainedConfig, allowed: Collection[str] = tuple(FAMILIES)) -> Family:
     """Raises SpeculatorError where the algorithm has no layers for the config's ``model_type``."""
     if config.model_type not in allowed:
@@ -86,6 +97,25 @@ def family_of(config: PretrainedConfig, allowed: Collection[str] = tuple(FAMILIE
             f"expected one of {', '.join(allowed)}. Correct model_type."
         )
     return FAMILIES[config.model_type]
+
+
+def as_qwen3(config: PretrainedConfig) -> Qwen3Config:
+    """The config of Qwen3's layers in the shape of another family's.
+
+    Raises:
+        SpeculatorError: the other config lacks a size that the layers need.
+    """
+    if isinstance(config, Qwen3Config):
+        return config
+    own = {f.name for f in fields(Qwen3Config)} - {f.name for f in fields(PretrainedConfig)}
+    shape = {key: getattr(config, key) for key in own if hasattr(config, key)}
+    if missing := QWEN3_SHAPE - shape.keys():
+        raise SpeculatorError(
+            f"transformer_layer_config.model_type {config.model_type!r} has no "
+            f"{', '.join(sorted(missing))}, which the draft's layers need. Use llama or qwen3."
+        )
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return Qwen3Config(**{**shape, "layer_types": kinds})
 
 
 def sliding_window(config: PretrainedConfig, layer: int) -> int | None:

@@ -266,7 +266,7 @@ def rehearse(
     Raises:
         NotImplementedError: the draft's ``forward`` depends on the values of its states.
     """
-    options, _ = draft.get_trainer_kwargs(**plan.model.objective)
+    options, _ = draft.trainer_kwargs(plan.model.objective)
     rehearsal, step, dtype = Rehearsal(device), _Step(draft), compute_dtype(plan, device)
     with _as_trained(draft, plan, device):
         length = plan.data.row_length
@@ -379,7 +379,7 @@ def measure_rate(draft: SpeculatorModel, plan: TrainingPlan, device: torch.devic
     before = [weight.detach().clone() for weight in trained]
     make = MuonAdamW if plan.optimizer.name == "muon" else adamw
     optimizer = make(draft, plan.optimizer.learning_rate, plan.optimizer.weight_decay)
-    options, _ = draft.get_trainer_kwargs(**plan.model.objective)
+    options, _ = draft.trainer_kwargs(plan.model.objective)
 
     def time_steps(length: int) -> float:
         row = _make_row(draft, compute_dtype(plan, device), length, length, device)

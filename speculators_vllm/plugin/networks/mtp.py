@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from vllm.sequence import IntermediateTensors
 
 Hidden = Float[Tensor, "tokens hidden"]
+VERIFIERS = ("embed_tokens.weight", "lm_head.weight")
+"""Tensors that are the verifier's whatever the checkpoint holds."""
 
 
 class _LlamaBlock(LlamaDecoderLayer):
@@ -200,7 +202,8 @@ class MTPForCausalLM(nn.Module):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        own = ((name, tensor) for name, tensor in weights if name not in VERIFIERS)
+        loaded = AutoWeightsLoader(self).load_weights(own, mapper=self.hf_to_vllm_mapper)
         if self.verifier_norm is not None:
             norm = read_final_norm(self.verifier, self.verifier_config, self.verifier_hub)
             if (norm == 0).any():
@@ -211,4 +214,4 @@ class MTPForCausalLM(nn.Module):
                 )
             self.verifier_norm.copy_(norm)
         # vLLM asks which parameters were loaded; these two are the verifier's.
-        return loaded | {"model.embed_tokens.weight", "lm_head.weight"}
+        return loaded | {f"model.{VERIFIERS[0]}", VERIFIERS[1]}

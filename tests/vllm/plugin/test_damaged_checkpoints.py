@@ -192,9 +192,9 @@ FAULTY: dict[str, tuple[str, dict[str, Any], str]] = {
     "theta in words": ("dflash", layer(rope_parameters={"rope_theta": "1e4"}), "rope_theta must"),
     "an unknown rope": ("mtp", layer(rope_parameters={"rope_type": "spiral"}), "'spiral' is not"),
     "yarn without a factor": ("mtp", layer(rope_parameters={"rope_type": "yarn"}), "factor"),
-    "another model's layers": ("dflash", layer(model_type="llama"), "model_type 'llama'"),
+    "another model's layers": ("eagle3", layer(model_type="mistral"), "model_type mistral"),
     "layers of no model": ("eagle3", layer(model_type="nonsense"), "nonsense"),
-    "layers of a vision model": ("mtp", layer(model_type="clip"), "hidden_size"),
+    "layers of a vision model": ("mtp", layer(model_type="clip"), "'clip'; expected one"),
     "a nearly right key": (
         "mtp",
         layer(hidden_size=MISSING, hiden_size=128),
@@ -204,7 +204,7 @@ FAULTY: dict[str, tuple[str, dict[str, Any], str]] = {
     "another vocabulary": ("mtp", layer(vocab_size=4096), "made for 4096"),
     "another depth": ("mtp", layer(num_hidden_layers=7, layer_types=None), "made for 7"),
     "no layer config": ("mtp", {"transformer_layer_config": None}, "transformer_layer_config"),
-    "a list for the layer config": ("dflash", {"transformer_layer_config": [1]}, "an object"),
+    "a list for the layer config": ("dflash", {"transformer_layer_config": [1]}, "a JSON object"),
     "another algorithm": ("eagle3", inner(algorithm="mtp"), "'mtp' contradicts"),
     "another kind": ("eagle3", {"speculators_model_type": "mtp"}, "unknown key|contradicts"),
     "another kind with the same keys": (
@@ -224,8 +224,11 @@ FAULTY: dict[str, tuple[str, dict[str, Any], str]] = {
     "no token": ("eagle3", method(speculative_tokens=0), "speculative_tokens"),
     "more tokens than vLLM verifies": ("mtp", method(speculative_tokens=129), "at most 128"),
     "tokens without end": ("peagle", method(speculative_tokens=10**30), "at most 128"),
-    "layer ids twice": ("eagle3", {"eagle_aux_hidden_state_layer_ids": [1, 3, 3]}, "ascending"),
-    "layer ids falling": ("dflash", {"aux_hidden_state_layer_ids": [4, 3, 1]}, "ascending"),
+    "layer ids twice": (
+        "eagle3",
+        {"eagle_aux_hidden_state_layer_ids": [1, 3, 3]},
+        r"for 3 aux hidden states, but the config has 2 aux layer ids \(\[1, 3\]\)",
+    ),
     "layer ids below zero": ("dflash", {"aux_hidden_state_layer_ids": [-1, 3, 4]}, "layer_ids"),
     "layer ids as text": ("eagle3", {"eagle_aux_hidden_state_layer_ids": ["1", "3", "4"]}, "int"),
     "layer ids beyond the verifier": (
@@ -242,7 +245,7 @@ FAULTY: dict[str, tuple[str, dict[str, Any], str]] = {
     "a norm without weights": ("eagle3", {"norm_before_fc": True}, "is missing"),
     "two norms": ("eagle3", {"norm_before_fc": True, "fc_norm": True}, "exclude each other"),
     "a smaller vocabulary": ("peagle", {"draft_vocab_size": 100}, "d2t|has shape"),
-    "a larger vocabulary": ("peagle", {"draft_vocab_size": 9999}, "larger than"),
+    "a larger vocabulary": ("peagle", {"draft_vocab_size": 9999}, "at most 2048"),
     "a block of one": ("dflash", {"block_size": 1}, "block_size"),
     "from the anchor": ("dflash", {"sample_from_anchor": True}, "sample_from_anchor is true"),
     "two layers ahead": ("mtp", {"num_nextn_predict_layers": 2}, "num_nextn_predict_layers"),
