@@ -152,7 +152,7 @@ class SpeculatorsConfig(ReloadableBaseModel):
         )
 
 
-def _read_layer_config(value: Any) -> PretrainedConfig:
+def _read_layer_config(value: object) -> PretrainedConfig:
     """A decoder's config from its dict: the Transformers class that ``model_type`` names.
 
     Keys that the class does not know stay, as readers add keys; one that is nearly a size which
@@ -223,13 +223,13 @@ def _check_buildable(config: PretrainedConfig) -> None:
         ) from error
 
 
-def _write_layer_config(config: PretrainedConfig) -> dict[str, Any]:
+def _write_layer_config(config: PretrainedConfig) -> checkpoint.RawConfig:
     """Every key a reader without class defaults needs, and nothing of this session."""
     session = ("transformers_version", "_attn_implementation", "dtype")
     return {key: value for key, value in config.to_diff_dict().items() if key not in session}
 
 
-def complete_layer_config(value: Any) -> dict[str, Any]:
+def complete_layer_config(value: Any) -> checkpoint.RawConfig:
     """A decoder's config with every key, for readers that have no class defaults.
 
     Raises:
@@ -270,7 +270,7 @@ class SpeculatorModelConfig(PydanticFace):
 
     def __post_init__(self, **kwargs: Any) -> None:
         own = own_fields(type(self))
-        self.unread_keys: dict[str, Any] = {}
+        self.unread_keys: checkpoint.RawConfig = {}
         """Keys of the file that have no effect here; `to_dict` writes them back."""
         for key in [key for key in kwargs if key not in checkpoint.COMMON_KEYS]:
             raise SpeculatorError(
@@ -300,7 +300,7 @@ class SpeculatorModelConfig(PydanticFace):
         self.check()
         self._is_checked = True
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if "_is_checked" in self.__dict__ and name in own_fields(type(self)):
             value = checked_fields(type(self), self.own_values() | {name: value})[name]
         super().__setattr__(name, value)
@@ -428,7 +428,7 @@ class SpeculatorModelConfig(PydanticFace):
         return self.speculators_config.verifier
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: checkpoint.RawConfig, **kwargs: Any) -> Any:
         """The config of the class that ``speculators_model_type`` names.
 
         ``kwargs`` replace keys of the dict; with ``return_unused_kwargs`` those that are not a key
@@ -523,7 +523,7 @@ class SpeculatorModelConfig(PydanticFace):
             return None
         return checkpoint.locate_verifier(name, beside=self.name_or_path or None)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> checkpoint.RawConfig:
         """The format on disk: all of our keys, and no ``model_type``."""
         dtype = str(self.dtype).removeprefix("torch.") if self.dtype is not None else None
         return {
@@ -534,7 +534,7 @@ class SpeculatorModelConfig(PydanticFace):
             "transformers_version": version("transformers"),
         }
 
-    def to_diff_dict(self) -> dict[str, Any]:
+    def to_diff_dict(self) -> checkpoint.RawConfig:
         """Same as `to_dict`: readers have other defaults than ours, so every key is written."""
         return self.to_dict()
 
@@ -555,14 +555,14 @@ class SpeculatorModelConfig(PydanticFace):
             self.push_to_hub(repo_id or Path(save_directory).name, **kwargs)
 
 
-def _taken(options: dict[str, Any], names: Container[str]) -> dict[str, Any]:
+def _taken(options: checkpoint.RawConfig, names: Container[str]) -> checkpoint.RawConfig:
     """These options, removed from the dict."""
     return {key: options.pop(key) for key in list(options) if key in names}
 
 
 def _split_unread(
     config_dict: Mapping[str, Any], known: Container[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[checkpoint.RawConfig, checkpoint.RawConfig]:
     """The keys that a config is made of, and all others, each where it stands in the file."""
     read, unread = _divided(config_dict, known)
     inner = read.get("speculators_config")
@@ -582,7 +582,7 @@ def _split_unread(
     return read, {**unread, "speculators_config": others} if others else unread
 
 
-def _divided(value: Any, known: Container[str]) -> tuple[Any, dict[str, Any]]:
+def _divided(value: Any, known: Container[str]) -> tuple[Any, checkpoint.RawConfig]:
     """A mapping's items with a known key, and the others; another value stays as is."""
     if not isinstance(value, Mapping):
         return value, {}
@@ -592,7 +592,7 @@ def _divided(value: Any, known: Container[str]) -> tuple[Any, dict[str, Any]]:
     )
 
 
-def _keys_of(method: Any) -> Container[str]:
+def _keys_of(method: object) -> Container[str]:
     """The keys of a proposal method's class; an unknown class has every key that stands there."""
     if not isinstance(method, Mapping):
         return ()
@@ -600,7 +600,7 @@ def _keys_of(method: Any) -> Container[str]:
     return PROPOSALS.load(kind).model_fields if kind in PROPOSALS.names() else list(method)
 
 
-def _merged(below: Any, above: Any) -> Any:
+def _merged(below: object, above: object) -> Any:
     """``above``, with what ``below`` has beside it."""
     if isinstance(below, Mapping) and isinstance(above, Mapping):
         both = {key: _merged(below[key], above[key]) for key in above if key in below}

@@ -7,6 +7,7 @@ from pydantic.fields import FieldInfo
 from transformers import PretrainedConfig
 
 from speculators_core.errors import SpeculatorError
+from speculators_core.format.checkpoint import RawConfig
 from speculators_core.format.schema import checked_fields, own_fields, schema
 from speculators_core.registry import CONFIGS, MODELS
 
@@ -86,7 +87,7 @@ class PydanticFace(PretrainedConfig):
         MODELS.reload()
 
     @classmethod
-    def model_validate(cls, value: Any) -> Self:
+    def model_validate(cls, value: object) -> Self:
         """The config of these keys, of the class that they name; a config as it is.
 
         Raises:
@@ -104,14 +105,14 @@ class PydanticFace(PretrainedConfig):
         return cls.from_dict({**known, **value})
 
     @classmethod
-    def model_json_schema(cls, **kwargs: Any) -> dict[str, Any]:
+    def model_json_schema(cls, **kwargs: Any) -> RawConfig:
         """JSON schema of the keys; ``kwargs`` as in pydantic."""
         return schema(cls).model_json_schema(**kwargs)
 
-    def model_dump(self, **kwargs: Any) -> dict[str, Any]:
+    def model_dump(self, **kwargs: Any) -> RawConfig:
         """The keys of the class with their values; ``kwargs`` as in pydantic."""
         return schema(type(self)).model_construct(**self.own_values()).model_dump(**kwargs)
 
-    def own_values(self) -> dict[str, Any]:
+    def own_values(self) -> RawConfig:
         """The keys of the class with their values, as they are."""
         return {name: getattr(self, name) for name in own_fields(type(self))}

@@ -3,9 +3,11 @@
 The model that the config names, built without memory, decides what a folder must hold.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from speculators_core.errors import UnreadFormatError
 from speculators_core.format import checkpoint
 from speculators_core.format.config import SpeculatorModelConfig
 from speculators_core.registry import MODELS
+
+logger = logging.getLogger(__name__)
 
 
 class Weights:
@@ -27,12 +31,14 @@ class Weights:
     def __init__(
         self,
         config: SpeculatorModelConfig,
-        folder: Path,
+        folder: Path | None,
         state_dict: Mapping[str, Tensor] | None = None,
+        ignore_mismatched_sizes: bool = False,
     ):
+        assert folder is not None or state_dict is not None
         self._state_dict = state_dict
         self._stored = {}
-        if state_dict is None:
+        if folder is not None and state_dict is None:
             self._stored = checkpoint.stored_tensors(folder)
         found = self._stored if state_dict is None else state_dict
         with torch.device("meta"):
@@ -40,7 +46,7 @@ class Weights:
         self._names = {_as_ours(name, model.aliases): name for name in found}
         shapes = {ours: tuple(found[name].shape) for ours, name in self._names.items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        where = folder if state_dict is None else "state_dict"
+        where = folder if folder is not None and state_dict is None else "state_dict"
         self.ignored = sorted(
             name
             for name in shapes
@@ -53,12 +59,47 @@ class Weights:
         wanted |= {name: shape for name, shape in model.adoptable.items() if name in shapes}
         self.adopted = sorted(set(model.adoptable) & set(shapes))
         """Tensors in place of the verifier's, which the model has a place for when it is told."""
-        if state_dict is None and not wanted.keys() >= shapes.keys():
+        if folder is not None and state_dict is None and not wanted.keys() >= shapes.keys():
             check_plain(config, folder)
+        self.mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        """Tensors that are left out, with the shape found and the one that the model has."""
+        if ignore_mismatched_sizes:
+            self._leave_out_mismatched(shapes, wanted, where)
         model.check_shapes(shapes, where)
-        checkpoint.check_shapes(shapes, wanted, where, model.optional)
-        self.missing = set(wanted) - set(shapes)
+        checkpoint.check_shapes(shapes, wanted, where, (*model.optional, *self.mismatched))
+        keep_random = self.mismatched.keys() - set(model.from_verifier)
+        self.missing = set(wanted) - set(shapes) - keep_random
         """Tensors of the model that are not here."""
+
+    def _leave_out_mismatched(
+        self,
+        shapes: dict[str, tuple[int, ...]],
+        wanted: Mapping[str, tuple[int, ...]],
+        where: object,
+    ) -> None:
+        for name in sorted(shapes.keys() & wanted.keys()):
+            if shapes[name] != wanted[name]:
+                self.mismatched[name] = shapes.pop(name), wanted[name]
+                del self._names[name]
+        if self.mismatched:
+            logger.warning(
+                "%s: tensors of another shape were left out and start at random: %s",
+                where,
+                ", ".join(
+                    f"{name} {list(found)} instead of {list(expected)}"
+                    for name, (found, expected) in self.mismatched.items()
+                ),
+            )
+
+    @property
+    def loading_info(self) -> dict[str, Any]:
+        """What Transformers returns with ``output_loading_info``."""
+        return {
+            "missing_keys": set(self.missing),
+            "unexpected_keys": set(self.ignored),
+            "mismatched_keys": {(name, *shapes) for name, shapes in self.mismatched.items()},
+            "error_msgs": [],
+        }
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """One tensor after another.

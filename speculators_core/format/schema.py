@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from transformers import PretrainedConfig
 
 from speculators_core.errors import SpeculatorError, UnreadFormatError, first_fault
+from speculators_core.format.checkpoint import RawConfig
 
 
 def own_fields(config_class: type[PretrainedConfig]) -> list[str]:
@@ -28,12 +29,12 @@ def schema(config_class: type[PretrainedConfig]) -> type[BaseModel]:
 
 
 def _make_schema(config_class: type[PretrainedConfig]) -> type[BaseModel]:
-    hints: dict[str, Any] = {}
+    hints: RawConfig = {}
     for parent in reversed(config_class.__mro__):
         if issubclass(parent, PretrainedConfig) and parent is not PretrainedConfig:
             hints |= inspect.get_annotations(parent, eval_str=True)
     defaults = {f.name: f.default for f in fields(config_class)}
-    members: dict[str, Any] = {
+    members: RawConfig = {
         name: (hints[name], ... if defaults[name] is MISSING else defaults[name])
         for name in own_fields(config_class)
     }
@@ -46,9 +47,7 @@ def _make_schema(config_class: type[PretrainedConfig]) -> type[BaseModel]:
     return create_model(config_class.__name__, __config__=settings, **members)
 
 
-def checked_fields(
-    config_class: type[PretrainedConfig], values: Mapping[str, Any]
-) -> dict[str, Any]:
+def checked_fields(config_class: type[PretrainedConfig], values: Mapping[str, Any]) -> RawConfig:
     """The values of a config's own fields as its annotations want them.
 
     Raises:

@@ -4,6 +4,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -17,13 +18,16 @@ from speculators_core.errors import SpeculatorError
 from speculators_core.format import checkpoint, loading
 from speculators_core.format.config import SpeculatorModelConfig
 from speculators_core.format.proposals import TokenProposalConfig
+from speculators_core.models.documented.loading import (
+    LoadingOptions,
+    constructor_arguments,
+    open_config,
+)
 from speculators_core.models.parts.attention import DraftCache
-from speculators_core.models.verifier_side import AttachmentMode, VerifierSide, attachment_mode
+from speculators_core.models.verifier_side import AttachmentMode, VerifierSide
 from speculators_core.registry import MODELS
 from speculators_core.settings import Settings
 from speculators_core.verifier.attachment import NamedVerifier
-from speculators_core.verifier.fit import check_verifier
-from speculators_core.verifier.reading import verifier_config_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,69 +49,77 @@ class SpeculatorModel(VerifierSide):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | PathLike,
-        *,
+        pretrained_model_name_or_path: str | PathLike | None,
+        *model_args: Any,
         verifier: NamedVerifier | None = None,
         verifier_attachment_mode: AttachmentMode | None = None,
-        config: SpeculatorModelConfig | None = None,
+        config: PretrainedConfig | str | PathLike | None = None,
         cache_dir: str | PathLike | None = None,
+        ignore_mismatched_sizes: bool = False,
         force_download: bool = False,
         local_files_only: bool = False,
         token: str | bool | None = None,
         revision: str = "main",
+        use_safetensors: bool | None = None,
+        weights_only: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
         dtype: str | torch.dtype = "auto",
         trust_remote_code: bool = False,
-    ) -> "SpeculatorModel":
+        **kwargs: Any,
+    ) -> Any:  # as in Transformers output_loading_info decides
         """Loads a speculator of whatever algorithm its config names.
 
-        A given ``verifier`` is attached in full unless the mode states otherwise. ``dtype``
-        defaults to the config's. Names and shapes are checked before any tensor is read.
-        ``trust_remote_code`` is for the verifier's code; a speculator brings none.
+        The verifier is attached in full unless the mode states otherwise: ``verifier``, or else
+        the one that the config names. If the named one cannot be loaded, the draft is loaded
+        without it and a warning says why. Names and shapes are checked before any tensor is read.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id; None with ``config``.
+            model_args: ``verifier`` and ``verifier_attachment_mode`` by position.
+            config: replaces the folder's: an object, a folder, a file or a hub id.
+            ignore_mismatched_sizes: tensors of another shape keep their random values.
+            use_safetensors: None or True; nothing else is read.
+            weights_only: True; nothing else is read.
+            state_dict: replaces the folder's weights.
+            dtype: type of the draft; the config's where ``auto``.
+            trust_remote_code: for the verifier's code; a speculator brings none.
+            kwargs: ``device_map``, ``torch_dtype``, ``attn_implementation`` (of the verifier),
+                ``low_cpu_mem_usage``, ``output_loading_info``, and keys of the config.
 
         Raises:
             SpeculatorError: the folder, its config, its tensors or the verifier is at fault.
         """
-        folder = checkpoint.fetch(
-            pretrained_model_name_or_path,
-            checkpoint.ALL_FILES if state_dict is None else [checkpoint.CONFIG],
-            checkpoint.HubOptions(cache_dir, force_download, local_files_only, token, revision),
+        options = LoadingOptions.take(kwargs, dtype, use_safetensors, weights_only)
+        verifier, mode = constructor_arguments(model_args, verifier, verifier_attachment_mode)
+        hub = checkpoint.HubOptions(cache_dir, force_download, local_files_only, token, revision)
+        folder, opened = open_config(
+            pretrained_model_name_or_path, config, state_dict is not None, hub, kwargs
         )
-        if config is None:
-            config = SpeculatorModelConfig.from_pretrained(folder)
-        config.name_or_path = str(folder)
-        model_class = cls.registered_model_class_from_config(config)
+        model_class = cls.registered_model_class_from_config(opened)
         if not issubclass(model_class, cls):
             raise SpeculatorError(
-                f"{folder} holds a {config.speculators_model_type} speculator; load it with "
-                f"{model_class.__name__} or SpeculatorModel."
+                f"{folder or 'config'} holds a {opened.speculators_model_type} speculator; load it "
+                f"with {model_class.__name__} or SpeculatorModel."
             )
-        mode = attachment_mode(verifier, verifier_attachment_mode)
-        weights = loading.Weights(config, folder, state_dict)
+        weights = loading.Weights(opened, folder, state_dict, ignore_mismatched_sizes)
         if weights.ignored:
             logger.warning(
                 "%s has tensors without use, which were ignored: %s",
-                folder,
+                folder or "state_dict",
                 loading.names_of(weights.ignored),
             )
-        model = model_class(config)
+        model = model_class(opened)
         model.adopt(weights.adopted)
         model.unset = weights.missing
-        source = None
-        if model.unset & set(model.from_verifier) or mode != "detached":
-            source = model.resolve_verifier(verifier)
-            check_verifier(config, verifier_config_of(source, trust_remote_code))
         tensors = dict(weights.read())
-        model.to(checkpoint.as_dtype(config.dtype if dtype == "auto" else dtype))
+        model.to(
+            options.device,
+            checkpoint.as_dtype(opened.dtype if options.dtype == "auto" else options.dtype),
+        )
         model.load_state_dict(tensors, strict=False)
         model.check_tensors(tensors)
-        if source is not None:
-            how = "train_only" if mode == "detached" else mode
-            model.attach_verifier(source, how, trust_remote_code)
-        if mode == "detached":
-            model.detach_verifier()
-        model.fill_unset()
-        return model.eval()
+        model.attach_loaded(verifier, mode, hub, trust_remote_code, options.attn_implementation)
+        return (model.eval(), weights.loading_info) if options.has_info else model.eval()
 
     @property
     def optional(self) -> tuple[str, ...]:
@@ -147,19 +159,26 @@ class SpeculatorModel(VerifierSide):
         save_directory: str | PathLike,
         state_dict: Mapping[str, Tensor] | None = None,
         max_shard_size: str | int = "5GB",
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Writes the checkpoint; files replace older ones when all are whole.
 
         A verifier that was named relative to the folder it was read from stays reachable.
-        Other arguments of Transformers' method are refused: they have no effect here.
+        With ``push_to_hub`` the checkpoint is sent to ``repo_id``, the folder's name where None;
+        ``kwargs`` are then those of Transformers' method ``push_to_hub``. Other arguments of
+        Transformers' method are refused: they have no effect here.
         """
-        ignored = {"is_main_process", "save_function", "safe_serialization"}
-        if unknown := [key for key in kwargs if key not in ignored]:
-            raise ValueError(f"save_pretrained of a speculator takes no {', '.join(unknown)}")
+        for ignored in ("is_main_process", "save_function", "safe_serialization"):
+            kwargs.pop(ignored, None)
+        if kwargs and not push_to_hub:
+            raise ValueError(f"save_pretrained of a speculator takes no {', '.join(kwargs)}")
         tensors = self.state_dict() if state_dict is None else state_dict
         self.config.dtype = self.dtype
         loading.write(save_directory, self.config, tensors, max_shard_size)
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name, **kwargs)
 
     # ---- registry and training ----
 

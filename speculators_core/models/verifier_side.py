@@ -1,5 +1,6 @@
 """The verifier beside a draft: attached, read and detached."""
 
+import logging
 from typing import Literal
 
 from jaxtyping import Float, Int
@@ -8,11 +9,14 @@ from transformers import PreTrainedModel
 
 from speculators_core.batch import Batch
 from speculators_core.errors import SpeculatorError
+from speculators_core.format.checkpoint import ALL_FILES, HubOptions, fetch
 from speculators_core.format.config import SpeculatorModelConfig
 from speculators_core.verifier.attachment import Attachment, NamedVerifier
 from speculators_core.verifier.fit import check_verifier
 from speculators_core.verifier.head import VerifierHead, VerifierLogits
-from speculators_core.verifier.reading import verifier_config_of
+from speculators_core.verifier.reading import load_verifier, verifier_config_of, with_head
+
+logger = logging.getLogger(__name__)
 
 AttachmentMode = Literal["detached", "full", "train_only"]
 
@@ -44,7 +48,7 @@ class VerifierSide(PreTrainedModel):
         verifier, mode = self._requested
         del self._requested
         if mode != "detached":
-            self.attach_verifier(self.resolve_verifier(verifier), mode)
+            self.attach_verifier(verifier, mode)
 
     def enable_input_require_grads(self) -> None:
         """Does nothing: layers recompute without reentrance, so embeddings need no gradient."""
@@ -101,12 +105,22 @@ class VerifierSide(PreTrainedModel):
         weight = self.verifier_head.lm_head.weight.detach() if own is None else own.weight
         return weight.to(self.device, self.dtype)
 
-    def resolve_verifier(self, verifier: NamedVerifier | None = None) -> str | PreTrainedModel:
-        """The given verifier, or the one that the config names.
+    def resolve_verifier(self, verifier: NamedVerifier | None = None) -> PreTrainedModel:
+        """The attached verifier; or else the given one, or the one that the config names, loaded.
 
         Raises:
-            SpeculatorError: neither names one.
+            SpeculatorError: none is named, it cannot be read, or it is not the one that the draft
+                was made for.
         """
+        if self.attached is not None and self.attached.whole is not None:
+            return self.attached.whole
+        named = self._named(verifier)
+        check_verifier(self.config, verifier_config_of(named))
+        if isinstance(named, PreTrainedModel):
+            return with_head(named)
+        return load_verifier(named, self.dtype).to(self.device)
+
+    def _named(self, verifier: NamedVerifier | None = None) -> str | PreTrainedModel:
         if isinstance(verifier, PreTrainedModel):
             return verifier
         if verifier is not None:
@@ -119,20 +133,73 @@ class VerifierSide(PreTrainedModel):
     def attach_verifier(
         self,
         verifier: NamedVerifier | None = None,
-        mode: Literal["full", "train_only"] = "full",
+        mode: Literal["full", "train_only"] | None = None,
         trust_remote_code: bool = False,
-    ) -> None:
+    ) -> PreTrainedModel | VerifierHead:
         """Brings the verifier to the draft: all of it, or only its norm, head and embeddings.
+
+        A stack of layers without a head, as ``AutoModel`` loads it, gets the one of its
+        embeddings or of its checkpoint. Without a mode the verifier is attached in full.
+
+        Returns:
+            The verifier; in the mode ``train_only``, of one that was read for it, these parts.
 
         Raises:
             SpeculatorError: it cannot be read, or it is not the one that the draft was made for.
         """
+        mode = mode or "full"
         if mode not in ("full", "train_only"):
             raise ValueError(f"mode must be 'full' or 'train_only', found {mode!r}")
-        resolved = self.resolve_verifier(verifier)
-        check_verifier(self.config, verifier_config_of(resolved, trust_remote_code))
-        self.attached = Attachment.of(resolved, mode, self.dtype, self.device, trust_remote_code)
+        named = self._named(verifier)
+        check_verifier(self.config, verifier_config_of(named, trust_remote_code))
+        if isinstance(named, PreTrainedModel):
+            named = with_head(named)
+        self.attached = Attachment.of(named, mode, self.dtype, self.device, trust_remote_code)
         self.fill_unset()
+        return named if isinstance(named, PreTrainedModel) else self.attached.verifier
+
+    def attach_loaded(
+        self,
+        verifier: NamedVerifier | None,
+        mode: AttachmentMode | None,
+        hub: HubOptions,
+        trust_remote_code: bool,
+        attn_implementation: str | None,
+    ) -> None:
+        """Attaches the verifier that `from_pretrained` was asked for, or the config names.
+
+        Without a verifier and a mode one that cannot be loaded is left out, with a warning.
+
+        Raises:
+            SpeculatorError: the verifier was asked for, or the draft's tensors need it, and it
+                cannot be read.
+        """
+        is_asked_for = verifier is not None or mode is not None
+        if is_asked_for and mode != "detached":
+            self.attach_verifier(self._fetched(verifier, hub), mode, trust_remote_code)
+        elif not is_asked_for and self.config.located_verifier is not None:
+            try:
+                self.attach_verifier(self._fetched(None, hub), "full", trust_remote_code)
+            except SpeculatorError as error:
+                logger.warning(
+                    "the draft was loaded without its verifier, which could not be attached: %s",
+                    error,
+                )
+        if self.unset & set(self.from_verifier):
+            self.attach_verifier(self._fetched(verifier, hub), "train_only", trust_remote_code)
+            self.detach_verifier()
+        self.fill_unset()
+        is_ours = self.attached is not None and not isinstance(verifier, PreTrainedModel)
+        if attn_implementation is not None and is_ours:
+            assert self.attached is not None
+            self.attached.set_attention(attn_implementation)
+
+    def _fetched(self, verifier: NamedVerifier | None, hub: HubOptions) -> NamedVerifier | None:
+        """The verifier, from the cache alone where ``hub`` does not allow more."""
+        named = self._named(verifier)
+        if isinstance(named, PreTrainedModel) or not hub.local_files_only:
+            return verifier
+        return fetch(named, (*ALL_FILES, "*.py"), HubOptions(hub.cache_dir, local_files_only=True))
 
     def detach_verifier(self) -> None:
         """Releases the verifier, and its memory where nothing else holds it."""

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
+from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.verifier.head import VerifierHead
 from speculators_core.verifier.proof import check_head
 from speculators_core.verifier.reading import load_verifier, read_verifier_head
@@ -43,6 +44,25 @@ class Attachment:
             return cls(VerifierHead(verifier), verifier.eval() if mode == "full" else None)
         head = read_verifier_head(verifier, dtype, trust_remote_code)
         return cls(head.to(device).eval())
+
+    @property
+    def verifier(self) -> PreTrainedModel | VerifierHead:
+        """All of the verifier, or the parts that are here."""
+        return self.whole or self.head
+
+    def set_attention(self, implementation: str) -> None:
+        """Has the verifier's layers attend by one of Transformers' implementations.
+
+        Raises:
+            SpeculatorError: Transformers does not have it, or its package is missing.
+        """
+        try:
+            if self.whole is not None:
+                self.whole.set_attn_implementation(implementation)
+        except (ImportError, ValueError) as error:
+            raise SpeculatorError(
+                f"attn_implementation {implementation!r}: {first_line(error)}"
+            ) from error
 
     def move(self, device: torch.device) -> None:
         """Moves the verifier, or its head."""

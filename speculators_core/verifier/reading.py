@@ -7,6 +7,7 @@ tried on a few tokens, and refused where its own logits are not the ones rebuilt
 """
 
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from os import PathLike
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -47,9 +49,51 @@ def load_verifier(
     folder = checkpoint.fetch(name_or_path, files=files)
     checkpoint.stored_tensors(folder)
     auto_class = language_model_class(_config_in(folder, trust_remote_code))
-    return auto_class.from_pretrained(
-        folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
-    ).eval()
+    try:
+        return auto_class.from_pretrained(
+            folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+        ).eval()
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise SpeculatorError(
+            f"{name_or_path}: Transformers could not load it: {first_line(error)}"
+        ) from error
+
+
+def with_head(model: PreTrainedModel) -> PreTrainedModel:
+    """The language model of a stack of layers that was loaded without its head (``AutoModel``).
+
+    The head is the embeddings where the two are tied, else the one of the stack's checkpoint.
+    A model that has a head stays as it is.
+
+    Raises:
+        SpeculatorError: Transformers has no language model of this kind, or there is no head.
+    """
+    if model.get_output_embeddings() is not None:
+        return model
+    remedy = "Load the verifier with AutoModelForCausalLM."
+    whole = _without_weights(model.config, trust_remote_code=False)
+    inner, prefix = getattr(whole, whole.base_model_prefix, None), whole.base_model_prefix
+    head: Any = whole.get_output_embeddings()
+    if not isinstance(inner, type(model)) or head is None:
+        raise SpeculatorError(f"{type(model).__name__} has no head. {remedy}")
+    if model.config.get_text_config().tie_word_embeddings:
+        head.weight = model.get_input_embeddings().weight
+    else:
+        own = list(head.named_parameters())
+        try:
+            read = _read_weights(model.name_or_path, whole, [weight for _, weight in own])
+        except SpeculatorError as error:
+            raise SpeculatorError(
+                f"{type(model).__name__} has no head, and its checkpoint gave none: {error} "
+                f"{remedy}"
+            ) from error
+        for key, weight in own:
+            value = read[weight].to(model.device, model.dtype)
+            setattr(head, key, nn.Parameter(value, requires_grad=False))
+    setattr(whole, prefix, model)
+    with suppress(OSError, ValueError):  # where there is none, the config's options stay
+        whole.generation_config = GenerationConfig.from_pretrained(model.name_or_path)
+    return whole.eval()
 
 
 def verifier_config_of(
@@ -129,7 +173,23 @@ def read_verifier_head(
     head = VerifierHead(model)
     if not _is_proven(model):
         _check_twin(_without_weights(config, trust_remote_code))
-    stored = _stored_weights(name_or_path, model, head.parameters())
+    read = _read_weights(name_or_path, model, head.parameters())
+    target = dtype or checkpoint.as_dtype(config.dtype or config.get_text_config().dtype)
+    for module in (head.norm, head.embed_tokens, head.lm_head):
+        for key, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, key, nn.Parameter(read[weight].to(target), requires_grad=False))
+    return head
+
+
+def _read_weights(
+    name_or_path: str | PathLike, model: PreTrainedModel, weights: Iterable[nn.Parameter]
+) -> dict[nn.Parameter, Tensor]:
+    """The values that a checkpoint has for these weights of a model.
+
+    Raises:
+        SpeculatorError: a tensor is missing, of a wrong shape, or not finite.
+    """
+    stored = _stored_weights(name_or_path, model, weights)
     checkpoint.check_shapes(
         {tensor.name: tensor.shape for tensor in stored.values()},
         {tensor.name: tuple(weight.shape) for weight, tensor in stored.items()},
@@ -137,12 +197,7 @@ def read_verifier_head(
     )
     by_name = {tensor.name: tensor for tensor in stored.values()}
     read = dict(checkpoint.read_tensors(by_name, list(by_name)))
-    target = dtype or checkpoint.as_dtype(config.dtype or config.get_text_config().dtype)
-    for module in (head.norm, head.embed_tokens, head.lm_head):
-        for key, weight in list(module.named_parameters(recurse=False)):
-            tensor = read[stored[weight].name].to(target)
-            setattr(module, key, nn.Parameter(tensor, requires_grad=False))
-    return head
+    return {weight: read[tensor.name] for weight, tensor in stored.items()}
 
 
 def read_final_norm(

@@ -8,7 +8,8 @@ from tests.hub import Hub, connected
 
 @pytest.fixture
 def hub(tmp_path):
-    with Hub().serving() as hub, connected(hub, tmp_path / "home"):
+    with Hub().serving() as hub, connected(hub, tmp_path / "home") as patch:
+        patch.setattr("transformers.utils.hub._hf_api", None)  # keeps the first hub's address
         yield hub
 
 

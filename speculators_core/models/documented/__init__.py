@@ -1,0 +1,1 @@
+"""Names of the public documents, translated where they enter."""
