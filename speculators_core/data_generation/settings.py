@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from speculators_core.errors import SpeculatorError
 from speculators_core.files import in_full
-from speculators_core.flags import JsonOptions, Several
+from speculators_core.flags import JsonOptions, Several, Switch
 from speculators_core.settings import Settings, read_sections
 
 StoredDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]
@@ -225,6 +225,8 @@ class RunConfig(Settings):
     in flags may lie anywhere."""
     log_file: Path | None = None
     """Log file, with a line every 30 s; `generate.log` in the store if not set."""
+    verbose: Annotated[bool, Switch] = False
+    """Show what vLLM prints while it starts, instead of sending it to a log file."""
 
     @field_validator("allowed_roots")
     @classmethod

@@ -36,10 +36,11 @@ class VLLMAnswerer:
                 "or choose the other engine."
             )
         self._batch_size = config.offline.batch_size
-        offline.prepare()
+        offline.prepare(config.offline.verbose)
         arguments = offline.check_names("--engine-args", config.offline.engine_args, DECIDED)
-        # vLLM: after `prepare`, and after errors that need not wait for it.
-        from speculators_vllm.generation.chat import Chat, find_parser
+        with offline.quiet():
+            # vLLM: after `prepare`, and after errors that need not wait for it.
+            from speculators_vllm.generation.chat import Chat, find_parser
 
         find_parser(config.offline)  # a wrong name is found before vLLM starts
         arguments = {**offline.default_arguments(), **arguments}

@@ -73,8 +73,8 @@ class VLLMPipeline(InferencePipeline):
             # A prompt may fill all positions: the token after it is sampled and never run.
             allows_long = plan.data.states.tokens == "prompt"
             arguments = self._arguments()
-            # vLLM, which a plan for a server does not need.
-            from speculators_vllm.generation.local import Engine
+            with offline.quiet():
+                from speculators_vllm.generation.local import Engine  # vLLM: not for a server
 
             self._runner = Engine(arguments, self._sink_arguments, max_frame_bytes, allows_long)
         else:
@@ -92,7 +92,7 @@ class VLLMPipeline(InferencePipeline):
         Raises:
             SpeculatorError: vLLM has no such argument or device, or the plan decides the argument.
         """
-        offline.prepare()
+        offline.prepare(self.plan.run.verbose)
         engine, data = self.plan.engine, self.plan.data
         given = offline.check_names("engine.vllm", engine.vllm, DECIDED)
         return {

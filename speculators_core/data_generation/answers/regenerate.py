@@ -39,7 +39,7 @@ from speculators_core.settings import Settings
 RUN_ALONE: Mapping[str, IncEx | bool] = {
     "answers": {
         "endpoint": {"base_url", "concurrency", "retries", "timeout_s"},
-        "offline": {"batch_size"},
+        "offline": {"batch_size", "verbose"},
     },
     "output": True,
     "resume": True,

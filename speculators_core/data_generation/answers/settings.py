@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from pydantic import Field
 
-from speculators_core.flags import JsonOptions, group
+from speculators_core.flags import JsonOptions, Switch, group
 from speculators_core.settings import Settings
 
 
@@ -60,6 +60,8 @@ class OfflineConfig(Settings):
     """vLLM's parser that separates reasoning from the answer; all is the answer if not set."""
     tool_call_parser: str | None = None
     """vLLM's parser that finds tool calls in answers; none are looked for if not set."""
+    verbose: Annotated[bool, Switch] = False
+    """Show what vLLM prints while it starts, instead of sending it to a log file."""
 
 
 class AnswersConfig(Settings):
