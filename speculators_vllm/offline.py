@@ -22,7 +22,14 @@ from speculators_vllm import engine_log, openmp
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-    from vllm import LLM, CompletionOutput, SamplingParams, TokensPrompt
+    from vllm import (
+        LLM,
+        CompletionOutput,
+        PoolingRequestOutput,
+        RequestOutput,
+        SamplingParams,
+        TokensPrompt,
+    )
 
 CPU_KV_CACHE_GIB = "1"
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
@@ -190,6 +197,29 @@ def _start(arguments: Mapping[str, Any]) -> "LLM":
                 f"vLLM did not start: {in_one_line(error).rstrip('.')}. Change the engine's "
                 f"arguments, or set VLLM_LOGGING_LEVEL=INFO to see more.{engine_log.log_sentence()}"
             ) from error
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of an engine did."""
+
+    ended: "list[RequestOutput | PoolingRequestOutput]"
+    num_read: int
+    """Tokens of prompts that were read to their end."""
+    num_written: int
+
+
+def steps_of(llm: "LLM") -> "Iterator[Step]":
+    """Steps the engine until the requests that it has now have ended."""
+    engine = llm.llm_engine
+    states = list(engine.output_processor.request_states.values())
+    num_read = num_written = 0
+    while engine.has_unfinished_requests():
+        ended = [output for output in engine.step() if output.finished]
+        read = sum(one.prompt_len for one in states if not one.is_prefilling)
+        written = sum(one.detokenizer.num_output_tokens() for one in states if one.detokenizer)
+        yield Step(ended, read - num_read, written - num_written)
+        num_read, num_written = read, written
 
 
 @dataclass(frozen=True)

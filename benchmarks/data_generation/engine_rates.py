@@ -15,7 +15,7 @@ from speculators_vllm import offline
 def with_states(settings: DataBenchmarkConfig) -> float:
     plan = make_plan(settings, engine={"name": "vllm"})
     with InferencePipeline.from_config(plan) as engine:
-        return _rate(settings, engine.forward)
+        return _rate(settings, engine.run)
 
 
 def without_states(settings: DataBenchmarkConfig) -> float:

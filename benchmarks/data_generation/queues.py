@@ -58,7 +58,7 @@ def _rates_through(settings: DataBenchmarkConfig, kind: QueueKind) -> tuple[floa
         def alone() -> float:
             start = time.perf_counter()
             for piece in pieces:
-                engine.forward(piece)
+                engine.run(piece)
             return num_tokens / (time.perf_counter() - start)
 
         def through() -> float:
@@ -76,7 +76,7 @@ def _rates_through(settings: DataBenchmarkConfig, kind: QueueKind) -> tuple[floa
 
 
 def _generated(engine: InferencePipeline, texts: list[Example]) -> list[GeneratedExample]:
-    return [found for found in engine.forward(texts) if isinstance(found, GeneratedExample)]
+    return [found for found in engine.run(texts) if isinstance(found, GeneratedExample)]
 
 
 def _rates_without_engine(settings: DataBenchmarkConfig, kind: QueueKind) -> tuple[float, float]:

@@ -226,7 +226,7 @@ class RunConfig(Settings):
     log_file: Path | None = None
     """Log file, with a line every 30 s; `generate.log` in the store if not set."""
     verbose: Annotated[bool, Switch] = False
-    """Show what vLLM prints while it starts, instead of sending it to a log file."""
+    """Print vLLM's output while it starts, instead of writing it to a log file."""
 
     @field_validator("allowed_roots")
     @classmethod

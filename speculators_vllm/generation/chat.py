@@ -8,10 +8,11 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.parser import ParserManager
 from vllm.parser.abstract_parser import Parser
 
-from speculators_core.data_generation.answers.dialogues import Answer, Call, Dialogue
+from speculators_core.data_generation.answers.dialogues import Answer, Call, Dialogue, Tally
 from speculators_core.data_generation.answers.settings import AnswersConfig, OfflineConfig
 from speculators_core.data_generation.texts.messages import Message
 from speculators_core.errors import SpeculatorError, first_line
+from speculators_vllm import offline
 
 if TYPE_CHECKING:
     from vllm.entrypoints.chat_utils import ChatCompletionMessageParam
@@ -73,7 +74,7 @@ class Chat:
         """
         asked = [(one, reader) for one in dialogues if (reader := self._enqueue(one)) is not None]
         try:
-            outputs = self._llm.wait_for_completion(RequestOutput, use_tqdm=False)
+            outputs = self._run(dialogues[0].tally) if dialogues else []
         except Exception as error:  # of the engine, of any kind
             raise SpeculatorError(
                 f"vLLM stopped: {first_line(error).rstrip('.')}. Run the command with --resume."
@@ -85,6 +86,17 @@ class Chat:
                 dialogue.fail(first_line(error))
             else:
                 dialogue.take(answer)
+
+    def _run(self, tally: Tally) -> list[RequestOutput]:
+        """The outputs in the order of their requests; tokens are counted as they come."""
+        outputs: list[RequestOutput] = []
+        try:
+            for step in offline.steps_of(self._llm):
+                tally.num_under_way += step.num_written
+                outputs += (output for output in step.ended if isinstance(output, RequestOutput))
+        finally:
+            tally.num_under_way = 0  # counted with their answers from here on
+        return sorted(outputs, key=lambda output: int(output.request_id))
 
     def _enqueue(self, dialogue: Dialogue) -> "AnswerReader | None":
         """Queues the next answer and returns its reader.

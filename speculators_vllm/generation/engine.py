@@ -2,7 +2,7 @@
 
 A request has a name, by which its states are found when they arrive, apart from its answer:
 
-    forward -> requests -> vLLM --> answers --> the outcome of each example
+    run -> requests -> vLLM --> answers --> the outcome of each example
                              |                    ^
                              +--> states, formed as they arrive
 """
@@ -15,7 +15,12 @@ from typing import Protocol
 import torch
 from pydantic import JsonValue
 
-from speculators_core.data_generation.engines.pipeline import InferencePipeline, seed_of
+from speculators_core.data_generation.engines.pipeline import (
+    InferencePipeline,
+    Steps,
+    finish,
+    seed_of,
+)
 from speculators_core.data_generation.examples import Example, Failure, Schema
 from speculators_core.data_generation.settings import GenerationPlan
 from speculators_core.errors import SpeculatorError
@@ -23,7 +28,7 @@ from speculators_core.verifier.head import VerifierHead
 from speculators_core.verifier.reading import read_verifier_head
 from speculators_vllm import offline
 from speculators_vllm.generation.arrivals import Arrivals, Outcome
-from speculators_vllm.generation.requests import OptionsOf, RequestOptions
+from speculators_vllm.generation.requests import OptionsOf, RequestOptions, Running
 from speculators_vllm.generation.server import Server
 from speculators_vllm.hidden_states import (
     EngineArguments,
@@ -54,7 +59,7 @@ HEADER_ROOM = 2**16
 class Runner(Protocol):
     """Runs a batch of requests on a vLLM engine, wherever it is."""
 
-    def run(self, arrivals: Arrivals, options_of: OptionsOf) -> dict[str, Outcome]: ...
+    def run(self, arrivals: Arrivals, options_of: OptionsOf) -> Running: ...
     def close(self) -> None: ...
 
 
@@ -122,12 +127,15 @@ class VLLMPipeline(InferencePipeline):
         )
         return head.to(self.plan.engine.device or ("cuda" if offline.has_gpu() else "cpu"))
 
-    def forward(self, examples: Sequence[Example]) -> list[Outcome]:
+    def run(self, examples: Sequence[Example]) -> list[Outcome]:
+        return finish(self.steps(examples))
+
+    def steps(self, examples: Sequence[Example]) -> Steps:
         faults = {example.key: self.fault(example) for example in examples}
         sound = [example for example in examples if faults[example.key] is None]
         outcomes = {key: Failure(key, fault) for key, fault in faults.items() if fault is not None}
         arrivals = Arrivals(sound, self._form_states)
-        done = self._runner.run(arrivals, self._options_of) if sound else {}
+        done = (yield from self._runner.run(arrivals, self._options_of)) if sound else {}
         return [done.get(example.key) or outcomes[example.key] for example in examples]
 
     def _options_of(self, name: str, example: Example) -> RequestOptions:

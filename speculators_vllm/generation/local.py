@@ -14,8 +14,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from speculators_core.data_generation.examples import Example
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_vllm import offline
-from speculators_vllm.generation.arrivals import Arrivals, Inbox, Outcome
-from speculators_vllm.generation.requests import OptionsOf, RequestOptions
+from speculators_vllm.generation.arrivals import Arrivals, Inbox
+from speculators_vllm.generation.requests import OptionsOf, RequestOptions, Running
 from speculators_vllm.hidden_states import EngineArguments, drain
 
 ALLOW_LONG = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
@@ -50,7 +50,7 @@ class Engine:
             stack.enter_context(_ending_waits_on_death(self._llm.llm_engine.engine_core))
             self._stack = stack.pop_all()
 
-    def run(self, arrivals: Arrivals, options_of: OptionsOf) -> dict[str, Outcome]:
+    def run(self, arrivals: Arrivals, options_of: OptionsOf) -> Running:
         """Raises:
         SpeculatorError: the engine stopped.
         """
@@ -58,7 +58,7 @@ class Engine:
         try:
             for name, example in arrivals.examples.items():
                 self._add(arrivals, name, example, options_of(name, example))
-            self._step(arrivals)
+            yield from self._step(arrivals)
             drain(self._llm)
         except SpeculatorError:
             raise
@@ -86,13 +86,13 @@ class Engine:
         except ValueError as error:  # too long for this engine, or refused by vLLM otherwise
             arrivals.failed(name, first_line(error))
 
-    def _step(self, arrivals: Arrivals) -> None:
+    def _step(self, arrivals: Arrivals) -> Iterator[int]:
         """Steps until all requests are answered; vLLM does not report those that are aborted."""
-        engine = self._llm.llm_engine
         unanswered = set(arrivals.examples)
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if not isinstance(output, RequestOutput) or not output.finished:
+        for step in offline.steps_of(self._llm):
+            yield step.num_read + step.num_written
+            for output in step.ended:
+                if not isinstance(output, RequestOutput):
                     continue
                 answer = output.kv_transfer_params or {}
                 if "error" in answer:

@@ -1,10 +1,11 @@
 """Options of a request for hidden states."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TypedDict
 
 from speculators_core.data_generation.examples import Example
+from speculators_vllm.generation.arrivals import Outcome
 
 
 class Sampling(TypedDict):
@@ -30,5 +31,7 @@ class RequestOptions:
     """A `hidden_states.settings.RequestOptions`, as JSON."""
 
 
+Running = Generator[int, None, dict[str, Outcome]]
+"""Numbers of tokens, each since the one before; the outcomes by key are returned at the end."""
 OptionsOf = Callable[[str, Example], RequestOptions]
 """The options of a request by its name and example."""

@@ -15,8 +15,8 @@ from speculators_core.data_generation.settings import EngineConfig
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.files import Roots
 from speculators_core.http import Access, BlockingClient, Refused, VLLMModels
-from speculators_vllm.generation.arrivals import Arrivals, Inbox, Outcome
-from speculators_vllm.generation.requests import OptionsOf, RequestOptions
+from speculators_vllm.generation.arrivals import Arrivals, Inbox
+from speculators_vllm.generation.requests import OptionsOf, RequestOptions, Running
 from speculators_vllm.hidden_states import read_hidden_states
 from speculators_vllm.hidden_states.settings import ENDPOINT
 
@@ -80,23 +80,25 @@ class Server:
             self._client.close()
             raise
 
-    def run(self, arrivals: Arrivals, options_of: OptionsOf) -> dict[str, Outcome]:
+    def run(self, arrivals: Arrivals, options_of: OptionsOf) -> Running:
         """Raises:
         SpeculatorError: the server does not answer, or does not hand out states.
         """
         if self._inbox is not None:
             self._inbox.arrivals = arrivals
 
-        def complete(name: str) -> None:
+        def complete(name: str) -> int:
+            """The prompt's tokens: a server does not say how many of them it has run."""
             try:
                 if not arrivals.has_ended:
                     example = arrivals.examples[name]
                     self._complete(arrivals, name, example, options_of(name, example))
             except SpeculatorError as error:
                 arrivals.end(error)
+            return len(arrivals.examples[name].input_ids)
 
         with ThreadPoolExecutor(self._concurrency, thread_name_prefix="ask") as threads:
-            list(threads.map(complete, arrivals.examples))
+            yield from threads.map(complete, arrivals.examples)
         return arrivals.wait()
 
     def _complete(

@@ -15,13 +15,13 @@ from speculators_core.data_generation.settings import GenerationPlan, SyncConfig
 
 
 def run_slowly(plan):
-    forward = TransformersPipeline.forward
+    steps = TransformersPipeline.steps
 
     def slow(self, examples):
         time.sleep(0.08)
-        return forward(self, examples)
+        return steps(self, examples)
 
-    TransformersPipeline.forward = slow
+    TransformersPipeline.steps = slow
     generate_data(GenerationPlan.model_validate_json(plan))
 
 

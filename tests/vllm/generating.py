@@ -65,7 +65,7 @@ def with_transformers(
     engine = {"name": "transformers", "base_url": None, "vllm": {}}
     plan = plan.model_copy(update={"engine": plan.engine.model_copy(update=engine)})
     with TransformersPipeline(plan, schema_of(plan)) as pipeline:
-        return pipeline.forward(examples)
+        return pipeline.run(examples)
 
 
 def assert_same(ours: Sequence[Any], theirs: Sequence[Any]) -> None:

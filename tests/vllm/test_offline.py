@@ -8,8 +8,12 @@ from types import SimpleNamespace
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from speculators_core.data_generation.answers.settings import AnswersConfig
+from speculators_core.data_generation.settings import GenerationPlan
 from speculators_core.errors import SpeculatorError
 from speculators_vllm import engine_log, offline, openmp
+from speculators_vllm.generation.answers import VLLMAnswerer
+from speculators_vllm.generation.engine import VLLMPipeline
 
 NAMES = (
     "VLLM_ENABLE_V1_MULTIPROCESSING",
@@ -47,6 +51,31 @@ def vllm(monkeypatch):
     monkeypatch.setattr(vllm, "LLM", Engine, raising=False)
     monkeypatch.setattr(offline, "has_gpu", lambda: False)
     return vllm
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_data_generation_sends_what_vllm_prints_to_a_log_unless_verbose(monkeypatch, verbose):
+    asked = []
+
+    def prepare(verbose):
+        asked.append(verbose)
+        raise SpeculatorError("far enough")
+
+    monkeypatch.setattr(offline, "prepare", prepare)
+    plan = GenerationPlan.model_validate(
+        {
+            "data": {"verifier": "x", "datasets": [{"path": "x"}]},
+            "sync": {"path": "x"},
+            "run": {"verbose": verbose},
+        }
+    )
+    pipeline = VLLMPipeline.__new__(VLLMPipeline)
+    pipeline.plan = plan
+    config = AnswersConfig.model_validate({"verifier": "x", "offline": {"verbose": verbose}})
+    for start in (pipeline._arguments, lambda: VLLMAnswerer(config)):
+        with pytest.raises(SpeculatorError, match="far enough"):
+            start()
+    assert asked == [verbose] * 2
 
 
 def test_an_engine_starts_in_an_environment_that_ends_with_its_start(vllm):

@@ -66,6 +66,8 @@ class Tally:
 
     num_answers: int = 0
     num_tokens: int = 0
+    num_under_way: int = 0
+    """Tokens of answers that have not ended."""
 
     def add(self, answer: Answer) -> None:
         self.num_answers += 1
@@ -107,7 +109,7 @@ class Dialogue:
         """Why there is nothing to keep."""
         self.has_failed = False
         """It could not be answered."""
-        self._tally = tally or Tally()
+        self.tally = tally or Tally()
         self._seed = seed
         self._keeps_cut = keeps_cut
         self._rest = deque(messages)
@@ -139,7 +141,7 @@ class Dialogue:
 
     def take(self, answer: Answer) -> None:
         """Goes on to where the verifier is asked next."""
-        self._tally.add(answer)
+        self.tally.add(answer)
         self.num_tokens += answer.num_tokens
         if answer.is_cut and not self._keeps_cut:
             self._end("its first answer was cut at max_tokens")

@@ -231,12 +231,13 @@ class AnswerMeter:
     def line(self) -> str:
         """For example ``120 conversations, 260 answers, 81234 tokens, 2400 tokens/s``."""
         tally = self.tally  # of conversations that have not ended, too
-        rate = tally.num_tokens / max(self.elapsed_s, 1e-9)
+        num_tokens = tally.num_tokens + tally.num_under_way
+        rate = num_tokens / max(self.elapsed_s, 1e-9)
         num_aside = self.rows - self.num_of_earlier_runs - self.num_kept
         aside = f", {num_aside} set aside" if num_aside else ""
         return (
             f"{self.num_kept} conversations, {tally.num_answers} answers, "
-            f"{tally.num_tokens} tokens, {rate:.0f} tokens/s{aside}"
+            f"{num_tokens} tokens, {rate:.0f} tokens/s{aside}"
         )
 
 

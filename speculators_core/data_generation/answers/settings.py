@@ -61,7 +61,7 @@ class OfflineConfig(Settings):
     tool_call_parser: str | None = None
     """vLLM's parser that finds tool calls in answers; none are looked for if not set."""
     verbose: Annotated[bool, Switch] = False
-    """Show what vLLM prints while it starts, instead of sending it to a log file."""
+    """Print vLLM's output while it starts, instead of writing it to a log file."""
 
 
 class AnswersConfig(Settings):

@@ -5,7 +5,7 @@ this process. Other packages register engines in the entry-point group ``specula
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Any
@@ -26,6 +26,9 @@ from speculators_core.verifier.reading import (
     read_verifier_head,
 )
 
+Steps = Generator[int, None, list[GeneratedExample | Failure]]
+"""Numbers of tokens, each since the one before; the outcomes are returned at the end."""
+
 
 class InferencePipeline(ABC):
     """Runs examples through a verifier."""
@@ -45,7 +48,7 @@ class InferencePipeline(ABC):
         return engine(plan, schema or schema_of(plan))
 
     @abstractmethod
-    def forward(self, examples: Sequence[Example]) -> list[GeneratedExample | Failure]:
+    def run(self, examples: Sequence[Example]) -> list[GeneratedExample | Failure]:
         """The verifier's output for each example, in order.
 
         An example that cannot be run becomes a `Failure` and does not affect the others.
@@ -53,6 +56,15 @@ class InferencePipeline(ABC):
         Raises:
             SpeculatorError: the engine itself cannot continue.
         """
+
+    def steps(self, examples: Sequence[Example]) -> Steps:
+        """`run` in steps, so that a run can show its tokens as they come.
+
+        An engine that overrides it yields the tokens that it has read and written since the last
+        time.
+        """
+        yield from ()
+        return self.run(examples)
 
     @abstractmethod
     def close(self) -> None:
@@ -189,6 +201,20 @@ def schema_of(plan: GenerationPlan) -> Schema:
             f"{longest}, the positions of {plan.data.verifier}. Reduce {what}."
         )
     return schema
+
+
+def finish(steps: Steps) -> list[GeneratedExample | Failure]:
+    """The outcomes at the end of the steps."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def num_tokens_of(outcomes: Iterable[GeneratedExample | Failure]) -> int:
+    """Tokens of the examples, without those that failed."""
+    return sum(len(one.input_ids) for one in outcomes if isinstance(one, GeneratedExample))
 
 
 def seed_of(seed: int, key: str) -> int:

@@ -9,7 +9,13 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from speculators_core.data_generation.engines.pipeline import InferencePipeline, seed_of
+from speculators_core.data_generation.engines.pipeline import (
+    InferencePipeline,
+    Steps,
+    finish,
+    num_tokens_of,
+    seed_of,
+)
 from speculators_core.data_generation.examples import Example, Failure, GeneratedExample, Schema
 from speculators_core.data_generation.settings import GenerationPlan
 from speculators_core.errors import SpeculatorError, first_line
@@ -46,7 +52,10 @@ class TransformersPipeline(InferencePipeline):
     def head(self) -> VerifierHead:
         return VerifierHead(self.model)
 
-    def forward(self, examples: Sequence[Example]) -> list[GeneratedExample | Failure]:
+    def run(self, examples: Sequence[Example]) -> list[GeneratedExample | Failure]:
+        return finish(self.steps(examples))
+
+    def steps(self, examples: Sequence[Example]) -> Steps:
         done: dict[str, GeneratedExample | Failure] = {}
         sound = []
         for example in examples:
@@ -58,7 +67,9 @@ class TransformersPipeline(InferencePipeline):
         sound.sort(key=lambda example: (-len(example.input_ids), example.key))
         size = self.plan.engine.batch_size or BATCH_SIZE
         for first in range(0, len(sound), size):
-            done |= self._run(sound[first : first + size])
+            made = self._run(sound[first : first + size])
+            done |= made
+            yield num_tokens_of(made.values())
         return [done[example.key] for example in examples]
 
     def _run(self, batch: list[Example]) -> dict[str, GeneratedExample | Failure]:

@@ -3,15 +3,24 @@
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from speculators_core.console import LINE_EVERY_S, console
-from speculators_core.data_generation.runs.workers import UnitDone
+from speculators_core.data_generation.runs.workers import UnitDone, UnitProgress
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.files import open_own
 
@@ -34,9 +43,15 @@ class Meter:
         self.num_units_kept = 0
         self.engine_s = 0.0
         self.set_aside: dict[str, str] = {}
+        self._under_way: Counter[int] = Counter()
+        """Tokens of units that are not stored, by the unit's number."""
         self._rows_at_first: int | None = None
 
-    def add(self, done: UnitDone) -> None:
+    def add(self, done: UnitDone | UnitProgress) -> None:
+        if isinstance(done, UnitProgress):
+            self._under_way[done.unit] += done.num_tokens
+            return
+        del self._under_way[done.unit]
         self.rows = max(self.rows, done.rows)
         self.num_units += 1
         if done.was_there:
@@ -55,8 +70,13 @@ class Meter:
         return time.monotonic() - self.started
 
     @property
+    def num_tokens_run(self) -> int:
+        """Tokens that were stored, and those of units under way."""
+        return self.num_tokens + sum([*self._under_way.values()])  # a copy: threads ask
+
+    @property
     def tokens_per_s(self) -> float:
-        return self.num_tokens / max(self.elapsed_s, 1e-9)
+        return self.num_tokens_run / max(self.elapsed_s, 1e-9)
 
     @property
     def left_s(self) -> float | None:
@@ -71,7 +91,7 @@ class Meter:
         aside = f", {len(self.set_aside)} set aside" if self.set_aside else ""
         left = "" if self.left_s is None else f", {self.left_s:.0f} s left"
         return (
-            f"{self.num_examples} examples, {self.num_tokens} tokens, "
+            f"{self.num_examples} examples, {self.num_tokens_run} tokens, "
             f"{self.tokens_per_s:.0f} tokens/s, {self.size_bytes / 1e9:.3f} GB{aside}{left}"
         )
 
@@ -100,7 +120,7 @@ def metered(
     log = _Log(log_file)
     log.write("began")
     columns = (
-        TextColumn("{task.description}"),
+        _Line(meter),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
@@ -110,7 +130,7 @@ def metered(
 
         def show(done: Done) -> None:
             meter.add(done)
-            bar.update(task, completed=meter.rows, description=meter.line())
+            bar.update(task, completed=meter.rows)
 
         def tick() -> None:
             log.write(meter.line())
@@ -145,6 +165,17 @@ def _every(seconds: float, tick: Callable[[], None]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+class _Line(ProgressColumn):
+    """What the meter says whenever the bar is drawn, also between two calls of ``show``."""
+
+    def __init__(self, meter: Measure[Done]) -> None:
+        super().__init__()
+        self._meter = meter
+
+    def render(self, task: Task) -> Text:
+        return Text(self._meter.line())
 
 
 class _Log:

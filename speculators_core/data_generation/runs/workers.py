@@ -13,16 +13,17 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from typing import get_args
 
 import torch
 from pydantic import Field
 
-from speculators_core.data_generation.engines.pipeline import InferencePipeline, schema_of
+from speculators_core.data_generation.engines.pipeline import InferencePipeline, Steps, schema_of
 from speculators_core.data_generation.examples import Failure, GeneratedExample
 from speculators_core.data_generation.queues.mp_queue import MPQueueStore
 from speculators_core.data_generation.queues.zmq_store import ZmqStore
@@ -36,6 +37,8 @@ from speculators_core.errors import SpeculatorError
 from speculators_core.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+PROGRESS_EVERY_S = 0.5
 
 
 class UnitDone(Settings):
@@ -54,6 +57,14 @@ class UnitDone(Settings):
     """Whether an earlier run had completed it."""
 
 
+class UnitProgress(Settings):
+    """Tokens of a unit that an engine has run, before the unit is stored."""
+
+    unit: int
+    num_tokens: int
+    """Since the last message about this unit."""
+
+
 class WorkerDone(Settings):
     """A worker's last message."""
 
@@ -62,7 +73,7 @@ class WorkerDone(Settings):
     """`sources.Counts` of all rows that were read."""
 
 
-Told = UnitDone | WorkerDone
+Told = UnitDone | UnitProgress | WorkerDone
 
 
 def generate_data_worker(plan: GenerationPlan, worker: int = 0) -> Iterator[Told]:
@@ -89,7 +100,7 @@ def generate_data_worker(plan: GenerationPlan, worker: int = 0) -> Iterator[Told
                 engine = InferencePipeline.from_config(_on_device(plan, worker), schema)
                 stack.enter_context(engine)
             start = time.monotonic()
-            results = engine.forward(unit.examples)
+            results = yield from _telling(unit.number, engine.steps(unit.examples))
             engine_s = time.monotonic() - start
             if storing is not None:
                 yield storing.result()
@@ -100,6 +111,21 @@ def generate_data_worker(plan: GenerationPlan, worker: int = 0) -> Iterator[Told
             yield storing.result()
     target.close()  # not after an error: a queue would mark the end of the data for its consumers
     yield WorkerDone(worker=worker, counts=counts.as_dict())
+
+
+def _telling(
+    unit: int, steps: Steps
+) -> Generator[UnitProgress, None, list[GeneratedExample | Failure]]:
+    """Reports the tokens of the steps, not more often than `PROGRESS_EVERY_S`."""
+    num_tokens, last_told = 0, time.monotonic()
+    while True:
+        try:
+            num_tokens += next(steps)
+        except StopIteration as end:
+            return end.value
+        if num_tokens and time.monotonic() - last_told >= PROGRESS_EVERY_S:
+            yield UnitProgress(unit=unit, num_tokens=num_tokens)
+            num_tokens, last_told = 0, time.monotonic()
 
 
 def _aborting(target: Target) -> Callable[..., None]:
@@ -255,10 +281,7 @@ def read_told(message: bytes) -> Told:
     ((kind, content),) = json.loads(message).items()
     if kind == "fault":
         raise SpeculatorError(content)
-    known: dict[str, type[UnitDone] | type[WorkerDone]] = {
-        "UnitDone": UnitDone,
-        "WorkerDone": WorkerDone,
-    }
+    known: dict[str, type[Told]] = {one.__name__: one for one in get_args(Told)}
     return known[kind].model_validate(content)
 
 

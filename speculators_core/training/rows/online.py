@@ -194,7 +194,7 @@ class TextExamples:
         return self._examples[number].key
 
     def read(self, numbers: Sequence[int]) -> list[GeneratedExample]:
-        made = self._pipeline.forward([self._examples[number] for number in numbers])
+        made = self._pipeline.run([self._examples[number] for number in numbers])
         for result in made:
             if isinstance(result, Failure):
                 raise SpeculatorError(

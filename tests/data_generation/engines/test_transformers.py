@@ -35,7 +35,7 @@ def plan_of(folder, states=None, engine=None, **sections):
 
 def run(folder, examples, **options):
     with InferencePipeline.from_config(plan_of(folder, **options)) as pipeline:
-        return pipeline.forward(examples)
+        return pipeline.run(examples)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -172,7 +172,7 @@ def test_a_batch_that_fails_is_run_text_by_text(verifier):
         for given in examples:
             given.input_ids.clamp_(max=90)
         examples[2].input_ids[1] = 95
-        results = pipeline.forward(examples)
+        results = pipeline.run(examples)
     assert results[2] == Failure("0/2", "out of memory")
     assert [type(result).__name__ for result in results].count("Failure") == 1
 
@@ -182,7 +182,7 @@ def test_states_that_are_no_numbers_are_set_aside(verifier):
         pipeline.model.get_input_embeddings().weight.data[3] = float("nan")
         odd, even = example(0, 5), example(1, 5)
         odd.input_ids[0], even.input_ids[:] = 3, 4
-        results = pipeline.forward([odd, even])
+        results = pipeline.run([odd, even])
     assert results[0] == Failure("0/0", "the verifier's states are not finite in float32")
     assert not isinstance(results[1], Failure)
 
@@ -193,7 +193,7 @@ def test_states_that_the_store_cannot_hold_are_set_aside(verifier):
         pipeline.model.get_input_embeddings().weight.data[3] = 1e5
         odd = example(0, 5)
         odd.input_ids[0] = 3
-        (result,) = pipeline.forward([odd])
+        (result,) = pipeline.run([odd])
     assert result == Failure("0/0", "the verifier's states are not finite in float16")
 
 

@@ -28,9 +28,19 @@ from speculators_core.data_generation.runs.generate import (
     print_report,
 )
 from speculators_core.data_generation.runs.preparation import placed, prepare
-from speculators_core.data_generation.runs.progress import Meter
+from speculators_core.data_generation.runs.progress import Meter, _Line
 from speculators_core.data_generation.runs.targets import Arrived, QueueTarget
-from speculators_core.data_generation.runs.workers import UnitDone, _on_device, run_here, to_json
+from speculators_core.data_generation.runs.workers import (
+    UnitDone,
+    UnitProgress,
+    WorkerDone,
+    _on_device,
+    generate_data_worker,
+    messages_of,
+    read_told,
+    run_here,
+    to_json,
+)
 from speculators_core.data_generation.settings import GenerationPlan, SyncConfig, read_plan
 from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.errors import SpeculatorError
@@ -267,8 +277,8 @@ def children_of(pid):
 class FailingOn(TransformersPipeline):
     """An engine that fails on texts with a certain token."""
 
-    def forward(self, examples):
-        results = super().forward(examples)
+    def steps(self, examples):
+        results = yield from super().steps(examples)
         return [
             Failure(result.key, "it holds a 5") if (example.input_ids == 5).any() else result
             for example, result in zip(examples, results, strict=True)
@@ -535,12 +545,43 @@ def test_links_out_of_the_store_are_not_followed(given, tmp_path, name):
 
 def test_a_log_line_comes_however_long_a_unit_takes(given, tmp_path, monkeypatch):
     monkeypatch.setattr("speculators_core.data_generation.runs.progress.LINE_EVERY_S", 0.02)
-    forward = TransformersPipeline.forward
+    steps = TransformersPipeline.steps
     monkeypatch.setattr(
-        TransformersPipeline, "forward", lambda self, e: (time.sleep(0.3), forward(self, e))[1]
+        TransformersPipeline, "steps", lambda self, e: (time.sleep(0.3), steps(self, e))[1]
     )
     generate_data(plan_of(given, tmp_path / "store", run={"limit": 2}))
     assert len((tmp_path / "store" / "generate.log").read_text().splitlines()) > 5
+
+
+@pytest.mark.parametrize("every_s", [0, 60])
+def test_tokens_of_a_unit_count_before_it_is_stored(given, tmp_path, monkeypatch, every_s):
+    monkeypatch.setattr("speculators_core.data_generation.runs.workers.PROGRESS_EVERY_S", every_s)
+    plan = placed(
+        plan_of(given, tmp_path / "s", engine={"batch_size": 2}, sync={"shard_tokens": 200})
+    )
+    prepare(plan)
+    meter, seen = Meter(None), []
+    for told in generate_data_worker(plan):
+        if isinstance(told, WorkerDone):
+            continue
+        told = read_told(next(messages_of(lambda told=told: iter([told]))))  # as between processes
+        meter.add(told)
+        seen.append((told, meter.num_tokens_run, meter.line()))
+    done = [one for one, *_ in seen if isinstance(one, UnitDone)]
+    early = [one for one, *_ in seen if isinstance(one, UnitProgress)]
+    assert bool(early) == (every_s == 0)
+    for unit in {one.unit for one in early}:
+        of_unit = [one.num_tokens for one in early if one.unit == unit]
+        assert sum(of_unit) == done[unit].num_tokens and len(of_unit) > 1
+    first_tokens, first_line = seen[0][1:]
+    assert f"0 examples, {first_tokens} tokens" in first_line if early else done[0].num_tokens
+    assert meter.num_tokens_run == meter.num_tokens == sum(one.num_tokens for one in done)
+
+
+def test_the_bar_shows_what_the_meter_says_whenever_it_is_drawn():
+    meter = Meter(None)
+    meter.add(UnitProgress(unit=3, num_tokens=12345))
+    assert "12345 tokens" in str(_Line(meter).render(None))
 
 
 def test_the_time_left_goes_by_the_rows():

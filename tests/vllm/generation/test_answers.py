@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from speculators_core.data_generation.answers.dialogues import Dialogue
+from speculators_core.data_generation.answers.dialogues import Dialogue, Tally
+from speculators_core.data_generation.answers.regenerate import AnswerMeter
 from speculators_core.data_generation.answers.settings import AnswersConfig
 from speculators_core.errors import SpeculatorError
 from speculators_vllm.generation.answers import VLLMAnswerer
@@ -148,6 +149,26 @@ def test_drawn_answers_are_the_same_in_each_run_and_follow_the_options(answerer)
     assert len(set(greedy)) == 1
     assert drawn(answerer, top_k=1) == drawn(answerer, top_p=1e-6) == greedy
     assert len(drawn(answerer, max_tokens=1)[0]) < len(first[0])
+
+
+class Recorder(Tally):
+    """Keeps the numbers of tokens under way."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "num_under_way":
+            self.__dict__.setdefault("seen", []).append(value)
+
+
+def test_tokens_count_while_their_answers_are_written(answerer):
+    tally = Recorder()
+    given = [Dialogue(f"0/{n}", [asked(0, 0)], keeps_cut=True, tally=tally) for n in range(2)]
+    list(answerer.answer(iter(given)))
+    assert len(set(tally.seen)) > 5 and max(tally.seen) == 16  # two answers of eight tokens
+    assert (tally.num_tokens, tally.num_under_way) == (16, 0)
+    meter = AnswerMeter(None, 0)
+    meter.tally.num_under_way = 5
+    assert "5 tokens" in meter.line()
 
 
 def test_what_vllm_refuses_ends_that_conversation_alone(answerer):

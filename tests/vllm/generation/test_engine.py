@@ -77,11 +77,16 @@ STATES = {
 def test_values_are_those_of_transformers(running, folder, states):
     plan = plan_of(folder, states, **WRITES)
     examples = examples_of(1, 40, 7, 300, 33, 129)
-    found = running(plan).forward(examples)
+    found = running(plan).run(examples)
     assert_same(found, with_transformers(plan, examples))
-    assert_same(found, running(plan).forward(examples))  # from the prefix cache
+    steps = running(plan).steps(examples)  # from the prefix cache
+    counts = list(steps)
+    assert_same(found, running(plan).run(examples))
+    # The token that the verifier wrote last is never read, and is not kept.
+    assert sum(counts) == sum(len(one.input_ids) + 1 for one in found)
     num_written = [len(one.input_ids) - one.num_prompt_tokens for one in found]
     if plan.data.states.tokens == "all":
+        assert len(counts) > 10
         assert max(num_written) == 39 and min(num_written) < 39
         assert not any(END_ID in one.input_ids for one in found)
     else:
@@ -92,7 +97,7 @@ def test_written_text_depends_on_the_seed_and_not_on_its_batch(running, folder):
     def written(examples, seed=0, **sampling):
         pipeline = running(greedy)
         pipeline.plan = plan_of(folder, WRITTEN, seed=seed, **WRITES | sampling)
-        return [one.input_ids.tolist() for one in pipeline.forward(examples)]
+        return [one.input_ids.tolist() for one in pipeline.run(examples)]
 
     greedy = plan_of(folder, WRITTEN, **WRITES)
     examples = examples_of(9, 20, 31, 8)
@@ -137,7 +142,7 @@ def test_an_example_that_fails_leaves_the_others_as_if_it_were_not_there(
 
     monkeypatch.setattr(engine, "add_request", added)
     pipeline.form = formed
-    found = pipeline.forward(examples)
+    found = pipeline.run(examples)
     reasons = {one.key: one.reason for one in found if isinstance(one, Failure)}
     assert reasons == {
         "4-1": "301 tokens, expected 1 to 300 (engine.max_length)",
@@ -148,8 +153,8 @@ def test_an_example_that_fails_leaves_the_others_as_if_it_were_not_there(
     }
     alone = [examples[0], examples[5]]
     assert_same([found[0], found[5]], with_transformers(plan, alone))
-    assert running(plan).forward([]) == []
-    assert_same(running(plan).forward(alone), [found[0], found[5]])
+    assert running(plan).run([]) == []
+    assert_same(running(plan).run(alone), [found[0], found[5]])
 
 
 def test_states_that_cannot_leave_the_engine_fail_their_example_alone(running, folder, monkeypatch):
@@ -170,7 +175,7 @@ def test_states_that_cannot_leave_the_engine_fail_their_example_alone(running, f
 
     monkeypatch.setattr(courier, "_copy", copied)
     monkeypatch.setattr(pipeline, "plan", plan_of(folder, WRITTEN, max_new_tokens=5))
-    lost, overflowed, kept = pipeline.forward(examples_of(200, 10, 11, seed=5))
+    lost, overflowed, kept = pipeline.run(examples_of(200, 10, 11, seed=5))
     assert lost.reason.endswith("out of memory")
     assert overflowed.reason == "the verifier's states are not finite in float32"
     assert len(kept.input_ids) == 15
@@ -189,8 +194,8 @@ def test_a_text_may_fill_all_positions_and_settings_reach_vllm(running, folder):
         seed=5,
     )
     examples = examples_of(POSITIONS, POSITIONS - 1, 3)
-    assert_same(running(plan).forward(examples), with_transformers(plan, examples))
-    (too_long,) = running(plan).forward(examples_of(POSITIONS + 1))
+    assert_same(running(plan).run(examples), with_transformers(plan, examples))
+    (too_long,) = running(plan).run(examples_of(POSITIONS + 1))
     assert "513 tokens, expected 1 to 512" in too_long.reason
     config = running(plan)._runner._llm.llm_engine.vllm_config
     assert config.scheduler_config.max_num_seqs == 3
@@ -206,7 +211,7 @@ def test_an_engine_in_its_own_process_does_the_same_until_it_is_killed(folder, m
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     plan, examples = plan_of(folder, dtype="bfloat16"), examples_of(30, 4)
     with VLLMPipeline(plan, schema_of(plan)) as pipeline:
-        found, expected = pipeline.forward(examples), with_transformers(plan, examples)
+        found, expected = pipeline.run(examples), with_transformers(plan, examples)
         for one, other in zip(found, expected, strict=True):
             exact = one.hidden_states.bfloat16().float()
             assert torch.equal(one.hidden_states, exact)
@@ -217,7 +222,7 @@ def test_an_engine_in_its_own_process_does_the_same_until_it_is_killed(folder, m
         threading.Timer(1, os.kill, (process.pid, signal.SIGKILL)).start()
         for _ in range(2):
             with pytest.raises(SpeculatorError, match="^vLLM stopped: .* Set run.resume") as death:
-                pipeline.forward(examples)
+                pipeline.run(examples)
             assert "\n" not in str(death.value)
 
 

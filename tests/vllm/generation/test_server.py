@@ -55,7 +55,7 @@ def test_a_server_gives_the_values_of_transformers(folder, tmp_path, monkeypatch
         plan = plan_of(folder, WRITTEN, **asked, **WRITES, api_key="a-key", batch_size=3)
         examples = examples_of(30, 350, 8, 60, 300, 2)
         with VLLMPipeline(plan, schema_of(plan)) as pipeline:
-            found = pipeline.forward(examples)
+            found = pipeline.run(examples)
             assert "HTTP 400" in found[1].reason and "\n" not in found[1].reason
             expected = with_transformers(plan, examples)
             cut = expected[4].input_ids[:319]
@@ -64,7 +64,7 @@ def test_a_server_gives_the_values_of_transformers(folder, tmp_path, monkeypatch
         monkeypatch.setenv("OPENAI_API_KEY", "a-key")
         plan = plan_of(folder, **asked)
         with VLLMPipeline(plan, schema_of(plan)) as pipeline:  # binds the endpoint again
-            assert_same(pipeline.forward(examples[2:4]), with_transformers(plan, examples[2:4]))
+            assert_same(pipeline.run(examples[2:4]), with_transformers(plan, examples[2:4]))
 
 
 # A server of our own.
@@ -158,7 +158,7 @@ def through_files(folder, **changes):
 def forward(folder, url, examples, roots, **engine):
     plan = plan_of(folder, roots=roots, base_url=url, **engine)
     with VLLMPipeline(plan, schema_of(plan)) as pipeline:
-        return pipeline.forward(examples)
+        return pipeline.run(examples)
 
 
 def test_files_are_read_and_removed_and_requests_say_all_that_matters(folder, tmp_path):
@@ -176,7 +176,7 @@ def test_files_are_read_and_removed_and_requests_say_all_that_matters(folder, tm
             api_key="k",
         )
         with VLLMPipeline(plan, schema_of(plan)) as pipeline:
-            found = pipeline.forward(examples)
+            found = pipeline.run(examples)
     for one, example in zip(found, examples, strict=True):
         assert torch.equal(one.input_ids, example.input_ids)
         assert (one.hidden_states == len(example.input_ids)).all()
@@ -311,10 +311,10 @@ def test_states_come_to_one_endpoint_alone(folder, tmp_path):
         plan = plan_of(folder, roots=(tmp_path,), base_url=url, batch_size=1)
         with VLLMPipeline(plan, schema_of(plan)) as pipeline:
             for _ in range(2):
-                found = pipeline.forward(examples_of(3, 4))
+                found = pipeline.run(examples_of(3, 4))
                 assert [one.hidden_states[0, 0, 0].item() for one in found] == [3, 4]
             with pytest.raises(SpeculatorError, match="/second and to .*/first, expected one"):
-                pipeline.forward(examples_of(9))
+                pipeline.run(examples_of(9))
     writer.close()
 
 
