@@ -47,7 +47,7 @@ def test_bad_argument_is_one_line_and_exit_code_2(capsys, arguments, message):
         ("{nonsense", "line 1"),
         ('{"category": "x"}', "either a non-empty 'prompt' or non-empty 'messages'"),
         ('{"prompt": ""}', "either a non-empty 'prompt'"),
-        ('{"prompt": "' + "word " * 5000 + '"}', "the verifier takes 2048"),
+        ('{"prompt": "' + "word " * 5000 + '"}', "expected fewer than 2048"),
     ],
 )
 def test_bad_prompts_are_named(capsys, tmp_path, text, message):
@@ -74,7 +74,7 @@ def test_k_below_one_is_refused(capsys):
 
 def test_prompt_longer_than_a_given_max_model_len_is_refused(capsys):
     line = refused(capsys, "acceptance", *EAGLE3, "--engine-args", '{"max_model_len": 9}')
-    assert "the verifier takes 9" in line
+    assert "expected fewer than 9" in line
 
 
 def test_folder_that_holds_no_model_is_refused(capsys, tmp_path):

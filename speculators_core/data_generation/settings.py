@@ -87,7 +87,10 @@ class DatasetConfig(Settings):
             return None
         path = in_full(given)
         if not path.exists():
-            raise SpeculatorError(f"{self.path}: no such file or folder, given as a data set.")
+            raise SpeculatorError(
+                f"{self.path}: no such file or folder, named as a data set's `path`. Correct it, "
+                "or name a data set of the hub."
+            )
         return path
 
 

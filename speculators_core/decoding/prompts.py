@@ -44,7 +44,8 @@ def read_prompts(source: str | Path, limit_per_category: int | None = None) -> l
     prompts = _read_jsonl(path) if is_file else _read_hub(str(source))
     if not prompts:
         raise SpeculatorError(
-            f"{source} holds no prompts. Write one JSON object a line, with 'prompt' or 'messages'."
+            f"{source} holds no prompts. Write one JSON object per line, with 'prompt' or "
+            "'messages'."
         )
     seen: dict[str, int] = {}
     kept = []
@@ -59,7 +60,10 @@ def _read_jsonl(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise SpeculatorError(f"{path}: not a readable prompt file ({error}).") from error
+        raise SpeculatorError(
+            f"{path}: not a readable prompt file ({error}); expected one JSON object per line. "
+            "Correct the path."
+        ) from error
     return _parse(((path.name, number, line) for number, line in enumerate(lines, 1)))
 
 
@@ -71,7 +75,10 @@ def _parse(lines: Iterable[tuple[str, int, str]]) -> list[Prompt]:
         try:
             prompts.append(Prompt.model_validate_json(line))
         except ValidationError as error:
-            raise SpeculatorError(f"{name}, line {number}: {first_fault(error)}.") from error
+            raise SpeculatorError(
+                f"{name}, line {number}: {first_fault(error)}; expected an object with 'prompt' or "
+                "'messages'. Correct the line."
+            ) from error
     return prompts
 
 
@@ -82,7 +89,8 @@ def _read_hub(name: str) -> list[Prompt]:
         splits = load_dataset(name)
     except Exception as error:  # datasets raises a dozen kinds, its own and its backends'
         raise SpeculatorError(
-            f"{name}: neither a prompt file nor a data set: {first_line(error)}"
+            f"{name}: neither a prompt file nor a data set of the hub: {first_line(error)}. "
+            "Correct the name."
         ) from error
     rows = splits["test" if "test" in splits else next(iter(splits))]
     return _parse((name, number, json.dumps(row)) for number, row in enumerate(rows, 1))
@@ -112,8 +120,8 @@ def tokenize(
             token_ids = tokenizer(prompt.prompt)["input_ids"]
         if len(token_ids) >= longest:
             raise SpeculatorError(
-                f"prompt {number} has {len(token_ids)} tokens; the verifier takes {longest}, "
-                "including the output. Shorten the prompt or the output."
+                f"prompt {number} has {len(token_ids)} tokens, expected fewer than {longest}: the "
+                "verifier's positions less the output. Shorten the prompt or the output."
             )
         tokenized.append(TokenizedPrompt(category=prompt.category, token_ids=token_ids))
     return tokenized

@@ -50,7 +50,8 @@ def check_verifier(
     if layer_ids and layer_ids[-1] > text.num_hidden_layers:
         raise SpeculatorError(
             f"aux layer id {layer_ids[-1]} is out of range: {name} has "
-            f"{text.num_hidden_layers} layers.",
+            f"{text.num_hidden_layers} layers. Correct the ids, or pass the verifier it was "
+            f"trained with ({speculator.verifier.name_or_path}).",
             cause="wrong layer ids",
         )
 

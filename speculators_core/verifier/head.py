@@ -81,7 +81,10 @@ class _Weights(nn.Module):
 def _output_embeddings(model: PreTrainedModel) -> Any:
     head = model.get_output_embeddings()
     if head is None:
-        raise SpeculatorError(f"{type(model).__name__} has no head; expected a language model.")
+        raise SpeculatorError(
+            f"{type(model).__name__} has no head; expected a language model. Pass its causal "
+            "language model class."
+        )
     return head
 
 
@@ -97,6 +100,6 @@ def decoder_of(model: PreTrainedModel) -> Any:
     if not hasattr(decoder, "layers") or not hasattr(decoder, "norm"):
         raise SpeculatorError(
             f"{type(model).__name__} has no stack of layers with a final norm; "
-            "expected a decoder-only language model."
+            "expected a decoder-only language model. Choose such a verifier."
         )
     return decoder

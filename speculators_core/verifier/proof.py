@@ -68,9 +68,9 @@ def _compare_logits(model: PreTrainedModel) -> None:
     if not difference < bound:  # nor where either is not a number
         raise SpeculatorError(
             f"{type(model).__name__}: its logits and those rebuilt from its last hidden state "
-            f"differ by {difference:.3g} (bound {bound:.3g}), so it does more between final norm "
-            "and logits than we know. Take a verifier of another family, or teach VerifierHead "
-            f"in {VerifierHead.__module__} this one."
+            f"differ by {difference:.3g} (bound {bound:.3g}): its class has a step between final "
+            "norm and logits that is not supported. Choose a verifier of another family, or add "
+            f"that step to VerifierHead in {VerifierHead.__module__}."
         )
 
 
@@ -112,7 +112,7 @@ def _check_twin(model: PreTrainedModel) -> None:
     except Exception as error:  # whatever the class says to having no layers
         raise SpeculatorError(
             f"{type(model).__name__}: cannot compare its logits with those rebuilt from its last "
-            f"hidden state ({first_line(error)}). Attach the loaded verifier in place of its name."
+            f"hidden state ({first_line(error)}). Attach the loaded verifier instead of its name."
         ) from error
 
 

@@ -125,7 +125,8 @@ def _config_in(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         hint = " Trust it with trust_remote_code." if "trust_remote_code" in str(error) else ""
         raise SpeculatorError(
-            f"{folder}: not a verifier that Transformers reads: {first_line(error)}{hint}"
+            f"{folder}: Transformers cannot read this verifier: {first_line(error)}"
+            f"{hint or ' Expected a model of a supported architecture; choose another one.'}"
         ) from error
 
 
@@ -139,7 +140,8 @@ def read_tokenizer(name_or_path: str | PathLike, trust_remote_code: bool = False
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise SpeculatorError(
-            f"{name_or_path}: no tokenizer that Transformers reads: {first_line(error)}"
+            f"{name_or_path}: no tokenizer that Transformers reads: {first_line(error)}; expected "
+            "tokenizer.json and tokenizer_config.json. Copy them there."
         ) from error
 
 
@@ -225,7 +227,8 @@ def _without_weights(config: PretrainedConfig, trust_remote_code: bool) -> PreTr
             )
     except (ValueError, ImportError) as error:  # ImportError: some vision towers need packages
         raise SpeculatorError(
-            f"{config.name_or_path}: no language model: {first_line(error)}"
+            f"{config.name_or_path}: not a language model: {first_line(error)}; expected a causal "
+            "language model. Choose such a verifier."
         ) from error
 
 
@@ -268,7 +271,10 @@ def _stored_names(
     for weight, names in own_names.items():
         matches = [stored_as[name] for name in names if name in stored_as]
         if not matches:
-            raise SpeculatorError(f"{folder}: no tensor {names[0]}; it holds {len(stored)} others.")
+            raise SpeculatorError(
+                f"{folder}: no tensor {names[0]} among its {len(stored)}, which the verifier's "
+                "class expects. Copy the verifier again, with all its files."
+            )
         found[weight] = matches[0]
     return found
 

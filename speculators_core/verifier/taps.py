@@ -26,7 +26,7 @@ def default_aux_layer_ids(num_layers: int) -> list[int]:
     if ids != sorted(set(ids)):
         raise SpeculatorError(
             f"a verifier of {num_layers} layers is too shallow for the default aux layers {ids}. "
-            "Pass layer ids of your own.",
+            f"Pass ascending layer ids in 0..{num_layers}.",
             cause="wrong layer ids",
         )
     return ids

@@ -180,7 +180,8 @@ def _check(speculator: str, config: CertifyConfig) -> _Plan:
     num_tokens = speculative["num_speculative_tokens"]
     if not isinstance(num_tokens, int) or num_tokens < 1:
         raise SpeculatorError(
-            f"--speculative-config num_speculative_tokens must be at least 1, found {num_tokens!r}."
+            f"--speculative-config: num_speculative_tokens is {num_tokens!r}, expected an integer "
+            "of at least 1. Correct it, or leave it out."
         )
     flag_sets = _read_flags(config, num_tokens)
     tokenizer = read_tokenizer(pair.verifier)
@@ -209,8 +210,8 @@ def _check_output(folder: Path | None) -> None:
         check_writable(folder)
     except OSError as error:
         raise SpeculatorError(
-            f"--output {folder}: a certificate cannot be written there ({error}). Choose a folder "
-            "that can be written."
+            f"--output: a certificate cannot be written to {folder} ({error}). Choose a writable "
+            "folder."
         ) from error
 
 
@@ -236,7 +237,10 @@ def _read_flags(config: CertifyConfig, num_tokens: int) -> list[FlagSet]:
     for given in config.flags or default:
         concurrency = given.get(CONCURRENCY, 1)
         if not isinstance(concurrency, int) or concurrency < 1:
-            raise SpeculatorError(f"--flags {CONCURRENCY}: at least 1, found {concurrency!r}.")
+            raise SpeculatorError(
+                f"--flags: {CONCURRENCY} is {concurrency!r}, expected an integer of at least 1. "
+                "Correct it."
+            )
         flags = {key: value for key, value in given.items() if key != CONCURRENCY}
         flags = offline.check_names("--flags", flags, offline.DECIDED)
         found.append(FlagSet(engine_args=flags, concurrency=concurrency))
@@ -260,7 +264,8 @@ def _settle(plan: _Plan) -> _Plan:
         except (ValueError, TypeError, NotImplementedError) as error:
             raise SpeculatorError(
                 f"vLLM refuses the flags {flags.name} with dtype {dtype} and "
-                f"{plan.speculative_config}: {offline.in_one_line(error)}"
+                f"{plan.speculative_config}: {offline.in_one_line(error)} Change --flags, "
+                "--dtypes, --engine-args or --speculative-config."
             ) from error
         dtypes[str(config.model_config.dtype).removeprefix("torch.")] = None
     return replace(plan, dtypes=list(dtypes))

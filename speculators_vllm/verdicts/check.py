@@ -181,8 +181,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | N
         )
     except TemplateError as error:
         raise SpeculatorError(
-            f"a chat template cannot be rendered: {error}. Repair the one beside the speculator "
-            "or the verifier's."
+            f"a chat template cannot be rendered: {error}; expected one that takes a user message. "
+            "Repair the template beside the speculator, or the verifier's."
         ) from error
 
 

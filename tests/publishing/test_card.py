@@ -413,7 +413,7 @@ def test_regenerated_answers_are_the_verifiers_own_who_wrote_them(tmp_path, by, 
 
 
 def test_store_that_does_not_say_its_data_is_refused(tmp_path):
-    with pytest.raises(SpeculatorError, match="does not state the data"):
+    with pytest.raises(SpeculatorError, match="states no data sets"):
         DataFacts.of_store(make_store(tmp_path / "states", []))
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO, Self
 import yaml
 from pydantic import BaseModel, JsonValue, ValidationError
 
-from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.errors import SpeculatorError, first_fault, first_line
 from speculators_core.files import make_folder, try_lock, write_text
 from speculators_core.provenance import versions
 from speculators_core.settings import flat, load_yaml
@@ -61,7 +61,8 @@ class AnswerFile:
             self._aside = opened.enter_context(aside.open("ab", buffering=0))
             if not try_lock(self._kept.fileno()):
                 raise SpeculatorError(
-                    f"{path}: another run is writing it. Wait for its end, or choose another path."
+                    f"--output: another run is writing {path}. Wait until it ends, or choose "
+                    "another path."
                 )
             if _holds_answers(path):
                 if not resume:
@@ -111,7 +112,10 @@ def _naming(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SpeculatorError(f"{path} cannot be written: {first_line(error)}.") from error
+        raise SpeculatorError(
+            f"--output: {path} cannot be written: {first_line(error)}; expected a writable file "
+            "with room. Make room and pass --resume, or choose another path."
+        ) from error
 
 
 def check_free(path: Path, resume: bool) -> None:
@@ -131,7 +135,7 @@ def _holds_answers(path: Path) -> bool:
 
 def _exists(path: Path) -> SpeculatorError:
     return SpeculatorError(
-        f"{path} already exists. Pass --resume to append to it, or choose another path."
+        f"--output: {path} already exists. Pass --resume to append to it, or choose another path."
     )
 
 
@@ -154,8 +158,8 @@ def _whole_lines(file: BinaryIO) -> Iterator[_Line]:
                 yield _Line.model_validate_json(line)
             except ValidationError as error:
                 raise SpeculatorError(
-                    f"{file.name}, line {number}: expected a JSON object with a key. Choose "
-                    "another output."
+                    f"{file.name}, line {number}: {first_fault(error)}; expected a record of "
+                    "regenerate. Remove the line, or choose another --output."
                 ) from error
             end += len(line)
     file.truncate(end)
@@ -167,11 +171,12 @@ def _compare(stated: Path, options: Mapping[str, JsonValue]) -> None:
         before, now = flat(earlier), flat(options)
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise SpeculatorError(
-            f"{stated} does not state the options of its output; choose another --output."
+            f"{stated} does not state the options of its output, expected those of the run to "
+            "resume. Restore it, or choose another --output."
         ) from error
     for name in now | before:
         if before.get(name) != now.get(name):
             raise SpeculatorError(
-                f"{stated}: made with {name} {before.get(name)!r}, now {now.get(name)!r}. "
-                "Resume with the same options, or choose another --output."
+                f"{stated}: made with {name} {before.get(name)!r}, but it is now "
+                f"{now.get(name)!r}. Resume with the same options, or choose another --output."
             )

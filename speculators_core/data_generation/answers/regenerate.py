@@ -171,7 +171,9 @@ def _dialogues(
         yield from unreadable
         unreadable = []
     if number < 0:
-        raise SpeculatorError(f"{source.name} holds no rows.")
+        raise SpeculatorError(
+            f"{source.name} holds no rows, expected at least 1. Correct --split or --limit."
+        )
     if unreadable:
         raise SpeculatorError(
             f"{source.describe()}. None of the first {len(unreadable)} rows can be read; the "
@@ -245,7 +247,8 @@ def _check_failures(meter: AnswerMeter, max_failures: int) -> None:
     if meter.num_failed > max_failures:
         raise SpeculatorError(
             f"{meter.num_failed} conversations could not be answered, more than --max-failures "
-            f"({max_failures}); the last, {meter.last_failure}."
+            f"({max_failures}); the last, {meter.last_failure}. Correct their cause and pass "
+            "--resume, or raise --max-failures."
         )
 
 

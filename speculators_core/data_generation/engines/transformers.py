@@ -44,7 +44,10 @@ class TransformersPipeline(InferencePipeline):
             model = load_verifier(plan.data.verifier, dtype, plan.data.trust_remote_code)
             self.model: PreTrainedModel = model.to(device)
         except (RuntimeError, AssertionError) as error:  # no such device, or no room on it
-            raise SpeculatorError(f"engine.device {device}: {first_line(error)}") from error
+            raise SpeculatorError(
+                f"engine.device {device} cannot hold the verifier: {first_line(error)}. Expected a "
+                "device of this machine with enough memory; choose another one."
+            ) from error
         if schema.logits != "none":
             check_head(self.model)
 

@@ -156,7 +156,8 @@ def _check_failures(set_aside: dict[str, str], plan: GenerationPlan) -> None:
         key, reason = list(set_aside.items())[-1]
         raise SpeculatorError(
             f"{len(set_aside)} examples failed, more than run.max_failures "
-            f"({plan.run.max_failures}); the last, {key}: {reason}."
+            f"({plan.run.max_failures}); the last, {key}: {reason}. Correct their cause and pass "
+            "--run.repair, or raise run.max_failures."
         )
 
 
@@ -190,7 +191,10 @@ class GenerationProcess:
             except EOFError as error:
                 self._process.join()
                 end = end_of(self._process.exitcode or 0)
-                raise SpeculatorError(f"The run {end}. Resume it with run.resume.") from error
+                raise SpeculatorError(
+                    f"The process of data generation {end}. What it stored is kept; set run.resume "
+                    "to resume."
+                ) from error
             self._process.join()
         if self._message.startswith(FAULT):
             raise SpeculatorError(self._message.removeprefix(FAULT).decode())

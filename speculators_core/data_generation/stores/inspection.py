@@ -114,7 +114,10 @@ def print_example(folder: Path, number: int, max_shown_tokens: int) -> None:
     """
     store = DiskStore.open(folder)
     if number >= len(store):
-        raise SpeculatorError(f"--example {number}: {folder} holds examples 0 to {len(store) - 1}.")
+        raise SpeculatorError(
+            f"--example is {number}; expected 0 to {len(store) - 1}, the examples of {folder}. "
+            "Choose one of them."
+        )
     example = store[number]
     try:
         tokenizer = read_tokenizer(store.schema.verifier)

@@ -692,6 +692,6 @@ def test_inspect_finds_damage_where_every_byte_is_read(undisturbed, inspect, tmp
 
 def test_inspect_refuses_what_is_no_store(undisturbed, inspect, tmp_path):
     code, _, err = inspect(tmp_path)
-    assert code == 2 and "not a store" in err
+    assert code == 2 and "expected a store" in err
     code, _, err = inspect(undisturbed, "--example", "40")
-    assert code == 2 and "holds examples 0 to 39" in err
+    assert code == 2 and "--example is 40; expected 0 to 39" in err

@@ -136,7 +136,7 @@ def test_a_killed_worker_is_run_again_and_in_the_end_the_run_says_so(
         options = {"sync": {"shard_tokens": 20}, "data": {"deduplicate": False}, "run": run}
         return plan_of(given, tmp_path / folder, "many.jsonl", **options)
 
-    lost = "^A worker on Ray was lost: [^\n]* Go on with --run.resume.$"
+    lost = "^A worker on Ray was lost: [^\n]* is kept; pass --run.resume to resume.$"
     with killing(cluster, tmp_path / "store" / "shards", times=2) as killed:
         with pytest.raises(SpeculatorError, match=lost):
             generate_data(plan("store", backend="ray"))

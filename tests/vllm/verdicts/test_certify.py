@@ -202,19 +202,19 @@ REFUSED = {
         "flags": ({"enable_prefix_cachin": False},)
     },
     "--flags dtype: this command decides it": {"flags": ({"dtype": "float16"},)},
-    "--flags concurrency: at least 1, found 0": {"flags": ({"concurrency": 0},)},
+    "--flags: concurrency is 0, expected an integer": {"flags": ({"concurrency": 0},)},
     "--engine-args seed": {"engine_args": {"seed": 1}},
     "--speculative-config model": {"speculative_config": {"model": "x"}},
     "--speculative-config draft_method: vLLM has no": {"speculative_config": {"draft_method": "x"}},
-    "num_speculative_tokens must be at least 1, found 0": {
+    "num_speculative_tokens is 0, expected an integer": {
         "speculative_config": {"num_speculative_tokens": 0}
     },
     "vLLM refuses the flags max_num_batched_tokens=0": {"flags": ({"max_num_batched_tokens": 0},)},
     "nowhere: no such folder": {"verifier": "/nowhere"},
     "nowhere.jsonl: not a readable prompt file": {"prompts": "nowhere.jsonl"},
     "holds no prompts": {"prompts": "empty.jsonl"},
-    "the verifier takes 4": {"max_tokens": 60, "engine_args": {"max_model_len": 64}},
-    "--output file: a certificate cannot be written there": {"output": Path("file")},
+    "expected fewer than 4": {"max_tokens": 60, "engine_args": {"max_model_len": 64}},
+    "--output: a certificate cannot be written to file": {"output": Path("file")},
 }
 
 
