@@ -388,6 +388,11 @@ class SpeculatorModelConfig(PydanticFace):
         return Vocabulary(size, size)
 
     @property
+    def target_vocab_size(self) -> int:
+        """Size of the verifier's vocabulary."""
+        return self.vocabulary.verifier_size
+
+    @property
     def verifier_hidden_size(self) -> int:
         """Width of the verifier's states."""
         return self.transformer_layer_config.hidden_size

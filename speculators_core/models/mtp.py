@@ -188,6 +188,16 @@ class MTPDraftModel(SpeculatorModel):
                 "an MTP draft has the verifier's vocabulary: leave t2d and d2t out."
             )
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The block; stored as ``mtp_layers``."""
+        return self.mtp_layers
+
+    @property
+    def target_layer_ids(self) -> list[int]:
+        """None: the draft reads the last state, which is not an aux state."""
+        return []
+
     # ---- the network ----
 
     def read_verifier(

@@ -1,8 +1,8 @@
 """What every speculator shares, from loading to `generate`."""
 
 import logging
-from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -10,13 +10,28 @@ from typing import Any, ClassVar, Self
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PretrainedConfig,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
 
+from speculators_core.decoding.documented import check_unused, has_guidance
 from speculators_core.decoding.drafter import Chooser, Confirmed, DraftState, Proposal
 from speculators_core.decoding.generation import generate
-from speculators_core.errors import SpeculatorError
+from speculators_core.errors import (
+    MissingAttributeError,
+    SpeculatorError,
+    UnsupportedError,
+    WrongTypeError,
+)
 from speculators_core.format import checkpoint, loading
 from speculators_core.format.config import SpeculatorModelConfig
+from speculators_core.format.documented import OfClass, registers
 from speculators_core.format.proposals import TokenProposalConfig
 from speculators_core.models.documented.loading import (
     LoadingOptions,
@@ -32,8 +47,12 @@ from speculators_core.verifier.attachment import NamedVerifier
 logger = logging.getLogger(__name__)
 
 
-class SpeculatorModel(VerifierSide):
-    """A draft model, with or without its verifier."""
+class SpeculatorModel(VerifierSide, GenerationMixin, ABC):
+    """A draft model, with or without its verifier.
+
+    A subclass has ``config_class`` and ``forward``; `propose` lets it decode, and `fresh_config`
+    with `start_fresh` lets it be trained from nothing.
+    """
 
     config_class: ClassVar[type[SpeculatorModelConfig]] = SpeculatorModelConfig
     recipe_class: ClassVar[type[Settings]]
@@ -41,6 +60,10 @@ class SpeculatorModel(VerifierSide):
     objective_class: ClassVar[type[Settings]]
     """Options of `get_trainer_kwargs`."""
     main_input_name = "input_ids"
+    registry = OfClass[dict[str, type["SpeculatorModel"]]](
+        lambda _: {name: MODELS.load(name) for name in MODELS.names()}
+    )
+    """Model classes by ``speculators_model_type``."""
     _supports_sdpa = True
     supports_gradient_checkpointing = True
 
@@ -183,6 +206,21 @@ class SpeculatorModel(VerifierSide):
     # ---- registry and training ----
 
     @classmethod
+    def register(cls, name: str | None = None) -> Any:
+        """Decorator: makes a class of this process known to `from_pretrained`.
+
+        A package has an entry point in the group ``speculators.models`` instead.
+
+        Raises:
+            SpeculatorError: the class is not a speculator of that type, or the name is taken.
+        """
+        return registers(cls, name, MODELS.add)
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Training: draft tokens or logits, the loss and metrics of a `Batch` or of tensors."""
+
+    @classmethod
     def registered_model_class_from_config(
         cls, config: SpeculatorModelConfig
     ) -> type["SpeculatorModel"]:
@@ -190,14 +228,29 @@ class SpeculatorModel(VerifierSide):
 
     @staticmethod
     def verify_training_compatible(model: object) -> None:
-        """Raises SpeculatorError unless the model is a speculator that can be trained now."""
+        """Checks that a model can be trained now.
+
+        Raises:
+            WrongTypeError: it is not a speculator (this is a ``TypeError``, too).
+            MissingAttributeError: it has no ``layers`` (an ``AttributeError``, too).
+            SpeculatorError: its class is not registered, nothing in it can be trained, or no
+                verifier is attached.
+        """
         if not isinstance(model, SpeculatorModel):
-            raise SpeculatorError(
+            raise WrongTypeError(
                 f"{type(model).__name__} is not a speculator; expected one of "
                 f"{', '.join(MODELS.names())}."
             )
+        kind, name = model.config.speculators_model_type, type(model).__name__
+        if kind not in MODELS.names() or MODELS.load(kind) is not type(model):
+            raise SpeculatorError(
+                f"{name} is not registered as {kind!r}, and could not be loaded once it is saved. "
+                "Put @SpeculatorModel.register() before the class."
+            )
+        if not hasattr(model, "layers"):
+            raise MissingAttributeError(f"{name} has no attribute layers: expected a ModuleList.")
         if not any(weight.requires_grad for weight in model.parameters()):
-            raise SpeculatorError(f"{type(model).__name__} has no weight that requires a gradient.")
+            raise SpeculatorError(f"{name} has no weight that requires a gradient.")
         _ = model.verifier_head
         assert not model.unset
 
@@ -232,7 +285,6 @@ class SpeculatorModel(VerifierSide):
         return model
 
     @classmethod
-    @abstractmethod
     def fresh_config(
         cls,
         verifier_config: PretrainedConfig,
@@ -241,8 +293,8 @@ class SpeculatorModel(VerifierSide):
         name_or_path: str | None,
     ) -> SpeculatorModelConfig:
         """The config of a fresh draft; ``recipe`` is of the algorithm's `recipe_class`."""
+        raise UnsupportedError(f"{cls.__name__} has no fresh_config: it makes no fresh drafts.")
 
-    @abstractmethod
     def start_fresh(self, t2d: Tensor | None, d2t: Tensor | None) -> None:
         """Takes the vocabulary maps, and marks as unset what the verifier will give."""
 
@@ -275,11 +327,11 @@ class SpeculatorModel(VerifierSide):
         """The state that `propose` extends: keys and values of the tokens read so far."""
         return DraftCache()
 
-    @abstractmethod
     def propose(
         self, state: Any, confirmed: Confirmed, num_tokens: int, choose: Chooser
     ) -> Proposal:
         """The draft's next tokens, in the verifier's vocabulary."""
+        raise UnsupportedError(f"{type(self).__name__} has no propose: it does not decode.")
 
     @property
     def draft_token_ids(self) -> Int[Tensor, "draft_vocab"] | None:
@@ -291,20 +343,55 @@ class SpeculatorModel(VerifierSide):
         """Layers of the verifier that the draft reads; see the config's."""
         return self.config.aux_layer_ids
 
+    @property
+    def target_layer_ids(self) -> list[int]:
+        """The documented name of `aux_layer_ids`; the last layer of MTP is not among them."""
+        return self.aux_layer_ids
+
     def generate(
         self,
         inputs: Int[Tensor, "batch seq"] | None = None,
         generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model: PreTrainedModel | None = None,
+        streamer: BaseStreamer | None = None,
+        negative_prompt_ids: Int[Tensor, "batch negative"] | None = None,
+        negative_prompt_attention_mask: Int[Tensor, "batch negative"] | None = None,
+        use_model_defaults: bool | None = None,
+        custom_generate: str | Callable[..., object] | None = None,
         *,
         proposal: TokenProposalConfig | None = None,
         **kwargs: Any,
     ) -> Any:  # as in Transformers an option decides
         """Speculative decoding with the attached verifier; see `generation.generate`.
 
+        Arguments and their order are those of Transformers. ``assistant_model`` is ignored: the
+        speculator is the assistant. Negative prompts count with a ``guidance_scale``; the verifier
+        then decodes alone, with a warning, because the draft knows nothing of the second text.
         ``proposal`` replaces the checkpoint's default proposal method.
 
         Raises:
-            SpeculatorError: no verifier is attached in full.
+            SpeculatorError: no verifier is attached in full, or an argument asks for another loop.
         """
+        check_unused(synced_gpus, use_model_defaults, custom_generate)
+        stated = {
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+            "streamer": streamer,
+        }
+        kwargs |= {name: value for name, value in stated.items() if value is not None}
+        if has_guidance(generation_config, kwargs):
+            logger.warning("guidance_scale was set: the verifier decodes without the draft")
+            return self.verifier.generate(
+                inputs,
+                generation_config,
+                negative_prompt_ids=negative_prompt_ids,
+                negative_prompt_attention_mask=negative_prompt_attention_mask,
+                **kwargs,
+            )
         proposal = proposal or self.config.proposal
         return generate(self, self.verifier, proposal, inputs, generation_config, **kwargs)

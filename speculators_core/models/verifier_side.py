@@ -155,6 +155,8 @@ class VerifierSide(PreTrainedModel):
         if isinstance(named, PreTrainedModel):
             named = with_head(named)
         self.attached = Attachment.of(named, mode, self.dtype, self.device, trust_remote_code)
+        if self.attached.whole is not None and self.attached.whole.can_generate():
+            self.generation_config = self.attached.whole.generation_config
         self.fill_unset()
         return named if isinstance(named, PreTrainedModel) else self.attached.verifier
 

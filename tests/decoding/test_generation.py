@@ -798,8 +798,6 @@ REFUSED = [
     {"pixel_values": torch.zeros(1, 3, 8, 8)},
     {"past_key_values": transformers.DynamicCache()},
     {"position_ids": torch.arange(4)[None]},
-    {"guidance_scale": 1.5},
-    {"assistant_model": object()},
     {"prompt_lookup_num_tokens": 3},
     {"penalty_alpha": 0.6, "top_k": 4},
     {"dola_layers": "low"},

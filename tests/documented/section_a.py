@@ -1,12 +1,25 @@
 """Document A: speculators.model."""
 
 import json
+from typing import Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, Qwen3ForCausalLM, Qwen3Model
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessorList,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    StoppingCriteriaList,
+    pipeline,
+)
+from transformers.generation import MinNewTokensLengthLogitsProcessor
 
+from benchmarks.playground import CHECKPOINTS
 from speculators_core import (
     Eagle3DraftModel,
     SpeculatorError,
@@ -181,3 +194,161 @@ def resolved(eagle3_folder, verifier, verifier_folder):
     assert draft.resolve_verifier(verifier_folder) is verifier
     with pytest.raises(SpeculatorError, match="hidden size 16"):
         make_draft("mtp", verifier).attach_verifier(make_verifier(hidden_size=16))
+
+
+# ---- decoding ----
+
+
+@proves("SpeculatorModel is a GenerationMixin")
+def text_generation_pipeline():
+    # In bfloat16 near ties of this prompt depend on how many tokens one pass verifies.
+    speculator = SpeculatorModel.from_pretrained(CHECKPOINTS / "eagle3", dtype="float32")
+    assert speculator.can_generate()
+    assert speculator.generation_config is speculator.verifier.generation_config
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINTS / "verifier")
+    writer = pipeline("text-generation", model=speculator, tokenizer=tokenizer)
+    alone = pipeline("text-generation", model=speculator.verifier, tokenizer=tokenizer)
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    assert writer("def read(", **settings) == alone("def read(", **settings)
+    chat = [{"role": "user", "content": "Explain os.path.join."}]
+    assert writer(chat, **settings) == alone(chat, **settings)
+
+
+@proves("generate positional arguments")
+def positions(verifier):
+    draft = make_draft("eagle3", verifier)
+    config = GenerationConfig(max_new_tokens=6, do_sample=False)
+    expected = verifier.generate(PROMPT, config)
+    processors = LogitsProcessorList()
+    arguments = (PROMPT, config, processors, StoppingCriteriaList(), None, None, None, None)
+    assert torch.equal(draft.generate(*arguments, None, None, None, None), expected)
+    allowed = draft.generate(PROMPT, config, None, None, lambda row, ids: [9])
+    assert allowed[0, 3:].tolist() == [9] * 6
+    processors.append(MinNewTokensLengthLogitsProcessor(3, 6, int(expected[0, 3])))
+    assert draft.generate(PROMPT, config, processors)[0, 3] != expected[0, 3]
+
+
+@proves(
+    "generate(synced_gpus=)",
+    "generate(assistant_model=)",
+    "generate(use_model_defaults=)",
+    "generate(custom_generate=)",
+)
+def neutral_values(verifier):
+    draft = make_draft("mtp", verifier)
+    expected = verifier.generate(PROMPT, max_new_tokens=6, do_sample=False)
+    for neutral in (
+        {"synced_gpus": False},
+        {"assistant_model": verifier},
+        {"use_model_defaults": True},
+        {"custom_generate": None},
+    ):
+        assert torch.equal(draft.generate(PROMPT, max_new_tokens=6, **neutral), expected)
+    for refused in (
+        {"synced_gpus": True},
+        {"use_model_defaults": False},
+        {"custom_generate": "somebody/something"},
+    ):
+        with pytest.raises(SpeculatorError, match=next(iter(refused))):
+            draft.generate(PROMPT, max_new_tokens=6, **refused)
+
+
+@proves("generate(negative_prompt_ids=)", "generate(negative_prompt_attention_mask=)")
+def negative_prompts(verifier, caplog):
+    draft = make_draft("eagle3", verifier)
+    negative = {
+        "negative_prompt_ids": torch.tensor([[9, 8, 7]]),
+        "negative_prompt_attention_mask": torch.ones(1, 3, dtype=torch.long),
+    }
+    settings = {"max_new_tokens": 8, "do_sample": False, **negative}
+    plain = verifier.generate(PROMPT, max_new_tokens=8, do_sample=False)
+    assert torch.equal(draft.generate(PROMPT, **settings), plain) and not caplog.records
+    steered = verifier.generate(PROMPT, guidance_scale=3.0, **settings)
+    assert torch.equal(draft.generate(PROMPT, guidance_scale=3.0, **settings), steered)
+    assert not torch.equal(steered, plain) and "without the draft" in caplog.text
+
+
+# ---- classes ----
+
+
+def define(name: str = "scripted"):
+    """A speculator as a notebook defines it after the documents."""
+
+    class ScriptedConfig(SpeculatorModelConfig):
+        speculators_model_type: Literal["scripted"] = "scripted"
+        depth: int = 2
+
+    class ScriptedModel(SpeculatorModel):
+        config_class = ScriptedConfig
+
+        def __init__(self, config, **kwargs):
+            super().__init__(config, **kwargs)
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(config.depth))
+            self.post_init()
+
+        def forward(self, input_ids):
+            return input_ids
+
+        @classmethod
+        def from_training_args(cls, verifier_config, **kwargs):
+            return cls(ScriptedConfig(depth=kwargs["depth"]))
+
+        @staticmethod
+        def get_trainer_kwargs(**kwargs):
+            return {"special": True}, {"special": False}
+
+    return ScriptedConfig, ScriptedModel
+
+
+@proves("SpeculatorModel.register")
+def registry(tmp_path):
+    config_class, model_class = define()
+    assert SpeculatorModel.register("scripted")(model_class) is model_class
+    assert SpeculatorModel.registry["scripted"] is model_class
+    assert SpeculatorModel.registry["eagle3"] is Eagle3DraftModel
+    config = config_class(depth=3)
+    assert SpeculatorModel.registered_model_class_from_config(config) is model_class
+    model_class.from_training_args(None, depth=3).save_pretrained(tmp_path)
+    loaded = SpeculatorModel.from_pretrained(tmp_path)
+    assert type(loaded) is model_class and len(loaded.layers) == 3
+    assert loaded.get_trainer_kwargs()[0] != loaded.get_trainer_kwargs()[1]
+    assert loaded(PROMPT) is PROMPT
+    with pytest.raises(SpeculatorError, match="Register under another name"):
+        SpeculatorModel.register("eagle3")(Eagle3DraftModel)
+
+
+@proves("SpeculatorModel is abstract")
+def abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        SpeculatorModel(Eagle3DraftModel.config_class())
+
+
+@proves(
+    "verify_training_compatible TypeError",
+    "verify_training_compatible ValueError",
+    "verify_training_compatible AttributeError",
+)
+def training_compatible(verifier):
+    check = SpeculatorModel.verify_training_compatible
+    for name in ("eagle3", "mtp"):
+        check(make_draft(name, verifier))
+    with pytest.raises(TypeError, match="Qwen3ForCausalLM is not a speculator"):
+        check(verifier)
+    config_class, model_class = define()
+    with pytest.raises(ValueError, match="ScriptedModel is not registered"):
+        check(model_class(config_class()))
+    SpeculatorModel.register("scripted")(model_class)
+    model = model_class(config_class())
+    del model.layers
+    with pytest.raises(AttributeError, match="ScriptedModel has no attribute layers"):
+        check(model)
+
+
+@proves("SpeculatorModel(**kwargs)")
+def keywords():
+    config_class, model_class = define()
+    assert (
+        model_class(config_class(), verifier=None, verifier_attachment_mode=None).attached is None
+    )
+    with pytest.raises(TypeError, match="foo"):
+        model_class(config_class(), foo=1)

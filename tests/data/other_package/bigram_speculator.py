@@ -48,6 +48,7 @@ class BigramModel(SpeculatorModel):
         hidden = config.transformer_layer_config.hidden_size
         self.table = nn.Embedding(vocab, config.rank)
         self.up = nn.Linear(config.rank, hidden, bias=False)
+        self.layers = nn.ModuleList()
         self.post_init()
 
     @classmethod
