@@ -188,7 +188,7 @@ class Client:
         except ValidationError as error:
             raise SpeculatorError(
                 f"{self.access.url}{path}: not an answer of {self.access.expected}: "
-                f"{first_fault(error)}."
+                f"{first_fault(error)}. Check the URL and the server's version."
             ) from error
 
     def shown(self, text: str) -> str:
@@ -220,7 +220,8 @@ class Client:
     def _check_length(self, text: bytes | bytearray, path: str) -> None:
         if len(text) > MAX_PAGE_BYTES:
             raise SpeculatorError(
-                f"{self.access.url}{path}: an answer of over {MAX_PAGE_BYTES} bytes."
+                f"{self.access.url}{path}: an answer of over {MAX_PAGE_BYTES} bytes, expected "
+                f"one of {self.access.expected}. Check the URL."
             )
 
     def _refusal(self, status: int, page: bytes, where: str) -> Refused:
@@ -245,9 +246,14 @@ class Client:
                 f"{option} to answer."
             ) from error
         except httpx.TransportError as error:
-            raise Unreachable(f"{where}: {_reason(error)}.") from error
+            raise Unreachable(
+                f"{where}: {_reason(error)}. Expected {access.expected}; check that it runs and "
+                "that the URL is right."
+            ) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise SpeculatorError(f"{where}: {first_line(error)}.") from error
+            raise SpeculatorError(
+                f"{where}: {first_line(error)}. Expected {access.expected}; correct the URL."
+            ) from error
 
 
 class BlockingClient:

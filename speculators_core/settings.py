@@ -145,18 +145,24 @@ def _read_yaml(file: Path, known: list[str]) -> dict[str, object]:
     try:
         content = load_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise SpeculatorError(f"{file} cannot be read: {first_line(error)}.") from error
+        raise SpeculatorError(
+            f"{file} cannot be read: {first_line(error)}; expected a YAML file of UTF-8 text. "
+            "Correct the path, or the file's permissions."
+        ) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
-        raise SpeculatorError(f"{file} is not valid YAML: {_one_line(str(error))}.") from error
+        raise SpeculatorError(
+            f"{file} is not valid YAML: {_one_line(str(error))}. Correct that line."
+        ) from error
     if not isinstance(content, dict):
         raise SpeculatorError(
-            f"{file} holds a {type(content).__name__}; expected the sections {', '.join(known)}."
+            f"{file} holds a {type(content).__name__}; expected the sections {', '.join(known)}. "
+            "Write them as keys of a mapping."
         )
     for name in content:
         if name not in known:
             raise SpeculatorError(
                 f"{file}: unknown section {name!r}; expected {', '.join(known)}."
-                f"{did_you_mean(str(name), known)}"
+                f"{did_you_mean(str(name), known) or ' Correct or remove it.'}"
             )
     return content
 

@@ -91,7 +91,7 @@ class Schema(Settings):
         ):
             raise ValueError(f"layer_ids {list(self.layer_ids)} must be ascending and unique")
         if self.has_last and not self.layer_ids:
-            raise ValueError("has_last without layer_ids")
+            raise ValueError("has_last is true but layer_ids is empty, expected the last id")
         return self
 
     @classmethod

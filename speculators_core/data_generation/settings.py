@@ -248,14 +248,25 @@ class GenerationPlan(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.sync.kind == "disk" and self.sync.path is None:
-            raise ValueError("sync.path is missing: the folder that the shards go to")
+            raise ValueError(
+                "sync.path is missing, which sync.kind disk requires: set it to the folder for the "
+                "shards"
+            )
         if self.sync.kind != "disk" and not self.sync.urls:
-            raise ValueError("sync.urls is missing: where the consumers of the queue are")
+            raise ValueError(
+                f"sync.urls is missing, which sync.kind {self.sync.kind} requires: set it to the "
+                "URLs of the queue's consumers"
+            )
         if self.sync.kind != "disk" and self.sync.path is None and self.run.resume:
-            raise ValueError("sync.path is missing: where an earlier run kept its journal")
+            raise ValueError(
+                "sync.path is missing, which run.resume requires: set it to the folder with the "
+                "earlier run's journal"
+            )
         states = self.data.states
         if not states.last and states.layer_ids == () and states.logits == "none":
-            raise ValueError("data.states keeps nothing: no layer, not the last state, no logits")
+            raise ValueError(
+                "data.states keeps nothing: expected layer_ids, last or logits; set one of them"
+            )
         return self
 
 

@@ -160,7 +160,10 @@ def parse(text: str, where: str | Path = CARD) -> ModelCard:
         return ModelCard(text)
     except (yaml.YAMLError, ValueError, TypeError) as error:
         cause = " ".join(str(error).split())
-        raise SpeculatorError(f"{where}: its front matter cannot be read: {cause}.") from error
+        raise SpeculatorError(
+            f"{where}: its front matter cannot be read: {cause}. Correct the YAML between the "
+            "lines of `---`."
+        ) from error
 
 
 def read_text(path: Path) -> str:
@@ -170,7 +173,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise SpeculatorError(f"{path} cannot be read: {first_line(error)}.") from error
+        raise SpeculatorError(
+            f"{path} cannot be read: {first_line(error)}; expected UTF-8 text. Correct the file."
+        ) from error
 
 
 def license_of(card: ModelCard) -> str | None:
