@@ -492,6 +492,6 @@ def test_missing_verifier_is_named(tmp_path):
 
 def test_verifier_of_unknown_type_is_named_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "nope"}')
-    with pytest.raises(SpeculatorError, match="not a verifier") as caught:
+    with pytest.raises(SpeculatorError, match="cannot read this verifier") as caught:
         read_verifier_config(tmp_path)
     assert "\n" not in str(caught.value)
