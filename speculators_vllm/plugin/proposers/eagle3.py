@@ -19,8 +19,9 @@ def configure(speculator: Mapping[str, JsonValue], draft: dict[str, JsonValue]) 
 def count_aux_states(draft: dict[str, JsonValue]) -> None:
     """States their number: without it vLLM's Llama network (0.32) reads three, whatever the ids."""
     layer_ids = draft.get("eagle_aux_hidden_state_layer_ids")
-    if isinstance(layer_ids, list) and len(layer_ids) not in (0, DEFAULT_NUM_AUX):
-        draft["num_aux_hidden_states"] = len(layer_ids)
+    count = len(set(layer_ids)) if isinstance(layer_ids, list) else 0
+    if count not in (0, DEFAULT_NUM_AUX):
+        draft["num_aux_hidden_states"] = count
 
 
 PROPOSER = Proposer(method="eagle3", configure=configure)
