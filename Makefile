@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEVICE := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 
-.PHONY: help demo test test-docs lint docs setup clean
+.PHONY: help demo test test-compat test-docs lint docs setup clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## set up, serve the playground with vLLM and print the acceptance tables
 	$(BIN)/python -m benchmarks.acceptance --limit-per-category 4 --max-tokens 96 --output results/demo
@@ -20,6 +20,9 @@ lint: $(READY)  ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test-compat: $(READY)  ## serve drafts as other writers store them, with and without the plug-in
+	$(BIN)/python -m pytest -m compat tests/vllm/compat
 
 test-docs: $(READY)  ## run every code block of the documentation
 	$(BIN)/python -m pytest -m docs tests/docs

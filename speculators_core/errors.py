@@ -51,7 +51,7 @@ class MissingAttributeError(SpeculatorError, AttributeError):
     """An object lacks what its users read."""
 
 
-class UnreadFormatError(SpeculatorError):
+class UnreadFormatError(UnsupportedError):
     """A speculator that may be sound, in a form that this package does not read and vLLM may.
 
     It has no cause: nothing is known to be wrong.

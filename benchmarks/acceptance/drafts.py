@@ -7,7 +7,9 @@ from transformers import PretrainedConfig
 
 from benchmarks.acceptance.engines import Kind
 from speculators_core.decoding.independent import check_shared_vocabulary
+from speculators_core.errors import UnreadFormatError
 from speculators_core.format import checkpoint
+from speculators_core.format.foreign import foreign_format
 from speculators_core.format.stored_speculator import StoredSpeculator
 from speculators_core.verifier.pair import Pair
 from speculators_core.verifier.reading import read_verifier_config
@@ -55,6 +57,8 @@ def find_draft(name: str, for_vllm: bool) -> FoundDraft:
         if name == kind:
             return FoundDraft(kind, name, YARDSTICK_K)
     raw = checkpoint.fetch_config(name)
+    if foreign := foreign_format(raw):
+        raise UnreadFormatError(f"{name}: {foreign.describe(name)}")
     if not checkpoint.is_speculator(raw) and "model_type" in raw:
         folder, config = checkpoint.fetch(name), read_verifier_config(name)
         return FoundDraft("language-model", name, YARDSTICK_K, folder, language_model=config)

@@ -36,10 +36,16 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from speculators_core.errors import SpeculatorError, UnsupportedError, first_line
+from speculators_core.errors import (
+    SpeculatorError,
+    UnreadFormatError,
+    UnsupportedError,
+    first_line,
+)
 from speculators_core.files import read_json
 from speculators_core.format import checkpoint
 from speculators_core.format.documented import PydanticFace, config_class_of
+from speculators_core.format.foreign import foreign_format
 from speculators_core.format.proposals import (
     GreedyTokenProposalConfig,
     ReloadableBaseModel,
@@ -259,6 +265,8 @@ class SpeculatorModelConfig(PydanticFace):
 
     model_type: ClassVar[str] = "speculator_model"
     has_no_defaults_at_init: ClassVar[bool] = True
+    layer_ids_key: ClassVar[str | None] = None
+    """Key of the aux layer ids; None where they follow from the verifier."""
     objective_keys: ClassVar[Mapping[str, str]] = {}
     """Keys that other releases write, with the options of the loss that they state."""
     architectures: list[str] | None = None
@@ -443,9 +451,12 @@ class SpeculatorModelConfig(PydanticFace):
         Raises:
             SpeculatorError: ``speculators_model_type`` is missing or unknown, a value is invalid,
                 or one of ``kwargs`` is not a key.
+            UnreadFormatError: the config is a draft's in its authors' own format.
         """
         return_unused = kwargs.pop("return_unused_kwargs", False)
         config_dict = {**config_dict, **_taken(kwargs, ["speculators_model_type"])}
+        if foreign := foreign_format(config_dict):
+            raise UnreadFormatError(foreign.describe(config_dict.get("_name_or_path") or "<draft>"))
         if "speculators_model_type" not in config_dict:
             raise UnsupportedError(
                 "speculators_model_type is missing, so this is not a speculator's config; expected "
@@ -510,6 +521,8 @@ class SpeculatorModelConfig(PydanticFace):
         Raises:
             SpeculatorError: as `from_dict`, with the file's name and the cause.
         """
+        if foreign := foreign_format(raw):
+            raise UnreadFormatError(f"{folder}: {foreign.describe(str(folder))}")
         layer_config = raw.get("transformer_layer_config")
         if isinstance(layer_config, dict) and "model_type" not in layer_config:
             kind = checkpoint.layer_type(folder)

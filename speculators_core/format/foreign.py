@@ -32,7 +32,7 @@ class ForeignFormat:
 
 
 def foreign_format(raw: Mapping[str, Any]) -> ForeignFormat | None:
-    """The format of a config that is no speculator's; None for that of an ordinary model."""
+    """The format of a config that is not a speculator; None for an ordinary model."""
     if "speculators_model_type" in raw:
         return None
     architectures = " ".join(map(str, raw.get("architectures") or [])).lower()

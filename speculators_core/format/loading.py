@@ -130,18 +130,20 @@ def _as_ours(name: str, aliases: Mapping[str, str]) -> str:
 def check_plain(config: SpeculatorModelConfig, folder: Path) -> None:
     """Raises UnreadFormatError where a quantization accounts for unknown tensors."""
     layer_config = config.transformer_layer_config
-    for key in ("quantization_config", "compression_config"):
-        if settings := getattr(layer_config, key, None):
-            method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-            raise UnreadFormatError(
-                f"{folder}: the draft is quantized (transformer_layer_config.{key}"
-                f"{f', {method}' if method else ''}), which vLLM reads and this package does not. "
-                "Use the draft that it was made from."
-            )
-    if (folder / "hf_quant_config.json").exists():
+    places = {
+        "transformer_layer_config.quantization_config": "quantization_config",
+        "transformer_layer_config.compression_config": "compression_config",
+    }
+    stated = {place: getattr(layer_config, key, None) for place, key in places.items()}
+    stated["quantization_config"] = config.unread_keys.get("quantization_config")
+    stated["hf_quant_config.json"] = (folder / "hf_quant_config.json").exists()
+    for place, settings in stated.items():
+        if not settings:
+            continue
+        method = settings.get("quant_method") if isinstance(settings, Mapping) else None
         raise UnreadFormatError(
-            f"{folder}: the draft is quantized (hf_quant_config.json), which vLLM reads and this "
-            "package does not. Use the draft that it was made from."
+            f"{folder}: the draft is quantized ({place}{f', {method}' if method else ''}), which "
+            "vLLM reads and this package does not. Use the draft that it was made from."
         )
 
 

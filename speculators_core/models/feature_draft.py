@@ -34,7 +34,6 @@ class FeatureDraftConfig(SpeculatorModelConfig):
     """Keys of every draft that reads aux hidden states. Defaults are those of readers."""
 
     layer_ids_key: ClassVar[str]
-    """Key of the aux layer ids."""
 
     draft_vocab_size: Annotated[int, Field(ge=1)] | None = 32_000
     target_hidden_size: Annotated[int, Field(ge=1)] | None = None

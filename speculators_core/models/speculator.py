@@ -162,6 +162,10 @@ class SpeculatorModel(VerifierSide, GenerationMixin, ABC):
     def adopt(self, names: Collection[str]) -> None:
         """Makes room for some of the `adoptable` tensors."""
 
+    def differing_ends(self) -> list[str]:
+        """Embeddings and head of the draft that are not its verifier's, which is attached."""
+        return []
+
     def check_shapes(self, found: Mapping[str, tuple[int, ...]], where: str | PathLike) -> None:
         """Looks for faults in the stored shapes that have a more exact name than a wrong shape.
 

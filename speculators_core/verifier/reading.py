@@ -43,20 +43,30 @@ def load_verifier(
     """The whole verifier, after its files were checked.
 
     Raises:
-        SpeculatorError: a file is missing or truncated.
+        SpeculatorError: a file or a tensor is missing, or a file is truncated.
     """
     files = (*checkpoint.ALL_FILES, "*.py") if trust_remote_code else checkpoint.ALL_FILES
     folder = checkpoint.fetch(name_or_path, files=files)
     checkpoint.stored_tensors(folder)
     auto_class = language_model_class(_config_in(folder, trust_remote_code))
     try:
-        return auto_class.from_pretrained(
-            folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
-        ).eval()
+        model, loading = auto_class.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise SpeculatorError(
             f"{name_or_path}: Transformers could not load it: {first_line(error)}"
         ) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise SpeculatorError(
+            f"{name_or_path}: {len(missing)} tensors of a {type(model).__name__} are missing "
+            f"({missing[0]}); expected all of them. Copy the checkpoint again, or correct its "
+            "config.json."
+        )
+    return model.eval()
 
 
 def with_head(model: PreTrainedModel) -> PreTrainedModel:

@@ -24,10 +24,12 @@ from speculators_core.decoding.prompts import read_prompts, tokenize
 from speculators_core.diagnosis.check_report import CheckReport, Counts, Severity
 from speculators_core.diagnosis.replay import see
 from speculators_core.diagnosis.suspects import DEAD_BELOW, Diagnosis, diagnose
-from speculators_core.errors import SpeculatorError
+from speculators_core.errors import SpeculatorError, UnreadFormatError
 from speculators_core.format import checkpoint
 from speculators_core.format.checkpoint import RawConfig
+from speculators_core.format.loading import names_of
 from speculators_core.format.stored_speculator import StoredSpeculator
+from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.provenance import versions
 from speculators_core.verifier.pair import Pair
 from speculators_core.verifier.reading import read_tokenizer
@@ -77,12 +79,15 @@ def check(speculator: str, config: CheckConfig) -> CheckReport:
         report.verifier = pair.verifier
         with offline.quiet():
             check_served(speculator, pair.speculator.raw)
+    except UnreadFormatError as error:
+        raise SpeculatorError(f"not checked. {error}") from error
     except SpeculatorError as error:
         if error.cause is None:
             raise
         report.add("fault", "checkpoint", str(error), error.cause)
         return report
     _warn_of_config(report, pair.speculator)
+    _note_other_writing(report, pair)
     with offline.quiet():
         _ask_stock_vllm(report, pair.speculator.raw)
     tokenizer = read_tokenizer(pair.verifier)
@@ -133,6 +138,35 @@ def _warn_of_config(report: CheckReport, speculator: StoredSpeculator) -> None:
         )
     if (speculator.folder / "config.py").exists() or "auto_map" in raw:
         report.add("note", "checkpoint", "it ships Python code, which is never run.")
+
+
+def _note_other_writing(report: CheckReport, pair: Pair) -> None:
+    """What is written in another way than the format has it, and read all the same."""
+    config, raw = pair.speculator.config, pair.speculator.raw
+    if raw.get("tie_word_embeddings"):
+        report.add("note", "checkpoint", "tie_word_embeddings is true, which no reader follows.")
+    stated = raw.get(config.layer_ids_key or "")
+    if stated and stated != config.aux_layer_ids:
+        report.add(
+            "note",
+            "checkpoint",
+            f"aux layer ids {stated} are read as {config.aux_layer_ids}, here and in vLLM.",
+        )
+    if pair.ignored_tensors:
+        report.add(
+            "note",
+            "checkpoint",
+            f"tensors without use are ignored: {names_of(pair.ignored_tensors)}.",
+        )
+
+
+def _note_differing_ends(report: CheckReport, model: SpeculatorModel) -> None:
+    for name in model.differing_ends():
+        report.add(
+            "note",
+            "checkpoint",
+            f"{name} is not the verifier's: the draft's is used, here and in vLLM.",
+        )
 
 
 def _compare_templates(
@@ -272,7 +306,7 @@ class _Side:
 
 def _compare_sides(report: CheckReport, plan: _Plan) -> None:
     """Runs the prompts through the reference decoder and through vLLM."""
-    reference, dtype, diagnosis = _run_reference(plan)
+    reference, dtype, diagnosis = _run_reference(report, plan)
     gc.collect()  # vLLM takes the memory that the reference had
     torch.cuda.empty_cache()
     served = _run_vllm(plan, dtype)
@@ -283,8 +317,9 @@ def _compare_sides(report: CheckReport, plan: _Plan) -> None:
     _explain(report, report.reference, diagnosis)
 
 
-def _run_reference(plan: _Plan) -> tuple[_Side, torch.dtype, Diagnosis]:
+def _run_reference(report: CheckReport, plan: _Plan) -> tuple[_Side, torch.dtype, Diagnosis]:
     model = load_reference(plan.pair, plan.dtype)
+    _note_differing_ends(report, model)
     verifier, num_tokens = model.verifier, plan.num_tokens
     decoded = [decode(model, prompt, plan.max_tokens, num_tokens) for prompt in plan.prompts]
     texts = [

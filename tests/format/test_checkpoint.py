@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from speculators_core.errors import SpeculatorError, UnreadFormatError
 from speculators_core.format import checkpoint
+from speculators_core.format.foreign import foreign_format
 from speculators_core.models.speculator import SpeculatorModel
 
 
@@ -215,3 +216,31 @@ def test_who_may_read_the_config_may_read_the_weights(tmp_path):
     checkpoint.write_checkpoint(tmp_path, {"a": 1}, {"w": torch.zeros(2)})
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1
+
+
+def test_a_draft_in_its_authors_format_is_named_with_how_vllm_serves_it(tmp_path):
+    layer = {"model_type": "llama", "hidden_size": 32, "draft_vocab_size": 96}
+    raw = {**layer, "architectures": ["LlamaForCausalLMEagle3"]}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UnreadFormatError, match='EAGLE-3 in .*"method": "eagle3"') as caught:
+        load(tmp_path)
+    assert caught.value.cause is None
+    assert f'"model": "{tmp_path}"' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "method", "num_tokens"),
+    [
+        ({"architectures": ["LlamaForCausalLMEagle3"]}, "eagle3", 3),
+        ({"draft_vocab_size": 32000}, "eagle3", 3),
+        ({"architectures": ["EagleLlamaModel"]}, "eagle", 3),
+        ({"architectures": ["DFlashDraftModel"], "block_size": 16}, "dflash", 15),
+        ({"architectures": ["Qwen3DSparkModel"], "block_size": 8}, "dspark", 7),
+        ({"model_type": "medusa"}, "medusa", 3),
+        ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, None, 0),
+        ({"architectures": ["DFlashDraftModel"], "speculators_model_type": "dflash"}, None, 0),
+    ],
+)
+def test_formats_of_authors_are_recognised(raw, method, num_tokens):
+    found = foreign_format(raw)
+    assert (found and (found.method, found.num_tokens)) == (method and (method, num_tokens))

@@ -87,7 +87,10 @@ FAULTS = {
     ),
     "layers of another family": (layer_config(model_type="bert"), "invalid config"),
     "negative layer id": (config(eagle_aux_hidden_state_layer_ids=[-1, 1, 2]), "wrong layer ids"),
-    "unsorted layer ids": (config(eagle_aux_hidden_state_layer_ids=[2, 1, 3]), "wrong layer ids"),
+    "a layer id too many": (
+        config(eagle_aux_hidden_state_layer_ids=[0, 1, 2, 3]),
+        "wrong layer ids",
+    ),
     "layer id too large": (config(eagle_aux_hidden_state_layer_ids=[1, 2, 9]), "wrong layer ids"),
     "no layer ids": (config(eagle_aux_hidden_state_layer_ids=None), "wrong layer ids"),
     "d2t beside another t2d": (tensors(lambda t: t.update(d2t=t["d2t"] + 1)), "d2t offset"),

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from speculators_core.verifier.head import VerifierHead
 from speculators_core.verifier.proof import PROVEN_FAMILIES, check_head
 from speculators_core.verifier.reading import (
     language_model_class,
+    load_verifier,
     read_verifier_config,
     read_verifier_head,
 )
@@ -270,6 +272,7 @@ def test_class_that_needs_its_layers_is_compared_live_only(monkeypatch, tmp_path
 
 REMOTE_CODE = """
 import os
+import shutil
 from transformers import LlamaConfig, LlamaForCausalLM
 
 os.environ["REMOTE_CODE_RAN"] = "yes"
@@ -495,3 +498,12 @@ def test_verifier_of_unknown_type_is_named_in_one_line(tmp_path):
     with pytest.raises(SpeculatorError, match="cannot read this verifier") as caught:
         read_verifier_config(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_whose_weights_do_not_all_come_from_its_file_is_refused(verifier_folder, tmp_path):
+    folder = shutil.copytree(verifier_folder, tmp_path / "verifier")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SpeculatorError, match="1 tensors of a .* are missing .model.norm.weight"):
+        load_verifier(str(folder))

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import playground
+from benchmarks.acceptance.drafts import find_draft
 from benchmarks.acceptance.engines import Decoding, Draft
 from benchmarks.acceptance.measurement import measure
 from benchmarks.acceptance.report import print_report, report_k, write_report
@@ -208,3 +209,10 @@ def test_drafts_of_one_folder_name_are_told_apart(report):
     with console.capture() as shown:
         print_report(twice)
     assert "elsewhere/eagle3" in shown.get()
+
+
+def test_a_draft_in_its_authors_format_is_not_decoded_with_random_weights(tmp_path):
+    raw = {"model_type": "llama", "architectures": ["LlamaForCausalLMEagle3"]}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(SpeculatorError, match="EAGLE-3 in its authors' own format"):
+        find_draft(str(tmp_path), for_vllm=False)

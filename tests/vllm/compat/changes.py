@@ -268,6 +268,10 @@ DFLASH: dict[str, Change] = {
 }
 CHANGED: dict[str, tuple[str, Change]] = {
     "eagle3, int8": ("eagle3", both(tensors(int8), layer(quantization_config=quantization()))),
+    "eagle3, int8, stated beside the layers": (
+        "eagle3",
+        both(tensors(int8), keys(quantization_config=quantization())),
+    ),
     "eagle3, float16": ("eagle3", stored_as(torch.float16)),
     "eagle3, embeddings of its own": (
         "eagle3",

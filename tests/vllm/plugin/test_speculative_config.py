@@ -1,13 +1,17 @@
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from benchmarks.acceptance.vllm_engine import speculator_settings
 from speculators_core.errors import SpeculatorError
 from speculators_core.registry import MODELS
+from speculators_vllm.plugin.leftovers import skipping
 from speculators_vllm.plugin.speculative_config import Source, check_served, complete
 from tests.conftest import make_verifier
 from tests.data import INTEROP
@@ -204,3 +208,29 @@ def test_what_vllm_serves_with_the_plugin_alone_is_refused_without_it():
     check_served("mtp", config)
     with pytest.raises(SpeculatorError, match="vLLM alone serves no mtp speculator; .*PLUGINS"):
         check_served("mtp", config, with_plugin=False)
+
+
+def test_what_is_not_read_here_is_vllms_to_serve(copy, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("speculators_vllm"), "propagate", True)
+    name = copy(
+        lambda c: c["speculators_config"]["proposal_methods"].append({"proposal_type": "tree"})
+    )
+    assert completed({"model": name})["num_speculative_tokens"] == 3
+    assert "vLLM serves the draft unchecked." in caplog.text and "'tree'" in caplog.text
+    with pytest.raises(SpeculatorError, match="hidden size 32; the speculator was made for 128"):
+        name = copy(lambda c: c["speculators_config"]["proposal_methods"].pop())
+        completed({"model": name}, verifier=make_verifier().config)
+
+
+def test_tensors_without_use_are_noted_once(copy, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("speculators_vllm"), "propagate", True)
+    file = Path(copy(lambda config: None)) / "model.safetensors"
+    save_file(load_file(file) | {"verifier_norm.weight": torch.ones(128)}, file)
+    assert completed({"model": str(file.parent)})["num_speculative_tokens"] == 3
+    assert caplog.text.count("tensors without use, which were ignored: verifier_norm.weight") == 1
+
+
+def test_tensors_without_use_are_hidden_from_vllms_networks():
+    names = ["verifier_norm.weight", "verifier_lm_head.weight", "fc.weight", "lm_head.weight"]
+    kept = skipping(lambda loader, source: iter((name, None) for name in names))(None, None)
+    assert [name for name, _ in kept] == ["fc.weight", "lm_head.weight"]

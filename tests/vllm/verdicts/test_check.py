@@ -212,6 +212,47 @@ def test_a_damaged_folder_is_named_before_anything_runs(fitted, broken, cause):
     assert report.reference is None and report.served is None
 
 
+def test_an_id_too_many_is_a_fault_of_the_ids(fitted, broken):
+    def one_more(config):
+        config["eagle_aux_hidden_state_layer_ids"] = [0, 1, 2, 3]
+        config["transformer_layer_config"].pop("num_aux_hidden_states", None)
+
+    report = checked(broken("eagle3", config=one_more), fitted)
+    assert report.verdict == "not fit to serve: wrong layer ids"
+    assert "for 3 aux hidden states, but the config has 4 aux layer ids" in report.faults[0].text
+
+
+def test_other_ways_to_write_a_sound_draft_are_notes(fitted, broken):
+    def config(content):
+        content |= {"tie_word_embeddings": True, "model_kind": "draft"}
+        content["eagle_aux_hidden_state_layer_ids"].reverse()
+
+    def tensors(found):
+        found["lm_head.weight"] += 0.01 * found["lm_head.weight"].flip(0)
+        found["verifier_norm.weight"] = torch.full((64,), float("nan"))
+
+    report = checked(broken("eagle3", config=config, tensors=tensors), fitted)
+    assert report.verdict == "fit to serve", report.faults
+    notes = " ".join(finding.text for finding in report.findings)
+    for words in (
+        "keys of config.json without effect: model_kind",
+        "tie_word_embeddings is true",
+        "aux layer ids [2, 1, 0] are read as [0, 1, 2]",
+        "tensors without use are ignored: verifier_norm.weight",
+        "lm_head.weight is not the verifier's: the draft's is used",
+    ):
+        assert words in notes
+
+
+def test_a_draft_that_is_not_read_here_is_not_called_unfit(fitted, broken, tmp_path):
+    folder = broken("eagle3")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SpeculatorError, match="not checked. .*weights are pickled") as caught:
+        checked(folder, fitted)
+    assert caught.value.cause is None
+
+
 @pytest.mark.parametrize("cause", DAMAGE)
 def test_a_reworded_message_changes_no_verdict(fitted, broken, monkeypatch, cause):
     def say(self, message, *, cause=None):
