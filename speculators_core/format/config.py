@@ -53,6 +53,10 @@ from speculators_core.format.proposals import (
 )
 from speculators_core.format.readings import OtherReading
 from speculators_core.format.schema import checked_fields, own_fields
+from speculators_core.format.spellings import (
+    in_the_formats_words,
+    layers_in_the_formats_words,
+)
 from speculators_core.format.vocabulary import Vocabulary
 from speculators_core.registry import CONFIGS, MODELS, PROPOSALS, did_you_mean
 
@@ -172,6 +176,7 @@ def _read_layer_config(value: object) -> PretrainedConfig:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"model_type {kind!r} is not in Transformers, expected one such as qwen3")
     config_class = CONFIG_MAPPING[kind]
+    value = layers_in_the_formats_words(value, config_class)
     for key in value:
         hint = did_you_mean(key, LARGEST.keys() - value.keys())
         if key not in _layer_keys(config_class) and hint:
@@ -346,12 +351,14 @@ class SpeculatorModelConfig(PydanticFace):
     @classmethod
     def normalize(cls, read: dict[str, Any]) -> None:
         """Puts the format's form in place of others that readers take in the same way."""
-        if read.get("tie_word_embeddings") is True:
+        tied = read.pop("tie_word_embeddings", None)
+        if tied is True:
             logger.warning(
                 "tie_word_embeddings true was taken for false: a draft's embeddings and head are "
                 "two tensors, or the verifier's"
             )
-            read["tie_word_embeddings"] = False
+        elif tied is not None:
+            read["tie_word_embeddings"] = tied
 
     def stated_objective(self) -> dict[str, Any]:
         """Options of the training loss that the file states; they have no effect on decoding."""
@@ -478,7 +485,8 @@ class SpeculatorModelConfig(PydanticFace):
                 f"{key!r} has no effect on a {kind} speculator's config."
                 f"{did_you_mean(key, own_fields(target))} Leave it out."
             )
-        read, unread = _split_unread(checkpoint.without_foreign_keys(config_dict), known)
+        written = in_the_formats_words(checkpoint.without_foreign_keys(config_dict), target)
+        read, unread = _split_unread(written, known)
         target.normalize(read)
         config = target(**{**read, **overrides})
         config.unread_keys = unread

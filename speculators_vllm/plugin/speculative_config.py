@@ -155,6 +155,11 @@ def _completed(
     except UnreadFormatError as error:
         logger.warning("vLLM serves the draft unchecked. %s", _one_line(name, error))
         return config_dict
+    except SpeculatorError:
+        raise
+    except Exception:  # a fault of ours must not stop a run that vLLM can do alone
+        logger.warning("vLLM serves the draft %s unchecked", name, exc_info=True)
+        return config_dict
     if pair.ignored_tensors:
         logger.warning(
             "%s has tensors without use, which were ignored: %s",

@@ -192,6 +192,43 @@ def test_another_spelling_on_disk_is_read_with_a_warning_and_written_as_the_form
         SpeculatorModelConfig.from_dict(interop_config(), **change)
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("norm_before_fc",), 0),
+        (("fc_norm",), None),
+        (("tie_word_embeddings",), None),
+        (("dtype",), "torch.bfloat16"),
+        (("speculators_config", "algorithm"), ...),
+        (("speculators_config", "default_proposal_method"), ...),
+        (("speculators_config", "default_proposal_method"), None),
+        (("speculators_config", "proposal_methods", 0, "proposal_type"), ...),
+        (("speculators_config", "proposal_methods", 0, "verifier_accept_k"), None),
+        (("transformer_layer_config", "head_dim"), ...),
+        (("transformer_layer_config", "head_dim"), None),
+        (("transformer_layer_config", "mlp_bias"), None),
+        (("transformer_layer_config", "attention_dropout"), 0),
+        (("transformer_layer_config", "max_position_embeddings"), 2048.0),
+        (
+            ("transformer_layer_config", "rope_parameters"),
+            {"full_attention": {"rope_theta": 10000.0, "rope_type": "default"}},
+        ),
+    ],
+)
+def test_what_vllm_reads_alike_is_read_alike_without_a_warning(path, value, caplog):
+    stored, at = interop_config(), interop_config()
+    expected = SpeculatorModelConfig.from_dict(stored).to_dict()
+    changed = at
+    for step in path[:-1]:
+        at = at[step]
+    if value is ...:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = value
+    assert SpeculatorModelConfig.from_dict(changed).to_dict() == expected
+    assert not caplog.records
+
+
 def test_no_aux_layer_ids_are_the_readers_default():
     change = {"eagle_aux_hidden_state_layer_ids": []}
     config = SpeculatorModelConfig.from_dict({**interop_config(), **change})

@@ -68,6 +68,14 @@ def keys_of_nobody(content: dict[str, Any]) -> None:
         place.update(colour="blue", hidden_size=7)
 
 
+def unnamed(content: dict[str, Any]) -> None:
+    """Without what vLLM does not read of the proposals."""
+    inner = content["speculators_config"]
+    del inner["algorithm"], inner["default_proposal_method"]
+    inner["proposal_methods"] = [{"speculative_tokens": 3, "verifier_accept_k": None}]
+    inner["verifier"]["architectures"] = None
+
+
 def both(*changes: Change) -> Change:
     def change(folder: Path) -> None:
         for one in changes:
@@ -244,6 +252,11 @@ EAGLE3: dict[str, Change] = {
     "the number of ids": layer(num_aux_hidden_states=3),
     "architecture of another release": keys(architectures=["Eagle3Speculator"]),
     "code": code,
+    "flags as numbers": keys(norm_before_fc=1, norm_before_residual=1, norm_output=1, fc_norm=0),
+    "flags left open": keys(fc_norm=None, embed_requires_grad=None, tie_word_embeddings=None),
+    "proposals without names": config(unnamed),
+    "numbers of another kind": layer(attention_dropout=0, max_position_embeddings=2048.0),
+    "no width of a head": layer("head_dim"),
     "an unknown proposal": config(
         lambda c: c["speculators_config"]["proposal_methods"].append(
             {"proposal_type": "tree", "speculative_tokens": 9}
@@ -264,6 +277,7 @@ DFLASH: dict[str, Change] = {
     "layers of Mistral": layer(model_type="mistral"),
     "ids in another order": keys(**{DFLASH_IDS: [16, 2, 29]}),
     "no vocabulary size": keys(draft_vocab_size=None),
+    "no width of a head": layer("head_dim"),
     "no block size": config(lambda c: c.pop("block_size")),
 }
 CHANGED: dict[str, tuple[str, Change]] = {
