@@ -53,7 +53,7 @@ class AnswerFile:
         """Keys of dialogues that were kept or set aside."""
         self.num_kept = 0
         self.reasons: Counter[str] = Counter()
-        """Why the others were set aside."""
+        """Reasons for setting the others aside, with their counts."""
         stated, aside = beside(path, "yaml"), beside(path, "set_aside.jsonl")
         with ExitStack() as opened, _naming(path):
             make_folder(path.parent)

@@ -16,20 +16,20 @@ from speculators_core.data_generation.texts.messages import Message, Tool
 KEPT = ("role", "content", "name", "tool_call_id")
 """Keys of a message that is not the assistant's."""
 SEED_BITS = 31
-"""All that some servers take."""
+"""Bits of a seed that every server accepts."""
 CALL_ID_LENGTH = 9
-"""Characters; Mistral's templates take no other number."""
+"""Characters of a tool call's id; Mistral's templates accept no other number."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """Of a tool."""
+    """A tool call."""
 
     name: str
     arguments: str
-    """JSON, as the verifier wrote it."""
+    """JSON as the verifier wrote it."""
     id: str | None = None
-    """The verifier's; None where it wrote none."""
+    """Id that the verifier wrote, if any."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Answer:
     reasoning: str = ""
     calls: tuple[Call, ...] = ()
     is_cut: bool = False
-    """It reached `max_tokens` before its end."""
+    """Whether it reached `max_tokens` before its end."""
     num_tokens: int = 0
 
     def message(self, turn: str) -> Message:
-        """As chat templates and servers take it; a call without an id gets one of the turn."""
+        """The answer as a message; a tool call without an id gets one derived from the turn."""
         message: Message = {"role": "assistant", "content": self.content}
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
@@ -67,7 +67,7 @@ class Tally:
     num_answers: int = 0
     num_tokens: int = 0
     num_under_way: int = 0
-    """Tokens of answers that have not ended."""
+    """Tokens of unfinished answers."""
 
     def add(self, answer: Answer) -> None:
         self.num_answers += 1
@@ -75,11 +75,11 @@ class Tally:
 
 
 class Dialogue:
-    """One conversation, answered turn after turn.
+    """One conversation, answered turn by turn.
 
-    The assistant's turns before the first question are left out, and consecutive ones are one. A
-    conversation that ends with another's turn is answered there as well. It ends early after an
-    answer that does not fit the next turns: tool calls other than those that have results.
+    Assistant turns before the first question are dropped, and consecutive ones count as one. A
+    conversation that ends with another role's turn is answered there as well. It ends early after
+    an answer that does not fit the next turns: tool calls other than those that have results.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class Dialogue:
         keeps_cut: bool = False,
         tally: Tally | None = None,
     ) -> None:
-        """``messages`` as `read_messages` gives them.
+        """``messages``: the result of `read_messages`.
 
-        ``keeps_cut``: an answer that was cut is the last; else the one before it is.
+        ``keeps_cut``: the conversation ends after an answer that was cut; otherwise before it.
         """
         self.key = key
         self.tools = [
@@ -101,14 +101,14 @@ class Dialogue:
             for tool in tools or ()
         ]
         self.messages: list[Message] = []
-        """So far."""
+        """Messages up to the next answer."""
         self.num_answers = 0
         self.num_tokens = 0
-        """Of all answers."""
+        """Tokens of all answers."""
         self.fault: str | None = None
-        """Why there is nothing to keep."""
+        """Why the conversation is not kept."""
         self.has_failed = False
-        """It could not be answered."""
+        """Whether it could not be answered."""
         self.tally = tally or Tally()
         self._seed = seed
         self._keeps_cut = keeps_cut
@@ -119,7 +119,7 @@ class Dialogue:
 
     @classmethod
     def malformed(cls, key: str, fault: str) -> "Dialogue":
-        """One that cannot be read, and has ended."""
+        """An ended dialogue for a row that cannot be read."""
         dialogue = cls(key, [])
         dialogue.fault = fault
         return dialogue
@@ -131,16 +131,16 @@ class Dialogue:
 
     @property
     def turn(self) -> str:
-        """The name of the next answer."""
+        """Name of the next answer."""
         return f"{self.key}/{self.num_answers}"
 
     @property
     def seed(self) -> int:
-        """Of the next answer; the same in each run."""
+        """Seed of the next answer, identical in every run."""
         return xxh64_intdigest(self.turn.encode(), seed=self._seed) >> (64 - SEED_BITS)
 
     def take(self, answer: Answer) -> None:
-        """Goes on to where the verifier is asked next."""
+        """Adds an answer, and continues to the next question."""
         self.tally.add(answer)
         self.num_tokens += answer.num_tokens
         if answer.is_cut and not self._keeps_cut:
@@ -154,7 +154,7 @@ class Dialogue:
         self._advance()
 
     def fail(self, reason: str) -> None:
-        """Ends it with nothing to keep."""
+        """Ends the dialogue, which is not kept."""
         self.messages, self.fault, self.has_failed = [], reason, True
 
     def _end(self, fault: str) -> None:
@@ -164,7 +164,7 @@ class Dialogue:
             self.fault = fault
 
     def _advance(self) -> None:
-        """Takes over the turns of others, up to where the assistant speaks."""
+        """Copies the turns of other roles, up to the assistant's next turn."""
         while self._rest:
             if self._rest[0]["role"] != "assistant":
                 message = self._rest.popleft()
@@ -177,7 +177,7 @@ class Dialogue:
             self.messages = []
 
     def _lets_go_on(self, calls: list[Tool]) -> bool:
-        """Whether what comes next fits these calls; results then name the calls they answer."""
+        """Whether the next messages are results of these calls, which are then given their ids."""
         called: list[str] = []
         while self._rest and self._rest[0]["role"] == "assistant":
             replaced = self._rest.popleft().get("tool_calls", [])

@@ -76,7 +76,7 @@ class TransformersPipeline(InferencePipeline):
         return [done[example.key] for example in examples]
 
     def _run(self, batch: list[Example]) -> dict[str, GeneratedExample | Failure]:
-        """A batch, or where it fails each of its examples alone."""
+        """Runs a batch; if it fails, runs each example separately."""
         try:
             with torch.no_grad():
                 return {formed.key: formed for formed in self._run_together(batch)}
