@@ -1,4 +1,4 @@
-"""A queue between processes of one machine, through shared memory.
+"""A queue between processes, through shared memory.
 
 Tensors are passed in shared memory, messages as in `ZmqStore`. Training opens a source; the
 processes that generate need only its ``url``:
