@@ -30,8 +30,13 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from speculators_core.data_generation.settings import GenerationPlan as GenerationPlan
     from speculators_core.data_generation.settings import SyncConfig as SyncConfig
     from speculators_core.data_generation.stores.disk import DiskStore as DiskStore
-    from speculators_core.decoding.independent import SpeculativeConfig as SpeculativeConfig
-    from speculators_core.decoding.independent import (
+    from speculators_core.decoding.engine_settings import GlobalConfig as GlobalConfig
+    from speculators_core.decoding.engine_settings import InferenceParameters as InferenceParameters
+    from speculators_core.decoding.engine_settings import (
+        SpeculativeDecodingConfig as SpeculativeDecodingConfig,
+    )
+    from speculators_core.decoding.inference import SpeculativeConfig as SpeculativeConfig
+    from speculators_core.decoding.inference import (
         SpeculativeInferenceEngine as SpeculativeInferenceEngine,
     )
     from speculators_core.errors import SpeculatorError as SpeculatorError
@@ -75,7 +80,8 @@ _NAMES = {
     "data_generation.runs.workers": "generate_data_worker",
     "data_generation.settings": "DataGenConfig EngineConfig GenerationPlan SyncConfig",
     "data_generation.stores.disk": "DiskStore",
-    "decoding.independent": "SpeculativeConfig SpeculativeInferenceEngine",
+    "decoding.engine_settings": "GlobalConfig InferenceParameters SpeculativeDecodingConfig",
+    "decoding.inference": "SpeculativeConfig SpeculativeInferenceEngine",
     "errors": "SpeculatorError",
     "format.config": (
         "SpeculatorModelConfig SpeculatorsConfig VerifierConfig "

@@ -117,4 +117,10 @@ ANSWERERS = Registry(
     "speculators.answerers",
     {"openai": "speculators_core.data_generation.answers.openai_endpoint:OpenAIEndpoint"},
 )
+SPECULATION = Registry(
+    "engine",
+    "speculators.speculation",
+    {"vllm": "speculators_vllm.generation.speculation:VLLMSpeculation"},
+)
+"""Engines that decode with a verifier and a draft, beside Transformers."""
 COMMANDS = Registry("command", "speculators.commands")

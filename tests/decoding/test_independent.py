@@ -1,17 +1,12 @@
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from speculators_core.decoding.drafter import Chooser, Confirmed
 from speculators_core.decoding.generation import generate
 from speculators_core.decoding.independent import (
     LanguageModelDraft,
     PromptLookupDraft,
-    SpeculativeConfig,
-    SpeculativeInferenceEngine,
 )
-from speculators_core.errors import SpeculatorError
 from speculators_core.format.proposals import GreedyTokenProposalConfig, SamplingTokenProposalConfig
 from tests.conftest import VOCAB_SIZE, make_verifier
 
@@ -106,76 +101,6 @@ def test_prompt_lookup_refuses_empty_ranges(bounds):
         PromptLookupDraft(*bounds)
 
 
-# ---- the door for two whole models ----
-
-
-def make_tokenizer(last: str = "w95") -> PreTrainedTokenizerFast:
-    words = {f"w{i}": i for i in range(VOCAB_SIZE - 1)} | {last: VOCAB_SIZE - 1}
-    words["<pad>"] = words.pop("w0")
-    inner = Tokenizer(models.WordLevel(words, unk_token="w1"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="w2")
-
-
-@pytest.fixture(scope="module")
-def folders(verifier, small, tmp_path_factory):
-    root = tmp_path_factory.mktemp("pair")
-    for name, model in (("main", verifier), ("draft", small)):
-        model.save_pretrained(root / name)
-        make_tokenizer().save_pretrained(root / name)
-    return root
-
-
-def test_engine_continues_prompts_as_the_main_model_does(folders, verifier):
-    config = SpeculativeConfig(
-        main_model_path=str(folders / "main"),
-        draft_model_path=str(folders / "draft"),
-        max_speculative_tokens=3,
-        max_new_tokens=15,
-    )
-    result = SpeculativeInferenceEngine.from_config(config).generate(["w5 w6 w7", "w9"])
-    for row, ids in enumerate(([5, 6, 7], [9])):
-        alone = verifier.generate(torch.tensor([ids]), max_new_tokens=15, do_sample=False)
-        assert result.token_ids[row] == alone[0, len(ids) :].tolist()
-        assert result.acceptance[row].speculative_tokens == 3
-        assert result.texts[row].split() == [f"w{i}" for i in result.token_ids[row]]
-
-
-def test_engine_samples_by_its_settings(folders):
-    def run(**kwargs):
-        config = SpeculativeConfig(
-            main_model_path=str(folders / "main"),
-            draft_model_path=str(folders / "draft"),
-            max_new_tokens=15,
-            **kwargs,
-        )
-        return SpeculativeInferenceEngine.from_config(config).generate("w5 w6").token_ids
-
-    greedy = run()
-    assert run(temperature=1.0, seed=1) == run(temperature=1.0, seed=1)
-    assert run(temperature=1.0, seed=1) != run(temperature=1.0, seed=2)
-    assert run(temperature=1.0, seed=1, top_k=1) == greedy
-    assert run(temperature=1.0, seed=1, top_p=1e-6) == greedy
-    assert run(max_speculative_tokens=1) == greedy
-
-
-def test_models_of_different_vocabularies_are_refused(verifier):
-    other = make_verifier(vocab_size=VOCAB_SIZE + 1)
-    config = SpeculativeConfig(main_model_path="main", draft_model_path="other")
-    with pytest.raises(SpeculatorError, match="other: vocabulary of 97 tokens, but main has"):
-        SpeculativeInferenceEngine(verifier, other, make_tokenizer(), config)
-
-
-def test_models_of_different_tokenizers_are_refused(folders, tmp_path, small):
-    small.save_pretrained(tmp_path / "other")
-    make_tokenizer(last="another").save_pretrained(tmp_path / "other")
-    config = SpeculativeConfig(
-        main_model_path=str(folders / "main"), draft_model_path=str(tmp_path / "other")
-    )
-    with pytest.raises(SpeculatorError, match="its tokenizer is not that of"):
-        SpeculativeInferenceEngine.from_config(config)
-
-
 def test_filling_of_a_batch_counts_for_nobody(verifier):
     ids, mask = prompts(4, 9, 2, 12)
     settings = {"max_new_tokens": 30, "pad_token_id": 0, "return_dict_in_generate": True}
@@ -186,11 +111,3 @@ def test_filling_of_a_batch_counts_for_nobody(verifier):
         prompt = ids[row : row + 1, -length:]
         alone = generate(PromptLookupDraft(), verifier, GREEDY, prompt, **settings)
         assert alone.acceptance[0].accepted == together[row].accepted
-
-
-def test_the_callers_tokenizer_is_left_alone(verifier, small):
-    tokenizer = make_tokenizer()
-    tokenizer.padding_side = "right"
-    config = SpeculativeConfig(main_model_path="a", draft_model_path="b", max_new_tokens=2)
-    SpeculativeInferenceEngine(verifier, small, tokenizer, config).generate(["w5", "w6 w7"])
-    assert tokenizer.padding_side == "right"
