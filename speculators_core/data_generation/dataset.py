@@ -2,12 +2,14 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data._utils.collate import default_collate_fn_map
 
-from speculators_core.batch import Batch
+from speculators_core.batch import PADDING, Batch
 from speculators_core.data_generation.examples import GeneratedExample
 from speculators_core.data_generation.packing import RowLayout, rows_held
 from speculators_core.data_generation.stores.disk import DiskStore
@@ -15,8 +17,30 @@ from speculators_core.data_generation.stores.protocols import DataSource, Holdin
 from speculators_core.errors import SpeculatorError
 
 
+def join_rows(rows: Sequence[Batch], **_: object) -> Batch:
+    """Packed rows end to end in one; documents stay apart.
+
+    document ids [0 0 1 -1] and [0 0 0 -1] -> [0 0 1 -1 2 2 2 -1]
+    """
+    num_documents, documents = 0, []
+    for row in rows:
+        documents.append(row.document_ids + (row.document_ids != PADDING) * num_documents)
+        num_documents += int(row.document_ids.max()) + 1
+    joined = {
+        field.name: torch.cat([getattr(row, field.name) for row in rows], dim=1)
+        for field in fields(Batch)
+    }
+    return Batch(**joined | {"document_ids": torch.cat(documents, dim=1)})
+
+
+default_collate_fn_map[Batch] = join_rows  # for a DataLoader with a batch size
+
+
 class GeneratedDataset(IterableDataset):
-    """Packed rows of generated examples, for a `DataLoader` with ``batch_size=None``.
+    """Packed rows of generated examples, for a `DataLoader`.
+
+    A loader with ``batch_size=n`` gives n rows end to end, as one row; with ``batch_size=None``
+    each row as it is.
 
     An example of a store on disk is read exactly once per epoch, over all ranks and all workers of
     the loader: consumer i of n takes every n-th example in the epoch's order. The ranks' numbers of

@@ -27,6 +27,19 @@ KEY_LENGTH = 512
 REGENERATE = "Generate it again with `speculators generate-data`."
 
 
+EXAMPLE_KEYS = (
+    "key",
+    "prompt",
+    "output_tokens",
+    "input_ids",
+    "loss_mask",
+    "hidden_states",
+    "logits",
+    "logit_ids",
+)
+"""Names of the parts of a generated example, which is also read as a mapping."""
+
+
 @dataclass(frozen=True)
 class Example:
     """Token ids to run through the verifier."""
@@ -52,6 +65,26 @@ class GeneratedExample:
     logits: Float[Tensor, "seq logits"] | None = None
     """The verifier's logits: of the whole vocabulary, or of ``logit_ids``, highest first."""
     logit_ids: Int64[Tensor, "seq logits"] | None = None
+
+    def keys(self) -> tuple[str, ...]:
+        """Names of its parts, so that ``dict(example)`` has them all."""
+        return EXAMPLE_KEYS
+
+    def __getitem__(self, name: str) -> Tensor | str | None:
+        """Raises KeyError for an unknown name."""
+        if name not in EXAMPLE_KEYS:
+            raise KeyError(f"{name}; an example has {', '.join(EXAMPLE_KEYS)}")
+        return getattr(self, name)
+
+    @property
+    def prompt(self) -> Int64[Tensor, "given"]:
+        """Token ids that were given."""
+        return self.input_ids[: self.num_prompt_tokens]
+
+    @property
+    def output_tokens(self) -> Int64[Tensor, "written"]:
+        """Token ids that the verifier wrote."""
+        return self.input_ids[self.num_prompt_tokens :]
 
     @property
     def size_bytes(self) -> int:

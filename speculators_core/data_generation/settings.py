@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from cyclopts import Parameter
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
 
 from speculators_core.errors import SpeculatorError
 from speculators_core.files import in_full
@@ -116,7 +122,8 @@ class DataGenConfig(Settings):
     """Texts, the verifier that reads them, and what is stored."""
 
     verifier: str = Field(min_length=1)
-    """Folder or hub id of the verifier."""
+    """Folder or hub id of the verifier. From Python also a loaded model, which then runs on engine
+    `transformers` in this process."""
     datasets: Annotated[
         tuple[DatasetConfig, ...],
         Several,
@@ -139,6 +146,28 @@ class DataGenConfig(Settings):
     """What is stored of the verifier's forward passes."""
     trust_remote_code: bool = False
     """Run Python code from the verifier's folder."""
+    _model: object | None = PrivateAttr(None)
+
+    @property
+    def model(self) -> object | None:
+        """The loaded verifier, if one was given; its files are those of `verifier`."""
+        return self._model
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _takes_a_model(cls, data: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        given = data.get("verifier") if isinstance(data, Mapping) else None
+        name = getattr(given, "name_or_path", None)
+        if not isinstance(data, Mapping) or name is None:
+            return handler(data)
+        if not name:
+            raise ValueError(
+                f"verifier: this {type(given).__name__} was not loaded from a folder or hub id, so "
+                "it has no tokenizer. Save both to a folder and load it from there"
+            )
+        found = handler({**data, "verifier": name})
+        found._model = given
+        return found
 
 
 class EngineConfig(Settings):
@@ -155,6 +184,9 @@ class EngineConfig(Settings):
     device: str | None = None
     """Device of the verifier: `cuda`, `cuda:1` or `cpu`. If not set, a GPU where there is one;
     several workers are spread over all GPUs."""
+    device_map: str | dict[str, int | str] | None = None
+    """How Transformers spreads a verifier over several devices, instead of `device`: `auto`,
+    `balanced`, or a mapping of modules to devices."""
     max_new_tokens: int = Field(256, ge=1)
     """Maximum number of tokens that the verifier writes, with `states.tokens: all`."""
     temperature: float = Field(0.0, ge=0)
@@ -168,6 +200,17 @@ class EngineConfig(Settings):
     """URL of a vLLM server that hands out hidden states, instead of an engine in this process."""
     api_key: str | None = Field(None, exclude=True)
     """API key of that server; the variable `OPENAI_API_KEY` if not set. Never written to disk."""
+
+    @model_validator(mode="after")
+    def _has_one_placement(self) -> Self:
+        if self.device_map is not None:
+            self.refuse_idle("device", because="engine.device_map places the verifier")
+            if self.name == "vllm":
+                raise ValueError(
+                    "device_map is for engine transformers; with vLLM set "
+                    "engine.vllm.tensor-parallel-size"
+                )
+        return self
 
 
 class SyncConfig(Settings):

@@ -6,7 +6,7 @@ the checkpoint; the layers are never loaded for them. A family that the tests do
 tried on a few tokens, and refused where its own logits are not the ones rebuilt here.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from os import PathLike
@@ -38,9 +38,14 @@ from speculators_core.verifier.proof import _check_twin, _is_proven
 
 
 def load_verifier(
-    name_or_path: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    name_or_path: str,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    device_map: str | Mapping[str, int | str] | None = None,
 ) -> PreTrainedModel:
     """The whole verifier, after its files were checked.
+
+    ``device_map`` is Transformers'; without one the verifier is on the CPU.
 
     Raises:
         SpeculatorError: a file or a tensor is missing, or a file is truncated.
@@ -54,6 +59,7 @@ def load_verifier(
             folder,
             dtype=dtype or "auto",
             trust_remote_code=trust_remote_code,
+            device_map=device_map,
             output_loading_info=True,
         )
     except (ImportError, OSError, RuntimeError, ValueError) as error:

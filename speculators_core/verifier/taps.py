@@ -74,4 +74,6 @@ class LayerTaps:
         """The last forward's states of these ids, side by side; of no ids a width of zero."""
         if not layer_ids:
             return next(iter(self._caught.values()))[..., :0]
-        return torch.cat([self._caught[layer_id] for layer_id in layer_ids], dim=-1)
+        found = [self._caught[layer_id] for layer_id in layer_ids]
+        device = found[-1].device  # a verifier may be spread over several
+        return torch.cat([states.to(device) for states in found], dim=-1)

@@ -68,6 +68,11 @@ class VLLMPipeline(InferencePipeline):
 
     def __init__(self, plan: GenerationPlan, schema: Schema) -> None:
         super().__init__(plan, schema)
+        if plan.data.model is not None:
+            raise SpeculatorError(
+                "data.verifier is a loaded model, expected a folder or hub id with engine vllm. "
+                "Pass its name, or choose engine transformers."
+            )
         if schema.logits != "none":
             self.head.eval()  # read here, so that an error is found before vLLM starts
         max_frame_bytes = HEADER_ROOM + self._max_tokens * len(self.captured_ids) * (

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 from xxhash import xxh64_intdigest
 
+from speculators_core.data_generation.documented import InputItem, ItemReader, as_plan
 from speculators_core.data_generation.examples import Example, Failure, GeneratedExample, Schema
-from speculators_core.data_generation.settings import GenerationPlan
+from speculators_core.data_generation.settings import DataGenConfig, GenerationPlan
 from speculators_core.errors import SpeculatorError
 from speculators_core.registry import ENGINES
 from speculators_core.verifier.head import VerifierHead
@@ -38,12 +39,20 @@ class InferencePipeline(ABC):
         self.schema = schema
 
     @classmethod
-    def from_config(cls, plan: GenerationPlan, schema: Schema | None = None) -> "InferencePipeline":
+    def from_config(
+        cls,
+        plan: GenerationPlan | DataGenConfig,
+        schema: Schema | None = None,
+        **engine_kwargs: object,
+    ) -> "InferencePipeline":
         """The engine that the plan names, with its verifier loaded.
+
+        ``engine_kwargs``: options of `EngineConfig`, beside a `DataGenConfig` alone.
 
         Raises:
             SpeculatorError: there is no such engine, or it cannot run this verifier.
         """
+        plan = as_plan(plan, engine_kwargs, is_stored=False)
         engine: type[InferencePipeline] = ENGINES.load(plan.engine.name)
         return engine(plan, schema or schema_of(plan))
 
@@ -65,6 +74,24 @@ class InferencePipeline(ABC):
         """
         yield from ()
         return self.run(examples)
+
+    def forward(self, batch: Sequence[InputItem]) -> list[GeneratedExample]:
+        """What the verifier makes of texts, conversations, or rows of a data set, one for each.
+
+        Of a conversation that a chat template leads to several examples, the first.
+
+        Raises:
+            SpeculatorError: an item cannot be used, or the engine failed on it.
+        """
+        outcomes = self.run(self._reader.read(batch))
+        for one in outcomes:
+            if isinstance(one, Failure):
+                raise SpeculatorError(f"item {one.key}: {one.reason}. Remove or shorten it.")
+        return [one for one in outcomes if isinstance(one, GeneratedExample)]
+
+    @cached_property
+    def _reader(self) -> ItemReader:
+        return ItemReader(self.plan.data, self.plan.engine.max_length)
 
     @abstractmethod
     def close(self) -> None:

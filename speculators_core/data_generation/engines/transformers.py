@@ -40,9 +40,14 @@ class TransformersPipeline(InferencePipeline):
         engine = plan.engine
         dtype = None if engine.dtype == "auto" else getattr(torch, engine.dtype)
         device = engine.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model: PreTrainedModel
         try:
-            model = load_verifier(plan.data.verifier, dtype, plan.data.trust_remote_code)
-            self.model: PreTrainedModel = model.to(device)
+            if isinstance(plan.data.model, PreTrainedModel):  # where the caller has put it
+                self.model = plan.data.model.eval()
+            else:
+                names = (plan.data.verifier, dtype, plan.data.trust_remote_code)
+                model = load_verifier(*names, device_map=engine.device_map)
+                self.model = model if engine.device_map is not None else model.to(device)
         except (RuntimeError, AssertionError) as error:  # no such device, or no room on it
             raise SpeculatorError(
                 f"engine.device {device} cannot hold the verifier: {first_line(error)}. Expected a "

@@ -15,6 +15,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from speculators_core.console import console
+from speculators_core.data_generation.documented import as_plan
 from speculators_core.data_generation.reasons import count_reasons, describe_reasons
 from speculators_core.data_generation.runs.preparation import placed, prepare
 from speculators_core.data_generation.runs.progress import Meter, metered
@@ -27,7 +28,7 @@ from speculators_core.data_generation.runs.workers import (
     to_json,
     watch_parent,
 )
-from speculators_core.data_generation.settings import GenerationPlan
+from speculators_core.data_generation.settings import DataGenConfig, GenerationPlan
 from speculators_core.data_generation.stores.disk import DiskStore
 from speculators_core.data_generation.texts.sources import count_rows
 from speculators_core.errors import SpeculatorError
@@ -75,8 +76,11 @@ class RunReport(Settings):
         return not (self.num_examples or earlier)
 
 
-def generate_data(plan: GenerationPlan) -> RunReport:
+def generate_data(plan: GenerationPlan | DataGenConfig, **options: object) -> RunReport:
     """Generates what the plan asks for.
+
+    ``options``, beside a `DataGenConfig` alone: sections (``engine``, ``sync``, ``run``) and single
+    options of them, such as ``path`` and ``batch_size``.
 
     Nothing heavy starts before the plan, the data and the store have been checked. What was stored
     before an error is kept, and the same plan with ``run.resume`` resumes from there.
@@ -88,7 +92,7 @@ def generate_data(plan: GenerationPlan) -> RunReport:
         SpeculatorError: plan, data, engine or store are at fault, or more examples failed than
             ``run.max_failures``.
     """
-    plan = placed(plan)
+    plan = placed(as_plan(plan, options))
     ENGINES.load(plan.engine.name)
     meter = Meter(count_rows(plan))
     with locked(plan.sync.path):
@@ -217,9 +221,11 @@ class GenerationProcess:
         self.stop()
 
 
-def generate_data_process(plan: GenerationPlan) -> GenerationProcess:
+def generate_data_process(
+    plan: GenerationPlan | DataGenConfig, **options: object
+) -> GenerationProcess:
     """Starts `generate_data` in another process."""
-    return GenerationProcess(plan)
+    return GenerationProcess(as_plan(plan, options))
 
 
 def _generate(connection: Connection, plan: str) -> None:

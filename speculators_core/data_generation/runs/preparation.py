@@ -109,7 +109,7 @@ def _open_journal(folder: Path, manifest: Manifest, is_going_on: bool) -> None:
 def decides_bytes(plan: GenerationPlan) -> dict[str, JsonValue]:
     """Options that determine the examples, and a hash of a local verifier's weights."""
     content = plan.model_dump(mode="json")
-    left_out = ("device", "base_url", "api_key")
+    left_out = ("device", "device_map", "base_url", "api_key")
     return {
         "data": content["data"],
         "engine": {name: v for name, v in content["engine"].items() if name not in left_out},

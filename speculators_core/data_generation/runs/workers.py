@@ -287,6 +287,11 @@ def read_told(message: bytes) -> Told:
 
 def to_json(plan: GenerationPlan) -> str:
     """The plan for a child process, including its API key."""
+    if plan.data.model is not None:
+        raise SpeculatorError(
+            "data.verifier is a loaded model, which stays in its process. Pass its folder or hub "
+            "id to run several workers, Ray, or a separate process."
+        )
     content = plan.model_dump(mode="json")
     content["engine"]["api_key"] = plan.engine.api_key
     return json.dumps(content)
