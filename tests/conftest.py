@@ -71,7 +71,9 @@ DRAFTS = {
 }
 for draft in (*DRAFTS.values(), SpeculatorModel, FeatureDraftModel, EagleStackModel):
     for name, member in list(vars(draft).items()):
-        if inspect.isfunction(member):
+        if hasattr(member, "of_batch"):  # a forward that takes tensors, too
+            member.of_batch = jaxtyped(member.of_batch, typechecker=check)
+        elif inspect.isfunction(member):
             setattr(draft, name, jaxtyped(member, typechecker=check))
 
 AUX_LAYER_IDS = (1, 2, 3)

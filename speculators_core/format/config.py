@@ -44,7 +44,7 @@ from speculators_core.errors import (
 )
 from speculators_core.files import read_json
 from speculators_core.format import checkpoint
-from speculators_core.format.documented import PydanticFace, config_class_of
+from speculators_core.format.documented import TRAINING_KEYS, PydanticFace, config_class_of
 from speculators_core.format.foreign import foreign_format
 from speculators_core.format.proposals import (
     GreedyTokenProposalConfig,
@@ -285,6 +285,7 @@ class SpeculatorModelConfig(PydanticFace):
         own = own_fields(type(self))
         self.unread_keys: checkpoint.RawConfig = {}
         """Keys of the file that have no effect here; `to_dict` writes them back."""
+        self.unread_keys |= _taken(kwargs, self.training_keys)
         for key in [key for key in kwargs if key not in checkpoint.COMMON_KEYS]:
             raise SpeculatorError(
                 f"unknown key {key!r} for a {self.speculators_model_type} speculator."
@@ -313,7 +314,21 @@ class SpeculatorModelConfig(PydanticFace):
         self.check()
         self._is_checked = True
 
+    @property
+    def training_keys(self) -> Mapping[str, int | float]:
+        """Options of the loss that can be keys of this config, with the values that they have where
+        they are not."""
+        return TRAINING_KEYS.get(self.__dict__.get("speculators_model_type", ""), {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.training_keys:
+            return self.unread_keys.get(name, self.training_keys[name])
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
     def __setattr__(self, name: str, value: object) -> None:
+        if name in self.training_keys:
+            self.unread_keys[name] = value
+            return
         if "_is_checked" in self.__dict__ and name in own_fields(type(self)):
             value = checked_fields(type(self), self.own_values() | {name: value})[name]
         super().__setattr__(name, value)
@@ -478,7 +493,7 @@ class SpeculatorModelConfig(PydanticFace):
                 f"Load the config with {target.__name__}."
             )
         known = {*own_fields(target), *PretrainedConfig.__annotations__, *checkpoint.COMMON_KEYS}
-        overrides = _taken(kwargs, known)
+        overrides = _taken(kwargs, {*known, *TRAINING_KEYS.get(kind, ())})
         if kwargs and not return_unused:
             key = next(iter(kwargs))
             raise SpeculatorError(
@@ -489,7 +504,7 @@ class SpeculatorModelConfig(PydanticFace):
         read, unread = _split_unread(written, known)
         target.normalize(read)
         config = target(**{**read, **overrides})
-        config.unread_keys = unread
+        config.unread_keys = {**unread, **config.unread_keys}
         config.warn_of_unread_keys()
         return (config, kwargs) if return_unused else config
 

@@ -15,6 +15,17 @@ Value = TypeVar("Value")
 Class = TypeVar("Class", bound=type)
 
 
+TRAINING_KEYS: Mapping[str, Mapping[str, int | float]] = {
+    "dflash": {"max_anchors": 3072},
+    "peagle": {"num_depths": 8, "down_sample_ratio": 0.7, "down_sample_ratio_min": 0.2},
+    "mtp": {"num_speculative_steps": 3},
+}
+"""Options of the loss that the documents have in the config, with their defaults there.
+
+A config states them where it was given them; its networks do not read them.
+"""
+
+
 class OfClass(Generic[Value]):
     """An attribute of a class that is worked out when it is read."""
 

@@ -29,6 +29,7 @@ from speculators_core.batch import PADDING, Batch
 from speculators_core.decoding.drafter import Chooser, Confirmed, Proposal
 from speculators_core.errors import SpeculatorError
 from speculators_core.format.config import SpeculatorModelConfig
+from speculators_core.models.documented.tensors import forward_blocks, takes_tensors
 from speculators_core.models.feature_draft import (
     AuxLayerIds,
     DraftRecipe,
@@ -327,6 +328,7 @@ class DFlashDraftModel(FeatureDraftModel):
 
         return self.backbone(hidden, positions, attend)[0].unflatten(0, (-1, num_slots))
 
+    @takes_tensors(forward_blocks)
     def forward(
         self,
         batch: Batch,

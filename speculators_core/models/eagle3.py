@@ -24,6 +24,7 @@ from torch import Tensor
 from speculators_core.batch import PADDING, Batch
 from speculators_core.decoding.drafter import Chooser, Confirmed, Proposal
 from speculators_core.format.config import SpeculatorModelConfig
+from speculators_core.models.documented.tensors import forward_joined, takes_tensors
 from speculators_core.models.eagle_stack import EagleStackConfig, EagleStackModel, EagleStackRecipe
 from speculators_core.models.parts.attention import Attend, DraftCache
 from speculators_core.models.parts.layers import UnrolledAttention, cached_attend
@@ -93,6 +94,7 @@ class Eagle3DraftModel(EagleStackModel):
         hidden = self.combine(batch.aux_hidden_states[:, :-1])
         return unroll(batch, hidden, num_steps, partial(self.step, attend=attend))
 
+    @takes_tensors(forward_joined)
     def forward(
         self, batch: Batch, objective: Eagle3Objective | None = None
     ) -> tuple[Int[Tensor, "steps batch seq"], Tensor, dict[str, Tensor]]:

@@ -12,11 +12,11 @@ Embeddings and head are the verifier's, and its checkpoint's alone.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -26,6 +26,7 @@ from speculators_core.decoding.drafter import Chooser, Confirmed, Proposal
 from speculators_core.errors import SpeculatorError
 from speculators_core.format.config import SpeculatorModelConfig
 from speculators_core.format.readings import OtherReading
+from speculators_core.models.documented.tensors import Rows, takes_tensors
 from speculators_core.models.feature_draft import speculators_config
 from speculators_core.models.parts.attention import Attend, DraftCache
 from speculators_core.models.parts.layers import (
@@ -43,6 +44,8 @@ from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.settings import Settings
 from speculators_core.verifier.head import VerifierLogits
 
+IGNORED = -100
+"""Target without a loss."""
 LAYER_TYPES = ("qwen3", "qwen2", "llama")
 
 
@@ -232,6 +235,16 @@ class MTPDraftModel(SpeculatorModel):
 
         Row t of step k predicts token t + 2 + k. Tokens are the true ones throughout.
         """
+        hidden = self.read_verifier(batch.last_hidden_states[:, :-1])
+        return self._unroll(batch, hidden, num_steps, attention)
+
+    def _unroll(
+        self,
+        batch: Batch,
+        hidden: Float[Tensor, "batch rows hidden"],
+        num_steps: int,
+        attention: Literal["served", "independent"],
+    ) -> Iterator[Float[Tensor, "batch rows hidden"]]:
         documents = batch.document_ids[0, :-1]
         served = UnrolledAttention(self.layer_config, documents)
 
@@ -241,30 +254,93 @@ class MTPDraftModel(SpeculatorModel):
             output = self.backbone(tokens, hidden, positions, attend)
             return output, output
 
-        hidden = self.read_verifier(batch.last_hidden_states[:, :-1])
         return unroll(batch, hidden, num_steps, step)
 
+    def forward_tensors(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        hidden_states: Float[Tensor, "batch seq hidden"],
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        step_weights: Sequence[float] | None = None,
+        return_dict: bool = True,
+        objective: MTPObjective | None = None,
+        **kwargs: object,
+    ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+        """Training as the documents call it: logits [batch, rows, vocab] by step, loss, metrics.
+
+        The draft reads ``hidden_states`` as they are, and learns the text. A sequence too short
+        for all steps trains those that it has. Weights of the steps are 1 where None; ``kwargs``
+        and ``return_dict`` are ignored.
+
+        Raises:
+            SpeculatorError: the number of weights is not that of the config's steps.
+        """
+        num_steps = self.config.num_speculative_steps
+        weights = step_weights or (objective.weights if objective else [1.0] * num_steps)
+        if len(weights) != num_steps:
+            raise SpeculatorError(
+                f"step_weights has {len(weights)} weights; the config has num_speculative_steps "
+                f"{num_steps}. Pass one for each step."
+            )
+        rows = Rows.read(input_ids, None, position_ids, loss_mask, attention_mask)
+        num_texts, length = rows.shape
+        num_steps = min(num_steps, max(0, length - 2))
+        num_rows = length - num_steps - 1
+        hidden = hidden_states.to(self.dtype)
+        batch = rows.batch(hidden, hidden)
+        first = torch.arange(num_texts, device=input_ids.device) * length
+        kept = first[:, None] + torch.arange(num_rows, device=input_ids.device)
+        is_token = rows.document_ids != PADDING
+        logits_list: list[Tensor] = []
+        total = hidden.new_zeros((), dtype=torch.float32)
+        metrics: dict[str, Tensor] = {}
+        states = batch.last_hidden_states[:, :-1]
+        for step, output in enumerate(self._unroll(batch, states, num_steps, "independent")):
+            logits = nn.functional.linear(output[0, kept], self.head_weight)
+            predicted = kept + step + 2
+            counts = (rows.loss_mask & is_token)[predicted]
+            targets = rows.input_ids[predicted].masked_fill(~counts, IGNORED)
+            losses = nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(),
+                targets.flatten(),
+                ignore_index=IGNORED,
+                reduction="sum",
+            )
+            loss = weights[step] * losses / counts.sum().clamp_min(1)
+            total = total + loss
+            logits_list.append(logits)
+            metrics[f"loss_step_{step}"] = loss.detach()
+        metrics["loss_sum"] = total.detach()
+        metrics["loss_total"] = torch.ones_like(metrics["loss_sum"])
+        return logits_list, total, metrics
+
+    @takes_tensors(forward_tensors)
     def forward(
         self, batch: Batch, objective: MTPObjective | None = None
     ) -> tuple[Int[Tensor, "steps batch seq"], Tensor, dict[str, Tensor]]:
         """Draft tokens of every step, the loss, and metrics.
 
         A row counts at all steps if the tokens that it predicts at each of them are of its
-        document; at step k it counts if the token predicted there has loss mask 1. Draft tokens are
-        -1 where no loss was taken. Metrics of step k, teacher-forced: ``loss_k`` and ``acc_k``.
+        document; of a document too short for that the first row counts, at the steps that it has.
+        At step k a row counts if the token predicted there has loss mask 1. Draft tokens are -1
+        where no loss was taken. Metrics of step k, teacher-forced: ``loss_k`` and ``acc_k``.
         """
         objective = objective or MTPObjective()
         length, documents = batch.input_ids.shape[1], batch.document_ids[0]
         steps = objective.num_steps
-        rows = torch.arange(max(0, length - 1 - steps), device=documents.device)
-        rows = rows[(documents[rows] != PADDING) & (documents[rows] == documents[rows + 1 + steps])]
+        rows = torch.arange(length, device=documents.device)
+        rows = rows[(documents != PADDING) & _has_steps(documents, steps)]
         draft_tokens = torch.full((steps, *batch.input_ids.shape), -1, device=documents.device)
         total = batch.last_hidden_states.new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
         unrolled = self.unroll(batch, steps, objective.attention)
         head_weight, targets = self.head_weight, self._targets(batch, objective)
         for step, (weight, output) in enumerate(zip(objective.weights, unrolled, strict=False)):
-            trained = rows[batch.loss_mask[0, rows + 2 + step]]
+            trained = rows[(rows + 2 + step < length)]
+            trained = trained[documents[trained] == documents[trained + 2 + step]]
+            trained = trained[batch.loss_mask[0, trained + 2 + step]]
             scored = score_rows(
                 output[0, trained],
                 head_weight,
@@ -308,6 +384,19 @@ class MTPDraftModel(SpeculatorModel):
 
         hidden = self.read_verifier(confirmed.hidden_states)
         return propose_in_steps(state, confirmed, hidden, num_tokens, step, to_proposal)
+
+
+def _has_steps(documents: Int[Tensor, "seq"], num_steps: int) -> Bool[Tensor, "seq"]:
+    """Rows that predict a token of their document at every step, and the first of short documents.
+
+    3 steps, documents   0 0 0 0 0 0 1 1 1 1
+    rows                 x x . . . . x . . .
+    """
+    ahead = 1 + num_steps
+    later = torch.cat([documents[ahead:], documents.new_full((ahead,), PADDING)])[: len(documents)]
+    is_start = torch.ones_like(documents, dtype=torch.bool)
+    is_start[1:] = documents[1:] != documents[:-1]
+    return (documents == later) | is_start
 
 
 def full_attention(config: PretrainedConfig) -> PretrainedConfig:

@@ -32,6 +32,7 @@ from speculators_core.batch import PADDING, Batch
 from speculators_core.decoding.drafter import Chooser, Confirmed, Proposal
 from speculators_core.format.config import SpeculatorModelConfig
 from speculators_core.format.readings import OtherReading
+from speculators_core.models.documented.tensors import forward_joined, takes_tensors
 from speculators_core.models.eagle_stack import EagleStackConfig, EagleStackModel, EagleStackRecipe
 from speculators_core.models.feature_draft import check_mask_token
 from speculators_core.models.parts.attention import DraftCache, Keys, OwnKey, Queries, attend_packed
@@ -139,6 +140,7 @@ class PEagleDraftModel(EagleStackModel):
         )
         return self.backbone(tokens[None], hidden[:, index], positions[None], attend)[0]
 
+    @takes_tensors(forward_joined)
     def forward(
         self,
         batch: Batch,

@@ -38,6 +38,7 @@ from speculators_core.models.documented.loading import (
     constructor_arguments,
     open_config,
 )
+from speculators_core.models.documented.training import TrainingArguments, objective_options
 from speculators_core.models.parts.attention import DraftCache
 from speculators_core.models.verifier_side import AttachmentMode, VerifierSide
 from speculators_core.registry import MODELS
@@ -274,18 +275,30 @@ class SpeculatorModel(VerifierSide, GenerationMixin, ABC):
         With ``verifier`` (a model, a folder or a hub id) embeddings and head are copies of its.
         ``name_or_path`` is the verifier's name in the checkpoint.
 
+        The public documents' names are taken, too. With ``verifier_name_or_path`` the call is in
+        their form: that verifier gives embeddings and head, ``verifier_config`` is the config of
+        the draft's layers, and arguments of other algorithms are ignored.
+
         Raises:
             SpeculatorError: a field is unknown or out of bounds, or the maps contradict each other.
         """
-        recipe = cls.recipe_class.read(kwargs, "from_training_args")
         vocab_size = verifier_config.get_text_config().vocab_size
         draft_vocab_size = vocab_size if d2t is None else len(d2t)
-        model = cls(cls.fresh_config(verifier_config, recipe, draft_vocab_size, name_or_path))
+        arguments = TrainingArguments.read(
+            cls.config_class.speculators_model_type,
+            cls.recipe_class,
+            verifier_config,
+            draft_vocab_size,
+            kwargs,
+        )
+        recipe = cls.recipe_class.read(arguments.recipe, "from_training_args")
+        name = name_or_path or arguments.verifier
+        config = cls.fresh_config(arguments.verifier_config, recipe, draft_vocab_size, name)
+        arguments.shape(config)
+        model = cls(config)
         model.start_fresh(t2d, d2t)
-        if verifier is not None:
-            model.attach_verifier(
-                verifier, "full" if isinstance(verifier, nn.Module) else "train_only"
-            )
+        if (source := verifier or arguments.verifier) is not None:
+            model.attach_verifier(source, "full" if isinstance(source, nn.Module) else "train_only")
         return model
 
     @classmethod
@@ -306,12 +319,16 @@ class SpeculatorModel(VerifierSide, GenerationMixin, ABC):
     def get_trainer_kwargs(cls, **kwargs: Any) -> tuple[dict[str, Settings], dict[str, Settings]]:
         """What ``forward`` takes beside the batch, in training and in evaluation.
 
-        ``kwargs`` are fields of the algorithm's `objective_class`.
+        ``kwargs`` are fields of the algorithm's `objective_class`, or the public documents' names
+        of them: ``loss_fn``, ``dflash_decay_gamma``, ``num_speculative_steps`` and
+        ``step_weight_beta``. An algorithm that evaluates otherwise than it trains overrides this.
 
         Raises:
             SpeculatorError: a field is unknown or out of bounds.
         """
-        objective = cls.objective_class.read(kwargs, "get_trainer_kwargs")
+        kind = cls.config_class.speculators_model_type
+        options = objective_options(kind, cls.objective_class, kwargs)
+        objective = cls.objective_class.read(options, "get_trainer_kwargs")
         return {"objective": objective}, {"objective": objective}
 
     def trainer_kwargs(

@@ -396,7 +396,7 @@ def test_rows_and_targets_end_with_their_document():
     batch = dataclasses.replace(batch, loss_mask=torch.ones_like(batch.loss_mask))
     tokens, _, _ = model(batch)
     trained = [(tokens[step, 0] >= 0).nonzero().flatten().tolist() for step in range(3)]
-    assert trained == [[0, 1, 10]] * 3
+    assert trained == [[0, 1, 6, 10]] * 2 + [[0, 1, 10]]  # two steps of the shortest
     tokens, _, _ = model(batch, MTPObjective(num_steps=1))
     assert (tokens[0, 0] >= 0).nonzero().flatten().tolist() == [0, 1, 2, 3, 6, 7, 10, 11, 12]
 
@@ -616,7 +616,7 @@ def test_bad_training_argument_is_named(kwargs, message):
     [
         ({"num_steps": 0}, "num_steps"),
         ({"step_decay": 0.0}, "step_decay"),
-        ({"step_weights": (1.0, 1.0)}, "step_weights has 2 weights for 3 steps"),
+        ({"step_weights": (1.0, 1.0), "num_steps": 3}, "step_weights has 2 weights for 3 steps"),
         ({"targets": "draft"}, "targets: .*'text' or 'verifier'"),
         ({"attention": "full"}, "attention: .*'served' or 'independent'"),
         ({"loss": "l2"}, "unknown loss 'l2'; expected one of kl_div"),
