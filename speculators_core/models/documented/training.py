@@ -12,6 +12,8 @@ from speculators_core.format.documented import TRAINING_KEYS
 from speculators_core.settings import Settings
 from speculators_core.verifier.reading import read_verifier_config
 
+Options = dict[str, Any]
+"""Arguments of a call by name."""
 VERIFIER = "verifier_name_or_path"
 """The argument that marks a call in the documents' form."""
 RECIPE = {
@@ -47,13 +49,13 @@ OF_ANY_ALGORITHM = frozenset(
 class TrainingArguments:
     """What `from_training_args` was called with, under our names."""
 
-    recipe: dict[str, Any]
+    recipe: Options
     verifier_config: PretrainedConfig
     verifier: str | None = None
     """The verifier whose embeddings and head the draft takes."""
     layer_config: PretrainedConfig | None = None
     """The draft's layers as the caller shaped them."""
-    config_keys: dict[str, Any] = field(default_factory=dict)
+    config_keys: Options = field(default_factory=dict)
     """Options of the loss that the config states."""
 
     @classmethod
@@ -63,7 +65,7 @@ class TrainingArguments:
         recipe_class: type[Settings],
         verifier_config: PretrainedConfig,
         draft_vocab_size: int,
-        arguments: Mapping[str, Any],
+        arguments: Options,
     ) -> "TrainingArguments":
         """Translates a call; one in our form stays as it is.
 
@@ -126,9 +128,7 @@ class TrainingArguments:
             setattr(config, key, value)
 
 
-def objective_options(
-    kind: str, objective_class: type[Settings], arguments: Mapping[str, Any]
-) -> dict[str, Any]:
+def objective_options(kind: str, objective_class: type[Settings], arguments: Options) -> Options:
     """Fields of an objective from arguments under either name.
 
     Raises:
@@ -149,15 +149,15 @@ def objective_options(
     return _without_foreign(options, objective_class) if is_documented else options
 
 
-def _without_foreign(options: Mapping[str, Any], fields_of: type[Settings]) -> dict[str, Any]:
+def _without_foreign(options: Mapping[str, object], fields_of: type[Settings]) -> Options:
     """The options without those that belong to other algorithms."""
     fields = fields_of.model_fields
     return {k: value for k, value in options.items() if k in fields or k not in OF_ANY_ALGORITHM}
 
 
 def _renamed(
-    given: Mapping[str, Any], names: Mapping[str, Mapping[str, str]], kind: str
-) -> dict[str, Any]:
+    given: Mapping[str, object], names: Mapping[str, Mapping[str, str]], kind: str
+) -> Options:
     """The arguments under our names; None, where the documents allow it, is left out."""
     ours = {**names[""], **names.get(kind, {})}
     renamed = {}
