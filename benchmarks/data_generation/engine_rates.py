@@ -1,4 +1,4 @@
-"""Tokens per second of vLLM's prefill, with hidden states and without."""
+"""Rate of vLLM's prefill, with and without hidden states."""
 
 import time
 from collections.abc import Callable, Sequence

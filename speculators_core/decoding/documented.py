@@ -1,4 +1,4 @@
-"""Arguments of Transformers' `generate` that speculative decoding ignores or leaves out."""
+"""Arguments of `generate` that speculative decoding ignores."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Config classes as the public documents have them: pydantic models with a registry."""
+"""Config classes as publicly documented: pydantic models, registered."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, Self, TypeVar

@@ -1,4 +1,4 @@
-"""Drafts in the formats of their authors, which are named and not read."""
+"""Drafts in their authors' formats: named, not read."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Other ways to write a config that vLLM reads alike."""
+"""Alternative config spellings that vLLM reads alike."""
 
 from collections.abc import Mapping
 from dataclasses import fields

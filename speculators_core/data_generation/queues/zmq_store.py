@@ -1,4 +1,4 @@
-"""A queue over the network, with several producers and consumers.
+"""A network queue for several producers and consumers.
 
 Each consumer binds to one URL, producers connect to all of them. With CURVE keys
 (`zmq.auth.create_certificates` makes a pair of files) messages are encrypted, and only producers

@@ -1,4 +1,4 @@
-"""Progress of a run, on a terminal and in a log."""
+"""Progress of a run on terminal and log."""
 
 import logging
 import threading

@@ -1,4 +1,4 @@
-"""Targets of units: a store, or a queue with a journal."""
+"""Targets of units: store, or queue with journal."""
 
 import json
 from collections import Counter

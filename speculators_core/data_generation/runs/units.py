@@ -1,4 +1,4 @@
-"""Units of work, identical in every run of a plan."""
+"""Units of work, identical in every run."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Workers: each runs its share of the units through an engine.
+"""Workers, which run their units through an engine.
 
 Worker i of n takes every n-th unit from the i-th on, independently of the others. There is no
 shared work queue: when a worker dies no other is affected, and the next run generates what is

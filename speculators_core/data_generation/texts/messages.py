@@ -1,4 +1,4 @@
-"""Messages and tools of data sets, normalised for chat templates."""
+"""Messages and tools, normalised for chat templates."""
 
 import json
 from typing import Any
