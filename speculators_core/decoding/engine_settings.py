@@ -1,4 +1,4 @@
-"""Settings of the inference engine as the public overview names them."""
+"""Settings of the inference engine, as publicly documented."""
 
 from pydantic import Field, field_validator
 

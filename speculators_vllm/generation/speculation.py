@@ -1,4 +1,4 @@
-"""A verifier and a draft on vLLM, for the inference engine."""
+"""Verifier and draft on vLLM, for the inference engine."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
