@@ -19,6 +19,7 @@ from speculators_core.batch import Batch
 INTEROP = PEERS
 OTHER_PACKAGE = Path(__file__).parent / "other_package"
 DOCUMENTED_API = Path(__file__).parent / "documented_api.yaml"
+RELEASES = Path(__file__).parent / "releases"
 CASES = Path(__file__).parent / "interop"
 
 
