@@ -31,6 +31,15 @@ FOREIGN_KEYS = {
     "has_no_defaults_at_init",
     "inference_type",
     "_name_or_path",
+    # Attributes of Transformers' config classes, which releases 0.3 and 0.4 wrote out.
+    "attribute_map",
+    "base_config_key",
+    "base_model_ep_plan",
+    "base_model_fsdp_plan",
+    "base_model_pp_plan",
+    "base_model_tp_plan",
+    "keys_to_ignore_at_inference",
+    "sub_configs",
 }
 """Written by other versions and projects, read by nobody: dropped."""
 KEPT_KEYS = {

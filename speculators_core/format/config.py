@@ -492,7 +492,8 @@ class SpeculatorModelConfig(PydanticFace):
                 f"speculators_model_type is {kind!r}, which {cls.__name__} cannot hold. "
                 f"Load the config with {target.__name__}."
             )
-        known = {*own_fields(target), *PretrainedConfig.__annotations__, *checkpoint.COMMON_KEYS}
+        common = (common.name for common in fields(PretrainedConfig))
+        known = {*own_fields(target), *common, *checkpoint.COMMON_KEYS}
         overrides = _taken(kwargs, {*known, *TRAINING_KEYS.get(kind, ())})
         if kwargs and not return_unused:
             key = next(iter(kwargs))
