@@ -108,8 +108,8 @@ OPTIONS = {
     "dflash": DFLASH,
     "mtp": MTP,
 }
-WITHOUT_EFFECT = ("norm_before_fc", "sliding")
-"""Keys of P-EAGLE that release 0.6 stores and does not compute with."""
+WITHOUT_EFFECT = {"peagle 0.6.0": ("norm_before_fc", "sliding"), "dflash 0.5.0": ("sliding",)}
+"""What a release stores and does not compute with."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "eagle3": {"config": {}, "layer": "llama", "num_layers": 1},
     "peagle": {"config": {"mask_token_id": MASK}, "layer": "llama", "num_layers": 1},
@@ -345,7 +345,7 @@ def write(folder: Path, only: Callable[[str], bool] = lambda _: True) -> None:
             target = folder / release / title
             if not only(title):
                 continue
-            if algorithm == "peagle" and release < "0.7" and name in WITHOUT_EFFECT:
+            if name in WITHOUT_EFFECT.get(f"{algorithm} {release}", ()):
                 continue
             if algorithm == "dflash" and release < "0.6":  # it cannot run with the whole vocabulary
                 option = dataclasses.replace(option, draft_vocab=REDUCED)
