@@ -84,7 +84,7 @@ def computed(
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_logits_are_those_of_the_release(inputs, name):
-    model, expected = load(name), load_file(RELEASES / name / "expected.safetensors")
+    model, expected = load(name), load_file(RELEASES / f"{name}.expected.safetensors")
     with torch.no_grad():
         for ours, theirs in computed(model, row_of(model, inputs), expected):
             assert len(ours) and (ours - theirs).abs().max() < 1e-4

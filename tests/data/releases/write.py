@@ -4,8 +4,8 @@
     PYTHONPATH=DIR python tests/data/releases/write.py tests/data/releases
 
 Each is a draft with random weights in ``<release>/<algorithm>-<option>``, as that release saves it,
-with the logits that the release itself computes from ``inputs.safetensors``, in
-``expected.safetensors``. What a release cannot make or run is left out, with a line. ``--verifier``
+with the logits that the release itself computes from ``inputs.safetensors``, beside it, in
+``<algorithm>-<option>.expected.safetensors``. What a release cannot make or run is left out, with a line. ``--verifier``
 writes the verifier and the inputs instead, and needs no release. Releases 0.3 and 0.4 need
 Transformers 4.57 in ``DIR`` as well.
 """
@@ -366,7 +366,7 @@ def write(folder: Path, only: Callable[[str], bool] = lambda _: True) -> None:
             model.to(torch.bfloat16).save_pretrained(target)
             for file in target.glob("*.py"):  # the release's code, which is not data
                 file.unlink()
-            save_file(expected, target / "expected.safetensors")
+            save_file(expected, folder / release / f"{title}.expected.safetensors")
             print(release, title, json.dumps({k: list(v.shape) for k, v in expected.items()}))
 
 

@@ -10,7 +10,7 @@ from tests.vllm.serving import EAGER, as_prompts, run
 
 OLDEST = {}
 NEWEST = {}
-for folder in sorted(RELEASES.glob("[0-9]*/*")):
+for folder in sorted(file.parent for file in RELEASES.glob("[0-9]*/*/config.json")):
     OLDEST.setdefault(folder.name, folder)
     NEWEST[folder.name] = folder
 NOT_SERVED = {"dflash-sample_from_anchor": "vLLM 0.32 drafts from masks alone"}
