@@ -1,8 +1,13 @@
 """Shapes are checked while tests run, and tiny models are shared between them."""
 
 import os
+import signal
 
 from speculators_vllm import openmp
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a shell starts what runs in the background; processes of tests would ignore Ctrl-C too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several that share the cores
     os.environ.update(OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")

@@ -3,11 +3,11 @@
     pip install --no-deps --target DIR speculators==0.9.0
     PYTHONPATH=DIR python tests/data/releases/write.py tests/data/releases
 
-Each is a draft with random weights in ``<release>/<algorithm>-<option>``, as that release saves it,
-with the logits that the release itself computes from ``inputs.safetensors``, beside it, in
-``<algorithm>-<option>.expected.safetensors``. What a release cannot make or run is left out, with a line. ``--verifier``
-writes the verifier and the inputs instead, and needs no release. Releases 0.3 and 0.4 need
-Transformers 4.57 in ``DIR`` as well.
+Each is a draft with random weights in ``<release>/<algorithm>-<option>``, as that release saves it;
+beside it, in ``<algorithm>-<option>.expected.safetensors``, the logits that the release itself
+computes from ``inputs.safetensors``. What a release cannot make or run is left out, with a line.
+``--verifier`` writes the verifier and the inputs instead, and needs no release. Releases 0.3 and
+0.4 need Transformers 4.57 in ``DIR`` as well.
 """
 
 import builtins
