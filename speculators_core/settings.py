@@ -23,7 +23,7 @@ class Settings(BaseModel):
         """
         for name in names:
             value = getattr(self, name)
-            if value != type(self).model_fields[name].default:
+            if value != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise ValueError(f"{name} {value} has no effect: {because}; remove it")
 
     def stated(self) -> dict[str, object]:

@@ -12,8 +12,8 @@ GROUND = (
     "errors settings flags registry console provenance batch files http cli __main__ __init__"
 ).split()
 FLOORS = (
-    "format verifier decoding models diagnosis data_generation publishing training commands".split()
-)
+    "texts format verifier decoding models diagnosis data_generation publishing training commands"
+).split()
 """Rooms of the core from the ground up: each may import those before it."""
 BESIDE = {"data_generation": {"models", "diagnosis", "decoding"}}
 """Lower floors that a room does not know all the same: data are generated without drafts."""

@@ -159,7 +159,9 @@ def _find_inputs(config: AcceptanceConfig) -> _Inputs:
         draft.check(verifier, verifier_config)
     longest = offline.longest_text(verifier_config, config.engine_args)
     longest = min([longest, *(server.max_model_len for server in servers.values())])
-    return _Inputs(verifier, drafts, tokenize(prompts, read_tokenizer(verifier), longest), servers)
+    tokenizer = read_tokenizer(verifier)
+    tokenized = tokenize(prompts, tokenizer, longest, config.template_options)
+    return _Inputs(verifier, drafts, tokenized, servers)
 
 
 def _find_drafts(config: AcceptanceConfig) -> tuple[str, list[FoundDraft]]:

@@ -37,7 +37,10 @@ class AcceptanceConfig(Settings):
     engine: Literal["vllm", "transformers"] = "vllm"
     """`vllm`, or `transformers` for the reference decoder."""
     prompts: str = "playground"
-    """`playground`, a JSONL file, or a hub data set."""
+    """`playground`, a file of JSON lines (also .gz or .zst) or Parquet, or a hub data set."""
+    template_options: JsonOptions = Field(default_factory=dict)
+    """Variables of the chat template for all prompts, such as `{"enable_thinking": false}`; those
+    in a prompt's `chat_template_kwargs` take precedence."""
     k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Several] = ()
     """Numbers of speculative tokens to measure; the checkpoint's number if not set."""
     temperature: float = Field(0.0, ge=0.0)

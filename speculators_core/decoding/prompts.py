@@ -1,15 +1,31 @@
-"""Prompts from JSONL files and hub data sets."""
+"""Prompts from files of rows and hub data sets."""
 
 import hashlib
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from transformers import PreTrainedTokenizerBase
 
 from speculators_core.errors import SpeculatorError, first_fault, first_line
+from speculators_core.texts.chat import TemplateRefused, render_chat
+from speculators_core.texts.messages import (
+    Message,
+    Tool,
+    read_messages,
+    read_template_options,
+    read_tools,
+)
+from speculators_core.texts.row_files import Row, is_row_file, read_rows
 
 
 class Prompt(BaseModel):
@@ -18,7 +34,28 @@ class Prompt(BaseModel):
     model_config = ConfigDict(frozen=True)
     category: str = "all"
     prompt: str | None = None
-    messages: tuple[dict[str, Any], ...] | None = None
+    messages: tuple[Message, ...] | None = None
+    """Also of ShareGPT's keys, and with content in parts: `read_messages` takes them all."""
+    tools: tuple[Tool, ...] | None = None
+    chat_template_kwargs: dict[str, JsonValue] = {}
+    """Variables of the chat template for this prompt; they win over those for all prompts."""
+    where: str = Field(default="", exclude=True, repr=False)
+    """File and line, for messages."""
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _read_messages(cls, value: object) -> list[Message] | None:
+        return read_messages(value) if value else None
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _read_tools(cls, value: object) -> list[Tool] | None:
+        return read_tools(value)
+
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _read_options(cls, value: object) -> dict[str, Any]:
+        return read_template_options(value)
 
     @model_validator(mode="after")
     def _is_one_of_both(self) -> Self:
@@ -34,14 +71,16 @@ class TokenizedPrompt(BaseModel):
 
 
 def read_prompts(source: str | Path, limit_per_category: int | None = None) -> list[Prompt]:
-    """The prompts of a JSONL file, or of a hub data set's test or train split.
+    """The prompts of a file of rows, or of a hub data set's test or train split.
+
+    A file holds JSON lines, also compressed (.gz, .zst), or is Parquet.
 
     Raises:
         SpeculatorError: the source is missing or empty, or a row is not a prompt.
     """
     path = Path(source)
-    is_file = path.exists() or path.suffix in (".jsonl", ".json")
-    prompts = _read_jsonl(path) if is_file else _read_hub(str(source))
+    is_file = path.exists() or is_row_file(path)
+    prompts = _parse(path.name, read_rows(path)) if is_file else _read_hub(str(source))
     if not prompts:
         raise SpeculatorError(
             f"{source} holds no prompts. Write one JSON object per line, with 'prompt' or "
@@ -56,28 +95,19 @@ def read_prompts(source: str | Path, limit_per_category: int | None = None) -> l
     return kept
 
 
-def _read_jsonl(path: Path) -> list[Prompt]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpeculatorError(
-            f"{path}: not a readable prompt file ({error}); expected one JSON object per line. "
-            "Correct the path."
-        ) from error
-    return _parse(((path.name, number, line) for number, line in enumerate(lines, 1)))
-
-
-def _parse(lines: Iterable[tuple[str, int, str]]) -> list[Prompt]:
+def _parse(name: str, rows: Iterable[tuple[int, Row]]) -> list[Prompt]:
     prompts = []
-    for name, number, line in lines:
-        if not line.strip():
-            continue
+    for number, row in rows:
+        where = f"{name}, line {number}"
         try:
-            prompts.append(Prompt.model_validate_json(line))
-        except ValidationError as error:
+            prompts.append(Prompt.model_validate({**row, "where": where}))
+        except (ValidationError, RecursionError) as error:
+            fault = (
+                first_fault(error) if isinstance(error, ValidationError) else "nested too deeply"
+            )
             raise SpeculatorError(
-                f"{name}, line {number}: {first_fault(error)}; expected an object with 'prompt' or "
-                "'messages'. Correct the line."
+                f"{where}: {fault}; expected an object with 'prompt' or 'messages'. Correct the "
+                "line."
             ) from error
     return prompts
 
@@ -93,38 +123,68 @@ def _read_hub(name: str) -> list[Prompt]:
             "Correct the name."
         ) from error
     rows = splits["test" if "test" in splits else next(iter(splits))]
-    return _parse((name, number, json.dumps(row)) for number, row in enumerate(rows, 1))
+    return _parse(name, enumerate(map(dict, rows), 1))
 
 
 def tokenize(
-    prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase, longest: int
+    prompts: Iterable[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    template_options: Mapping[str, JsonValue] | None = None,
 ) -> list[TokenizedPrompt]:
     """Token ids, the chat template applied where a prompt is a conversation.
 
+    ``template_options`` are variables of the template for all prompts.
+
     Raises:
-        SpeculatorError: a prompt leaves no room for a new token in ``longest`` positions, or there
-            is no chat template to apply.
+        SpeculatorError: a prompt leaves no room for a new token in ``longest`` positions, there is
+            no chat template to apply, or it refuses a conversation.
     """
     tokenized = []
     for number, prompt in enumerate(prompts, 1):
+        name = prompt.where or f"prompt {number}"
         if prompt.messages:
-            if tokenizer.chat_template is None:
-                raise SpeculatorError(
-                    f"prompt {number} is a conversation, and the verifier has no chat template. "
-                    "Pass plain text under 'prompt'."
-                )
-            token_ids = tokenizer.apply_chat_template(
-                list(prompt.messages), add_generation_prompt=True, return_dict=False
-            )
+            token_ids = _encode_chat(prompt, name, tokenizer, template_options or {})
         else:
             token_ids = tokenizer(prompt.prompt)["input_ids"]
         if len(token_ids) >= longest:
             raise SpeculatorError(
-                f"prompt {number} has {len(token_ids)} tokens, expected fewer than {longest}: the "
+                f"{name} has {len(token_ids)} tokens, expected fewer than {longest}: the "
                 "verifier's positions less the output. Shorten the prompt or the output."
+            )
+        if not token_ids:
+            raise SpeculatorError(
+                f"{name} has 0 tokens, expected at least 1. Write a longer prompt."
             )
         tokenized.append(TokenizedPrompt(category=prompt.category, token_ids=token_ids))
     return tokenized
+
+
+def _encode_chat(
+    prompt: Prompt,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template_options: Mapping[str, JsonValue],
+) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise SpeculatorError(
+            f"{name} is a conversation, and the verifier has no chat template. Pass plain text "
+            "under 'prompt'."
+        )
+    assert prompt.messages is not None
+    try:
+        text = render_chat(
+            tokenizer,
+            prompt.messages,
+            tools=prompt.tools,
+            options={**template_options, **prompt.chat_template_kwargs},
+        )
+    except TemplateRefused as error:
+        raise SpeculatorError(
+            f"{name}: the verifier's chat template refuses the conversation: {error}. Change the "
+            "messages or the template's options."
+        ) from error
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def hash_prompts(prompts: Iterable[TokenizedPrompt]) -> str:

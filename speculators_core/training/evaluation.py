@@ -91,7 +91,9 @@ def choose_prompts(
     """
     if section.prompts is not None:
         tokenizer = read_tokenizer(verifier, trust_remote_code)
-        tokenized = tokenize(named_prompts(section), tokenizer, max_length)
+        tokenized = tokenize(
+            named_prompts(section), tokenizer, max_length, section.template_options
+        )
         found = [prompt.token_ids for prompt in tokenized]
     else:
         found = [_beginning(example, max_length // 2) for example in examples]

@@ -145,8 +145,11 @@ class EvaluationConfig(Settings):
     """Decode prompts with the reference decoder to measure the acceptance length. Needs memory for
     the whole verifier."""
     prompts: str | None = None
-    """JSONL file or hub id of the prompts to decode; the untrained beginnings of the held-out
-    examples if not set."""
+    """Prompts to decode: JSON lines (also .gz or .zst), Parquet or a hub data set; the untrained
+    beginnings of the held-out examples if not set."""
+    template_options: JsonOptions = Field(default_factory=dict)
+    """Variables of the chat template for all prompts, such as `{"enable_thinking": false}`; those
+    in a prompt's `chat_template_kwargs` take precedence."""
     num_prompts: int = Field(16, ge=1)
     """Maximum number of prompts to decode."""
     max_tokens: int = Field(64, ge=2)
@@ -160,8 +163,10 @@ class EvaluationConfig(Settings):
     @model_validator(mode="after")
     def _no_option_is_idle(self) -> Self:
         if not self.decode:
-            names = ("prompts", "num_prompts", "max_tokens", "patience")
+            names = ("prompts", "template_options", "num_prompts", "max_tokens", "patience")
             self.refuse_idle(*names, because="evaluation.decode is false")
+        if self.prompts is None:
+            self.refuse_idle("template_options", because="evaluation.prompts is not set")
         return self
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
+from pydantic import JsonValue
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -146,19 +147,31 @@ def _config_in(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         ) from error
 
 
-def read_tokenizer(name_or_path: str | PathLike, trust_remote_code: bool = False) -> Any:
-    """The verifier's tokenizer.
+def read_tokenizer(
+    name_or_path: str | PathLike, trust_remote_code: bool = False, **options: JsonValue
+) -> Any:
+    """The verifier's tokenizer; ``options`` are passed on to Transformers.
 
     Raises:
-        SpeculatorError: there is none that Transformers reads.
+        SpeculatorError: there is none that Transformers reads, or it is empty.
     """
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code, **options
+        )
+    except Exception as error:  # of Transformers, tokenizers, the hub, and of options it passes on
         raise SpeculatorError(
-            f"{name_or_path}: no tokenizer that Transformers reads: {first_line(error)}; expected "
-            "tokenizer.json and tokenizer_config.json. Copy them there."
+            f"{name_or_path}: the tokenizer cannot be loaded: {first_line(error).rstrip('. ')}; "
+            "expected tokenizer.json and tokenizer_config.json. Correct the name, or copy them "
+            "there."
         ) from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        # Transformers makes an empty one where the files are missing.
+        raise SpeculatorError(
+            f"{name_or_path}: no tokenizer, or one that knows no text; expected tokenizer.json and "
+            "tokenizer_config.json. Copy them there."
+        )
+    return tokenizer
 
 
 def language_model_class(config: PretrainedConfig) -> Any:

@@ -10,8 +10,8 @@ from vllm.parser.abstract_parser import Parser
 
 from speculators_core.data_generation.answers.dialogues import Answer, Call, Dialogue, Tally
 from speculators_core.data_generation.answers.settings import AnswersConfig, OfflineConfig
-from speculators_core.data_generation.texts.messages import Message
 from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.texts.messages import Message
 from speculators_vllm import offline
 
 if TYPE_CHECKING:

@@ -196,7 +196,7 @@ def _check(speculator: str, config: CertifyConfig) -> _Plan:
             pair=pair,
             num_tokens=num_tokens,
             speculative_config=speculative,
-            prompts=tokenize(prompts, tokenizer, longest - num_new),
+            prompts=tokenize(prompts, tokenizer, longest - num_new, config.template_options),
             flag_sets=flag_sets,
             dtypes=(),
         )

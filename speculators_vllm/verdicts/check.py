@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from math import isfinite
 
 import torch
-from jinja2 import TemplateError
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 from vllm import SamplingParams
@@ -210,10 +209,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | N
     if template is None:
         return None
     try:
-        return tokenizer.apply_chat_template(
-            CONVERSATION, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
-    except TemplateError as error:
+        return render_chat(tokenizer, CONVERSATION, template=template)
+    except TemplateRefused as error:
         raise SpeculatorError(
             f"a chat template cannot be rendered: {error}; expected one that takes a user message. "
             "Repair the template beside the speculator, or the verifier's."
@@ -423,7 +420,10 @@ def _prompts(
         prompts = default_prompts(tokenizer)
     else:
         prompts = read_prompts(config.prompts, config.limit_per_category)
-    return [prompt.token_ids for prompt in tokenize(prompts, tokenizer, longest)]
+    return [
+        prompt.token_ids
+        for prompt in tokenize(prompts, tokenizer, longest, config.template_options)
+    ]
 
 
 # ---- what is printed ----

@@ -19,7 +19,11 @@ class CheckConfig(Settings):
     verifier: str | None = None
     """Verifier; the one that the speculator names if not set."""
     prompts: str | None = None
-    """JSONL file or hub data set; a dozen general prompts if not set."""
+    """JSON lines (also .gz or .zst), Parquet, or a hub data set; a dozen general prompts if not
+    set."""
+    template_options: JsonOptions = Field(default_factory=dict)
+    """Variables of the chat template for all prompts, such as `{"enable_thinking": false}`; those
+    in a prompt's `chat_template_kwargs` take precedence."""
     limit_per_category: int | None = Field(None, ge=1)
     """Maximum number of prompts of each category."""
     max_tokens: int = Field(48, ge=8)
@@ -43,7 +47,11 @@ class CertifyConfig(Settings):
     verifier: str | None = None
     """Verifier; the one that the speculator names if not set."""
     prompts: str | None = None
-    """JSONL file or hub data set; a dozen general prompts if not set."""
+    """JSON lines (also .gz or .zst), Parquet, or a hub data set; a dozen general prompts if not
+    set."""
+    template_options: JsonOptions = Field(default_factory=dict)
+    """Variables of the chat template for all prompts, such as `{"enable_thinking": false}`; those
+    in a prompt's `chat_template_kwargs` take precedence."""
     flags: Annotated[tuple[JsonOptions, ...], Several] = ()
     """Sets of vLLM's arguments, each as JSON, with `concurrency` for the number of requests at one
     time. If not set: no arguments, no prefix caching, chunked prefill with a small budget, and 8

@@ -11,7 +11,7 @@ from itertools import takewhile
 
 from xxhash import xxh64_hexdigest, xxh64_intdigest
 
-from speculators_core.data_generation.texts.messages import Message, Tool
+from speculators_core.texts.messages import Message, Tool
 
 KEPT = ("role", "content", "name", "tool_call_id")
 """Keys of a message that is not the assistant's."""

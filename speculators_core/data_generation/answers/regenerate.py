@@ -21,20 +21,20 @@ from speculators_core.data_generation.settings import (
     DatasetConfig,
     StatesConfig,
 )
-from speculators_core.data_generation.texts.messages import (
-    Message,
-    Tool,
-    malformed,
-    read_messages,
-    read_tools,
-)
 from speculators_core.data_generation.texts.rows import Row, RowKind, RowParts
 from speculators_core.data_generation.texts.sources import FIRST_ROWS, Source, open_sources, rows_of
-from speculators_core.data_generation.texts.spans import RowSkipped
+from speculators_core.data_generation.texts.spans import SkipReason
 from speculators_core.errors import SpeculatorError
 from speculators_core.files import Roots, in_full
 from speculators_core.registry import ANSWERERS
 from speculators_core.settings import Settings
+from speculators_core.texts.messages import (
+    MalformedRow,
+    Message,
+    Tool,
+    read_messages,
+    read_tools,
+)
 
 RUN_ALONE: Mapping[str, IncEx | bool] = {
     "answers": {
@@ -159,8 +159,8 @@ def _dialogues(
             continue
         try:
             turns, tools = _read(row, source.parts)
-        except RowSkipped as skipped:
-            unreadable.append(Dialogue.malformed(key, str(skipped)))
+        except MalformedRow as error:
+            unreadable.append(Dialogue.malformed(key, f"{SkipReason.MALFORMED}: {error}"))
             if not is_readable and len(unreadable) < FIRST_ROWS:
                 continue
         else:
@@ -186,7 +186,7 @@ def _read(row: Row, parts: RowParts) -> tuple[list[Message], list[Tool] | None]:
     """Messages and tools. A prompt is a user's turn, a completion the turn to replace.
 
     Raises:
-        RowSkipped: there are none.
+        MalformedRow: there are none.
     """
     main = row[parts.main]
     try:
@@ -197,7 +197,7 @@ def _read(row: Row, parts: RowParts) -> tuple[list[Message], list[Tool] | None]:
         if parts.completion and isinstance(completion := row[parts.completion], list):
             turns += read_messages(completion)
     except RecursionError as error:
-        raise malformed("nested too deeply") from error
+        raise MalformedRow("nested too deeply") from error
     return turns, tools
 
 

@@ -14,20 +14,16 @@ history is unchanged at the end of the conversation share one sequence; every ot
 separate one. So does a turn whose first token a tokenizer would merge with the prompt.
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
 from pydantic import JsonValue
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from speculators_core.data_generation.settings import DataGenConfig
-from speculators_core.data_generation.texts.messages import Message, Tool
 from speculators_core.data_generation.texts.spans import (
     RowSkipped,
     SkipReason,
@@ -36,17 +32,9 @@ from speculators_core.data_generation.texts.spans import (
     TokenSequence,
 )
 from speculators_core.errors import SpeculatorError, first_line
-
-RENDERING_ERRORS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
-"""Errors that a template can raise on messages that it does not support."""
+from speculators_core.texts.chat import TemplateRefused, render_chat, reserved_option
+from speculators_core.texts.messages import Message, Tool
+from speculators_core.verifier.reading import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -57,6 +45,8 @@ class Conversation:
     tools: list[Tool] | None = None
     num_given: int = 0
     """Number of messages at the start that are not learned."""
+    options: Mapping[str, JsonValue] = field(default_factory=dict)
+    """Variables of the template for this conversation, which take precedence."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +61,11 @@ class ChatTemplate:
     """Additional variables of the template."""
 
     def __post_init__(self) -> None:
-        known = inspect.signature(self.tokenizer.apply_chat_template).parameters
-        for name in self.options:
-            if name in known:
-                raise SpeculatorError(
-                    f"data.template_options.{name} is a parameter of `apply_chat_template`, which "
-                    "data generation sets; expected a variable of the chat template. Remove it."
-                )
+        if name := reserved_option(self.tokenizer, self.options):
+            raise SpeculatorError(
+                f"data.template_options.{name} is a parameter of `apply_chat_template`, which "
+                "data generation sets; expected a variable of the chat template. Remove it."
+            )
 
     @cached_property
     def spans(self) -> SpanTokenizer:
@@ -95,21 +83,16 @@ class ChatTemplate:
             SpeculatorError: the template is not valid Jinja.
         """
         try:
-            return self.tokenizer.apply_chat_template(
+            return render_chat(
+                self.tokenizer,
                 conversation.messages[:num_messages],
                 tools=conversation.tools,
-                chat_template=self.template,
-                add_generation_prompt=prompt,
-                tokenize=False,
-                **self.options,
+                template=self.template,
+                options={**self.options, **conversation.options},
+                has_generation_prompt=prompt,
             )
-        except TemplateSyntaxError as error:
-            raise SpeculatorError(
-                f"The chat template is not valid Jinja: line {error.lineno}: {first_line(error)}. "
-                "Correct the template, or name another one with data.chat_template."
-            ) from error
-        except RENDERING_ERRORS as error:
-            raise RowSkipped(SkipReason.TEMPLATE, first_line(error)) from error
+        except TemplateRefused as error:
+            raise RowSkipped(SkipReason.TEMPLATE, str(error)) from error
 
     def tokenize(self, conversation: Conversation, is_open: bool = False) -> list[TokenSequence]:
         """Sequences with every assistant turn once.
@@ -126,7 +109,7 @@ class ChatTemplate:
         if is_open and roles[-1] != "assistant":
             texts.append((self.render(conversation, len(roles), prompt=True), []))
         for turn in reversed(range(conversation.num_given, len(roles))):
-            if roles[turn] == "assistant":
+            if roles[turn] == "assistant" and conversation.messages[turn].get("train", True):
                 prompt, written = self._split(conversation, turn)
                 if not written:
                     continue
@@ -176,9 +159,7 @@ def load_tokenizer(data: DataGenConfig) -> PreTrainedTokenizerBase:
     Raises:
         SpeculatorError: there is none, or it cannot map tokens to characters.
     """
-    tokenizer = _read_tokenizer(
-        data.verifier, trust_remote_code=data.trust_remote_code, **data.tokenizer_options
-    )
+    tokenizer = read_tokenizer(data.verifier, data.trust_remote_code, **data.tokenizer_options)
     if not tokenizer.is_fast:
         raise SpeculatorError(
             f"{data.verifier}: its tokenizer {type(tokenizer).__name__} does not map tokens to "
@@ -227,24 +208,13 @@ def resolve_chat_template(given: str) -> str:
             f"data.chat_template: {path} does not exist; expected a file of Jinja text. Correct "
             "the path."
         )
-    tokenizer = _read_tokenizer(str(path) if path.is_dir() else given)
+    tokenizer = read_tokenizer(str(path) if path.is_dir() else given)
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:
         raise SpeculatorError(
             f"data.chat_template: the tokenizer {given} has no chat template: {first_line(error)} "
             "Name another tokenizer, or a file of Jinja text."
-        ) from error
-
-
-def _read_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name, **options)
-    except Exception as error:  # of Transformers, tokenizers, the hub, and of options it passes on
-        raise SpeculatorError(
-            f"{name}: the tokenizer cannot be loaded: {first_line(error)}; expected the folder or "
-            "hub id of a model with a tokenizer. Correct the name, or copy the tokenizer's files "
-            "there."
         ) from error
 
 

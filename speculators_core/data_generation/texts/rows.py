@@ -1,7 +1,8 @@
 """Rows of data sets: their kind and their tokens.
 
 input_ids, loss_mask      token ids         unchanged
-messages, tools           conversation      learned: all assistant turns
+messages, tools           conversation      learned: all assistant turns, but for those with a
+                                            weight of 0 or train false
 prompt, completion        completion        learned: the completion and a stop token after it;
                                             both may be messages, with tools
 text                      text              learned: all tokens but the first, which has no context
@@ -16,12 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from speculators_core.data_generation.settings import ColumnMapping
 from speculators_core.data_generation.texts.conversations import ChatTemplate, Conversation
-from speculators_core.data_generation.texts.messages import (
-    malformed,
-    read_messages,
-    read_tools,
-    shown,
-)
 from speculators_core.data_generation.texts.spans import (
     RowSkipped,
     SkipReason,
@@ -30,9 +25,18 @@ from speculators_core.data_generation.texts.spans import (
     TokenSequence,
 )
 from speculators_core.errors import SpeculatorError
+from speculators_core.texts.messages import (
+    MalformedRow,
+    read_messages,
+    read_template_options,
+    read_tools,
+    shown,
+)
 
 MESSAGES = ("messages", "conversations", "conversation")
 COMPLETIONS = ("completion", "response")
+TEMPLATE_OPTIONS = "chat_template_kwargs"
+"""Column of the chat template's variables for one row, named as servers name it."""
 
 Row = Mapping[str, object]
 """Values by column, of the data set's types."""
@@ -56,10 +60,11 @@ class RowParts:
     loss_mask: str | None = None
     tools: str | None = None
     completion: str | None = None
+    template_options: str | None = None
 
     @property
     def columns(self) -> list[str]:
-        named = (self.main, self.loss_mask, self.tools, self.completion)
+        named = (self.main, self.loss_mask, self.tools, self.completion, self.template_options)
         return [name for name in named if name is not None]
 
 
@@ -88,20 +93,20 @@ def choose_parts(
     def held(*names: str) -> str | None:
         return next((name for name in names if name in columns), None)
 
-    tools = held(mapping.tools)
+    for_template = {"tools": held(mapping.tools), "template_options": held(TEMPLATE_OPTIONS)}
     messages = held(*([mapping.messages] if mapping.messages else MESSAGES))
     completion = held(*([mapping.completion] if mapping.completion else COMPLETIONS))
     kinds = []
     if ids := held(mapping.input_ids):
         kinds.append(RowParts(RowKind.TOKENS, ids, loss_mask=held(mapping.loss_mask)))
     if messages:
-        kinds.append(RowParts(RowKind.CONVERSATION, messages, tools=tools))
+        kinds.append(RowParts(RowKind.CONVERSATION, messages, **for_template))
     if prompt := held(mapping.prompt):
         if completion:
-            both = RowParts(RowKind.COMPLETION, prompt, tools=tools, completion=completion)
+            both = RowParts(RowKind.COMPLETION, prompt, completion=completion, **for_template)
             kinds.append(both)
         elif is_open:
-            kinds.append(RowParts(RowKind.PROMPT, prompt, tools=tools))
+            kinds.append(RowParts(RowKind.PROMPT, prompt, **for_template))
     if text := held(mapping.text):
         kinds.append(RowParts(RowKind.TEXT, text))
     if kinds:
@@ -130,8 +135,10 @@ class RowReader:
         """
         try:
             return self._read(row, parts)
+        except MalformedRow as error:
+            raise RowSkipped(SkipReason.MALFORMED, str(error)) from error
         except RecursionError as error:
-            raise malformed("nested too deeply") from error
+            raise RowSkipped(SkipReason.MALFORMED, "nested too deeply") from error
 
     def _read(self, row: Row, parts: RowParts) -> list[TokenSequence]:
         main = row[parts.main]
@@ -139,13 +146,16 @@ class RowReader:
             mask = row[parts.loss_mask] if parts.loss_mask else None
             return [self._check_tokens(main, mask)]
         tools = read_tools(row[parts.tools]) if parts.tools else None
+        options = read_template_options(
+            row[parts.template_options] if parts.template_options else None
+        )
         if parts.kind is RowKind.CONVERSATION:
-            return self._converse(Conversation(read_messages(main), tools))
+            return self._converse(Conversation(read_messages(main), tools, options=options))
         completion = row[parts.completion] if parts.completion else None
         if isinstance(main, list):
             given = read_messages(main)
             learned = read_messages(completion) if parts.completion else []
-            return self._converse(Conversation(given + learned, tools, num_given=len(given)))
+            return self._converse(Conversation(given + learned, tools, len(given), options))
         if parts.kind is RowKind.TEXT:
             return [self._tokenize_text(_text(main, parts.main))]
         answer = _text(completion, parts.completion) if parts.completion else None
@@ -153,18 +163,18 @@ class RowReader:
 
     def _check_tokens(self, ids: object, mask: object) -> TokenSequence:
         if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
-            raise malformed(f"expected a list of token ids, found {shown(ids)}")
+            raise MalformedRow(f"expected a list of token ids, found {shown(ids)}")
         vocab_size = len(self.tokenizer)
         if min(ids) < 0 or max(ids) >= vocab_size:
-            raise malformed(
+            raise MalformedRow(
                 f"expected token ids in 0..{vocab_size - 1}, found {min(ids)}..{max(ids)}"
             )
         if mask is None:
             return TokenSequence(ids, [True] * len(ids))
         if not isinstance(mask, list) or not all(flag in (0, 1) for flag in mask):
-            raise malformed(f"expected a loss mask of 0 and 1, found {shown(mask)}")
+            raise MalformedRow(f"expected a loss mask of 0 and 1, found {shown(mask)}")
         if len(mask) != len(ids):
-            raise malformed(f"expected a loss mask of {len(ids)} tokens, found {len(mask)}")
+            raise MalformedRow(f"expected a loss mask of {len(ids)} tokens, found {len(mask)}")
         return TokenSequence(ids, [bool(flag) for flag in mask])
 
     def _converse(self, conversation: Conversation) -> list[TokenSequence]:
@@ -216,5 +226,5 @@ class RowReader:
 
 def _text(value: object, column: str) -> str:
     if not isinstance(value, str) or not value:
-        raise malformed(f"expected text in {column!r}, found {shown(value)}")
+        raise MalformedRow(f"expected text in {column!r}, found {shown(value)}")
     return value

@@ -1,0 +1,1 @@
+"""Rows of files and their messages, read in one way by every command."""
