@@ -34,8 +34,17 @@ def set_up() -> None:
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM stops what runs in the same way as Ctrl-C; for the main thread."""
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    """SIGTERM stops what runs in the same way as Ctrl-C; for the main thread.
+
+    Also where Ctrl-C is ignored, as in what a shell runs in the background.
+    """
+
+    def stop(*_: object) -> None:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:

@@ -37,7 +37,7 @@ class Prompt(BaseModel):
     messages: tuple[Message, ...] | None = None
     """Also of ShareGPT's keys, and with content in parts: `read_messages` takes them all."""
     tools: tuple[Tool, ...] | None = None
-    chat_template_kwargs: dict[str, JsonValue] = {}
+    chat_template_kwargs: dict[str, JsonValue] | None = None
     """Variables of the chat template for this prompt; they win over those for all prompts."""
     where: str = Field(default="", exclude=True, repr=False)
     """File and line, for messages."""
@@ -54,8 +54,8 @@ class Prompt(BaseModel):
 
     @field_validator("chat_template_kwargs", mode="before")
     @classmethod
-    def _read_options(cls, value: object) -> dict[str, Any]:
-        return read_template_options(value)
+    def _read_options(cls, value: object) -> dict[str, Any] | None:
+        return read_template_options(value) or None
 
     @model_validator(mode="after")
     def _is_one_of_both(self) -> Self:
@@ -177,7 +177,7 @@ def _encode_chat(
             tokenizer,
             prompt.messages,
             tools=prompt.tools,
-            options={**template_options, **prompt.chat_template_kwargs},
+            options={**template_options, **(prompt.chat_template_kwargs or {})},
         )
     except TemplateRefused as error:
         raise SpeculatorError(

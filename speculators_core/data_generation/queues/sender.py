@@ -9,6 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import zmq
@@ -263,7 +264,9 @@ class Sender:
         line.socket.send_multipart(pack(message), zmq.NOBLOCK, copy=False)
 
     def _greet(self, socket: zmq.Socket) -> None:
-        socket.send_multipart(pack(Message(Kind.HELLO, body=self.hello)), zmq.NOBLOCK)
+        # Between two attempts to connect there is no one to send to; the next beat greets again.
+        with suppress(zmq.Again):
+            socket.send_multipart(pack(Message(Kind.HELLO, body=self.hello)), zmq.NOBLOCK)
 
     def _connect(self, url: str) -> zmq.Socket:
         socket = self._open_socket(self._io.context, url)
