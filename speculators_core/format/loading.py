@@ -51,7 +51,11 @@ class Weights:
             name
             for name in shapes
             if name not in wanted
-            and (name in model.unneeded or checkpoint.LEFTOVERS.fullmatch(name))
+            and (
+                name in model.unneeded
+                or checkpoint.LEFTOVERS.fullmatch(name)
+                or (name == "d2t" and self._maps_nothing())
+            )
         )
         """Tensors of the folder that this kind of draft does not need; they are not read."""
         for name in self.ignored:
@@ -70,6 +74,13 @@ class Weights:
         keep_random = self.mismatched.keys() - set(model.from_verifier)
         self.missing = set(wanted) - set(shapes) - keep_random
         """Tensors of the model that are not here."""
+
+    def _maps_nothing(self) -> bool:
+        """Whether ``d2t`` maps each token to itself, as release 0.3 writes it for all tokens."""
+        if self._state_dict is not None:
+            return not self._state_dict[self._names["d2t"]].any()
+        stored = {"d2t": self._stored[self._names["d2t"]]}
+        return not any(tensor.any() for _, tensor in checkpoint.read_tensors(stored, ["d2t"]))
 
     def _leave_out_mismatched(
         self,
