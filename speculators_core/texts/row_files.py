@@ -1,4 +1,4 @@
-"""Rows of JSON lines, also compressed, and of Parquet files."""
+"""Rows of JSON lines and of Parquet files."""
 
 import io
 import json
