@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GROUND = (
-    "errors settings flags registry console provenance batch files http cli __main__ __init__"
+    "errors settings flags registry console provenance batch files http cli __main__ __init__ "
+    "config inference model proposals"
 ).split()
 FLOORS = (
     "texts format verifier decoding models diagnosis data_generation publishing training commands"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import speculators_core
 from tests.documented.rows import MOST_DECLINED, PROOFS, Row, read_rows
 
 ROWS = read_rows()
@@ -19,6 +20,31 @@ def test_a_row_is_proved(row: Row, request):
         pytest.skip("not decided yet")
     proof = PROOFS[row.name]
     proof(**{name: request.getfixturevalue(name) for name in inspect.signature(proof).parameters})
+
+
+PLACES = {
+    "config": (
+        "SpeculatorModelConfig SpeculatorsConfig VerifierConfig TokenProposalConfig "
+        "SpeculativeConfig reload_schemas reload_and_populate_configs"
+    ),
+    "model": "SpeculatorModel reload_and_populate_models",
+    "models": (
+        "DFlashDraftModel DFlashSpeculatorConfig Eagle3DraftModel Eagle3SpeculatorConfig "
+        "MTPDraftModel MTPSpeculatorConfig PEagleDraftModel PEagleSpeculatorConfig"
+    ),
+    "proposals": "GreedyTokenProposalConfig TokenProposalConfig",
+    "inference": "SpeculativeInferenceEngine",
+}
+"""Modules of the documents, and what they are documented to have."""
+
+
+@pytest.mark.parametrize("module", PLACES)
+def test_names_are_where_the_documents_have_them(module):
+    place = importlib.import_module(f"speculators_core.{module}")
+    for name in PLACES[module].split():
+        assert getattr(place, name) is getattr(speculators_core, name)
+    with pytest.raises(AttributeError):
+        _ = place.Nothing
 
 
 def test_every_proof_has_its_row():

@@ -1,0 +1,23 @@
+"""Config classes, at the place that the documents have them."""
+
+from speculators_core import (
+    GreedyTokenProposalConfig,
+    SpeculativeConfig,
+    SpeculatorModelConfig,
+    SpeculatorsConfig,
+    TokenProposalConfig,
+    VerifierConfig,
+    reload_and_populate_configs,
+    reload_schemas,
+)
+
+__all__ = [
+    "GreedyTokenProposalConfig",
+    "SpeculativeConfig",
+    "SpeculatorModelConfig",
+    "SpeculatorsConfig",
+    "TokenProposalConfig",
+    "VerifierConfig",
+    "reload_and_populate_configs",
+    "reload_schemas",
+]
