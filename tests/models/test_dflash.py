@@ -987,8 +987,6 @@ def sliding(window: int) -> dict:
             "mask_token_id 2048 is not in the vocabulary: expected 0 to 2047",
         ),
         ({"aux_hidden_state_layer_ids": None}, "aux_hidden_state_layer_ids is missing"),
-        ({"aux_hidden_state_layer_ids": [3, 1, 4]}, "ascending"),
-        ({"aux_hidden_state_layer_ids": [1, 1, 4]}, "ascending"),
         ({"block_size": 1}, "block_size: .* greater than or equal to 2"),
         (sliding(7), "sliding_window 7 is smaller than block_size 8"),
         ({"draft_vocab_size": 4096}, "expected at most 2048, the verifier's vocabulary"),

@@ -726,7 +726,6 @@ def test_reduced_vocabulary_survives_save_and_load(reduced, tmp_path):
             "mask_token_id 2048 is not in the vocabulary: expected 0 to 2047",
         ),
         ({"mask_token_id": -1}, "mask_token_id: .* greater than or equal to 0"),
-        ({"eagle_aux_hidden_state_layer_ids": [3, 1, 4]}, "ascending"),
         ({"norm_before_fc": True, "fc_norm": True}, "exclude each other"),
         ({"draft_vocab_size": 4096}, "expected at most 2048, the verifier's vocabulary"),
     ],

@@ -27,10 +27,14 @@ class Draft:
     is_stock: bool = True
     """vLLM serves it without the plug-in too."""
     is_same: bool = True
-    """The network computes what the playground's draft computes."""
+    """The network computes what the unchanged draft computes."""
+    gains: bool = False
+    """The plug-in repairs a fault of vLLM, by which more tokens are accepted."""
 
     def write(self, folder: Path) -> None:
         shutil.copytree(playground.SPECULATORS[self.algorithm], folder)
+        if self.algorithm == "dflash" and not self.gains:
+            tensors(one_key_norm)(folder)
         self.change(folder)
 
 
@@ -109,6 +113,12 @@ def without(*names: str) -> Change:
 def stored_as(dtype: torch.dtype) -> Change:
     name = str(dtype).removeprefix("torch.")
     return both(tensors(lambda t: {k: v.to(dtype) for k, v in t.items()}), keys(dtype=name))
+
+
+def one_key_norm(found: Tensors) -> Tensors:
+    """The first layer's in all layers, as vLLM's kernel on CPUs takes it."""
+    first = found["layers.0.self_attn.k_norm.weight"]
+    return {n: first.clone() if n.endswith("k_norm.weight") else t for n, t in found.items()}
 
 
 def of_authors(found: Tensors) -> Tensors:
@@ -336,7 +346,8 @@ def _drafts() -> dict[str, Draft]:
     }
     changed = {name: Draft(*found, is_same=False) for name, found in CHANGED.items()}
     alone = {name: Draft(*found, is_stock=False) for name, found in PLUGIN_ALONE.items()}
-    return same | changed | alone
+    trained = {"dflash, as it was trained": Draft("dflash", AS_IS, is_same=False, gains=True)}
+    return same | changed | alone | trained
 
 
 DRAFTS = _drafts()
