@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from speculators_core.decoding.prompts import read_prompts, tokenize
+from speculators_core.decoding.default_prompts import default_prompts
+from speculators_core.decoding.prompts import Prompt, read_prompts, tokenize
 from speculators_core.errors import SpeculatorError
 from speculators_core.verifier.reading import read_tokenizer
 from tests.conftest import VOCAB_SIZE
@@ -88,6 +89,12 @@ def test_a_row_that_cannot_be_read_is_named_with_its_reason(tokenizer, tmp_path,
         texts(tokenizer, tmp_path, {"prompt": "fine"}, row)
     assert "prompts.jsonl, line 2" in str(error.value) and named in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_prompts_in_code_are_those_of_rows(tokenizer):
+    chats = [prompt for prompt in default_prompts(tokenizer) if prompt.messages]
+    assert len(chats) == 3
+    assert Prompt(**user("hi")) == Prompt(messages=({"role": "user", "content": "hi"},))
 
 
 def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
