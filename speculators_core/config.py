@@ -1,4 +1,4 @@
-"""Config classes, at the place that the documents have them."""
+"""Config classes at their documented place."""
 
 from speculators_core import (
     GreedyTokenProposalConfig,

@@ -1,4 +1,4 @@
-"""The inference engine, at the place that the documents have it."""
+"""The inference engine at its documented place."""
 
 from speculators_core import SpeculativeConfig, SpeculativeInferenceEngine
 

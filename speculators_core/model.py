@@ -1,4 +1,4 @@
-"""The base of all models, at the place that the documents have it."""
+"""The base of all models at its documented place."""
 
 from speculators_core import SpeculatorModel, reload_and_populate_models
 

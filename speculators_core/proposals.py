@@ -1,4 +1,4 @@
-"""Proposal methods, at the place that the documents have them."""
+"""Proposal methods at their documented place."""
 
 from speculators_core import (
     GreedyTokenProposalConfig,

@@ -144,7 +144,8 @@ class SpeculatorsConfig(ReloadableBaseModel):
     verifier: VerifierConfig
 
     @model_validator(mode="after")
-    def _default_is_one_of_the_methods(self) -> Self:
+    def check_default_proposal_method(self) -> Self:
+        """Raises ValueError unless the default is one of the methods."""
         known = [method.proposal_type for method in self.proposal_methods]
         if self.default_proposal_method not in known:
             raise ValueError(
@@ -416,6 +417,23 @@ class SpeculatorModelConfig(PydanticFace):
         """The tokens that the draft can propose, of those that its verifier knows."""
         size = self.transformer_layer_config.vocab_size
         return Vocabulary(size, size)
+
+    @staticmethod
+    def validate_transformer_config(value: object) -> PretrainedConfig:
+        """The config of the draft's layers from its dict.
+
+        Raises:
+            SpeculatorError: a key or a value is at fault.
+        """
+        try:
+            return _read_layer_config(value)
+        except ValueError as error:
+            raise SpeculatorError(f"transformer_layer_config: {first_line(error)}") from error
+
+    @staticmethod
+    def serialize_transformer_config(value: PretrainedConfig) -> checkpoint.RawConfig:
+        """The dict of the draft's layers, as it is written."""
+        return _write_layer_config(value)
 
     @property
     def target_vocab_size(self) -> int:

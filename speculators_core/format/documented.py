@@ -1,5 +1,6 @@
 """Config classes as publicly documented: pydantic models, registered."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, Self, TypeVar
 
@@ -123,6 +124,21 @@ class PydanticFace(PretrainedConfig):
     def model_dump(self, **kwargs: Any) -> RawConfig:
         """The keys of the class with their values; ``kwargs`` as in pydantic."""
         return schema(type(self)).model_construct(**self.own_values()).model_dump(**kwargs)
+
+    def model_dump_json(self, **kwargs: Any) -> str:
+        """`model_dump` as JSON; ``kwargs`` as in pydantic."""
+        return schema(type(self)).model_construct(**self.own_values()).model_dump_json(**kwargs)
+
+    def model_copy(self, *, update: RawConfig | None = None, deep: bool = False) -> Self:
+        """A copy with other values of these keys, which are checked.
+
+        Raises:
+            SpeculatorError: a value is out of its bounds.
+        """
+        made = copy.deepcopy(self) if deep else copy.copy(self)
+        for name, value in (update or {}).items():
+            setattr(made, name, value)
+        return made
 
     def own_values(self) -> RawConfig:
         """The keys of the class with their values, as they are."""

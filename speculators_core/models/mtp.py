@@ -258,8 +258,8 @@ class MTPDraftModel(SpeculatorModel):
 
     def forward_tensors(
         self,
-        input_ids: Int[Tensor, "batch seq"],
-        hidden_states: Float[Tensor, "batch seq hidden"],
+        input_ids: Int[Tensor, "batch seq"] | None = None,
+        hidden_states: Float[Tensor, "batch seq hidden"] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         loss_mask: Tensor | None = None,
@@ -275,7 +275,8 @@ class MTPDraftModel(SpeculatorModel):
         and ``return_dict`` are ignored.
 
         Raises:
-            SpeculatorError: the number of weights is not that of the config's steps.
+            SpeculatorError: a tensor is missing or of another shape, or the number of weights is
+                not that of the config's steps.
         """
         num_steps = self.config.num_speculative_steps
         weights = step_weights or (objective.weights if objective else [1.0] * num_steps)
@@ -288,10 +289,11 @@ class MTPDraftModel(SpeculatorModel):
         num_texts, length = rows.shape
         num_steps = min(num_steps, max(0, length - 2))
         num_rows = length - num_steps - 1
-        hidden = hidden_states.to(self.dtype)
+        width = self.config.verifier_hidden_size
+        hidden = rows.states("hidden_states", hidden_states, width).to(self.dtype)
         batch = rows.batch(hidden, hidden)
-        first = torch.arange(num_texts, device=input_ids.device) * length
-        kept = first[:, None] + torch.arange(num_rows, device=input_ids.device)
+        first = torch.arange(num_texts, device=hidden.device) * length
+        kept = first[:, None] + torch.arange(num_rows, device=hidden.device)
         is_token = rows.document_ids != PADDING
         logits_list: list[Tensor] = []
         total = hidden.new_zeros((), dtype=torch.float32)

@@ -229,7 +229,23 @@ class SpeculatorModel(VerifierSide, GenerationMixin, ABC):
     def registered_model_class_from_config(
         cls, config: SpeculatorModelConfig
     ) -> type["SpeculatorModel"]:
-        return MODELS.load(config.speculators_model_type)
+        """The model class of a config.
+
+        Raises:
+            WrongTypeError: it is not a speculator's config, or of another class than its model's.
+            SpeculatorError: its type is not registered.
+        """
+        if not isinstance(config, SpeculatorModelConfig):
+            raise WrongTypeError(
+                f"found a {type(config).__name__}; expected a SpeculatorModelConfig."
+            )
+        found: type[SpeculatorModel] = MODELS.load(config.speculators_model_type)
+        if not isinstance(config, found.config_class):
+            raise WrongTypeError(
+                f"found a {type(config).__name__} of a {config.speculators_model_type} speculator; "
+                f"expected a {found.config_class.__name__}."
+            )
+        return found
 
     @staticmethod
     def verify_training_compatible(model: object) -> None:

@@ -203,6 +203,15 @@ class VerifierSide(PreTrainedModel):
             return verifier
         return fetch(named, (*ALL_FILES, "*.py"), HubOptions(hub.cache_dir, local_files_only=True))
 
+    def load_verifier_weights(self) -> None:
+        """Attaches norm, head and embeddings of the verifier that the config names, if none is.
+
+        Raises:
+            SpeculatorError: none is named, or it cannot be read.
+        """
+        if self.attached is None:
+            self.attach_verifier(None, "train_only")
+
     def detach_verifier(self) -> None:
         """Releases the verifier, and its memory where nothing else holds it."""
         self.attached = None

@@ -182,6 +182,10 @@ def attached(verifier, verifier_folder):
     assert type(loaded) is Qwen3ForCausalLM and draft.verifier is loaded
     parts = draft.attach_verifier(verifier_folder, "train_only")
     assert parts is draft.verifier_head
+    alone = type(draft)(draft.config)
+    alone.config.verifier.name_or_path = str(verifier_folder)
+    alone.load_verifier_weights()
+    assert torch.equal(alone.verifier_head.lm_head.weight, verifier.lm_head.weight)
 
 
 @proves("resolve_verifier")
@@ -308,6 +312,9 @@ def registry(tmp_path):
     assert SpeculatorModel.registry["eagle3"] is Eagle3DraftModel
     config = config_class(depth=3)
     assert SpeculatorModel.registered_model_class_from_config(config) is model_class
+    for other in (make_verifier().config, SpeculatorModelConfig(speculators_model_type="eagle3")):
+        with pytest.raises(TypeError, match="expected a"):
+            SpeculatorModel.registered_model_class_from_config(other)
     model_class.from_training_args(None, depth=3).save_pretrained(tmp_path)
     loaded = SpeculatorModel.from_pretrained(tmp_path)
     assert type(loaded) is model_class and len(loaded.layers) == 3

@@ -57,6 +57,14 @@ def as_pydantic():
     with pytest.raises(ValueError, match="expected a mapping"):
         SpeculatorModelConfig.model_validate("eagle3")
     assert config.norm_output is False
+    assert json.loads(config.model_dump_json())["draft_vocab_size"] == 64
+    copied = config.model_copy(update={"norm_output": True})
+    assert copied.norm_output and not config.norm_output
+    config.speculators_config.check_default_proposal_method()
+    layers = config.serialize_transformer_config(config.transformer_layer_config)
+    assert config.validate_transformer_config(layers).hidden_size == 32
+    with pytest.raises(SpeculatorError, match="transformer_layer_config: .*-1"):
+        config.validate_transformer_config({"model_type": "llama", "hidden_size": -1})
 
 
 @proves("SpeculatorModelConfig.register")

@@ -265,6 +265,8 @@ def forward_tensors():
         assert model.fc.weight.grad.abs().sum() > 0
         for change, message in (
             ({"verifier_last_hidden_states": None}, "verifier_last_hidden_states is missing"),
+            ({"hidden_states": torch.zeros(1, 3, 7)}, r"hidden_states has shape \[1, 3, 7\]"),
+            ({"input_ids": None}, "input_ids is missing"),
             ({"loss_mask": torch.ones(1, 3)}, "loss_mask has shape"),
             ({"nonsense": 1}, "nonsense"),
         ):
@@ -300,6 +302,8 @@ def mtp_forward():
     assert torch.allclose(one[0][2], logits[2][1:], atol=1e-5)  # rows do not see each other
     masked = model(ids, states, loss_mask=torch.ones_like(ids).index_fill(1, torch.tensor(2), 0))
     assert masked[2]["loss_step_0"] != model(ids, states)[2]["loss_step_0"]
+    with pytest.raises(SpeculatorError, match="hidden_states is missing"):
+        model(ids)
     with pytest.raises(SpeculatorError, match="step_weights has 2 weights"):
         model(ids, states, step_weights=[1.0, 0.5])
 

@@ -47,7 +47,7 @@ class Rows:
     @classmethod
     def read(
         cls,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         document_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         loss_mask: Tensor | None = None,
@@ -57,8 +57,10 @@ class Rows:
         """Flat columns of [batch, seq] tensors.
 
         Raises:
-            SpeculatorError: a tensor has another shape.
+            SpeculatorError: the tokens are missing, or a tensor has another shape.
         """
+        if input_ids is None:
+            raise SpeculatorError("input_ids is missing. Pass it as [batch, seq], or a Batch.")
         columns = {
             "document_ids": document_ids,
             "position_ids": position_ids,
@@ -99,6 +101,23 @@ class Rows:
             position_ids.to(device).expand(shape).flatten(),
             trained.flatten(),
         )
+
+    def states(self, name: str, states: Tensor | None, width: int) -> Tensor:
+        """Hidden states of each token.
+
+        Raises:
+            SpeculatorError: they are missing, or of another shape.
+        """
+        if states is None:
+            raise SpeculatorError(
+                f"{name} is missing: the draft reads the verifier's states, and learns what the "
+                "verifier makes of them. Pass them as [batch, seq, hidden], or a Batch."
+            )
+        if states.shape != (*self.shape, width):
+            raise SpeculatorError(
+                f"{name} has shape {list(states.shape)}; expected {[*self.shape, width]}."
+            )
+        return states
 
     def batch(self, hidden_states: Tensor, last_hidden_states: Tensor) -> Batch:
         """Row t holds token t, its states and its document."""
@@ -156,8 +175,8 @@ def _places(documents: Tensor) -> Tensor:
 
 def forward_joined(
     model: SpeculatorModel,
-    hidden_states: Tensor,
-    input_ids: Tensor,
+    hidden_states: Tensor | None = None,
+    input_ids: Tensor | None = None,
     document_ids: Tensor | None = None,
     position_ids: Tensor | None = None,
     loss_mask: Tensor | None = None,
@@ -172,8 +191,9 @@ def forward_joined(
     stand in the same row. Draft tokens come as a list of [batch, seq] by step; P-EAGLE has None.
     """
     rows = Rows.read(input_ids, document_ids, position_ids, loss_mask, attention_mask, lengths)
-    last = _needed(verifier_last_hidden_states)
-    batch, places = rows.joined_batch(hidden_states, last)
+    batch, places = rows.joined_batch(
+        *_states(rows, model, hidden_states, verifier_last_hidden_states)
+    )
     tokens, loss, metrics = model(batch, _objective(model, options))
     if "loss" in metrics:  # one over all elements, which have no order by row
         return None, loss, metrics
@@ -182,8 +202,8 @@ def forward_joined(
 
 def forward_blocks(
     model: SpeculatorModel,
-    hidden_states: Tensor,
-    input_ids: Tensor,
+    hidden_states: Tensor | None = None,
+    input_ids: Tensor | None = None,
     loss_mask: Tensor | None = None,
     verifier_last_hidden_states: Tensor | None = None,
     document_ids: Tensor | None = None,
@@ -194,18 +214,19 @@ def forward_blocks(
 ) -> tuple[None, Tensor, dict[str, Tensor]]:
     """Training of DFlash as the documents call it; a row holds a token and its states."""
     rows = Rows.read(input_ids, document_ids, position_ids, loss_mask, attention_mask, lengths)
-    batch = rows.batch(hidden_states, _needed(verifier_last_hidden_states))
+    batch = rows.batch(*_states(rows, model, hidden_states, verifier_last_hidden_states))
     _, loss, metrics = model(batch, _objective(model, options))
     return None, loss, metrics
 
 
-def _needed(last_hidden_states: Tensor | None) -> Tensor:
-    if last_hidden_states is None:
-        raise SpeculatorError(
-            "verifier_last_hidden_states is missing: a draft learns the verifier's distribution, "
-            "which is made from them."
-        )
-    return last_hidden_states
+def _states(
+    rows: Rows, model: SpeculatorModel, aux: Tensor | None, last: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    width = model.config.verifier_hidden_size
+    return (
+        rows.states("hidden_states", aux, len(model.aux_layer_ids) * width),
+        rows.states("verifier_last_hidden_states", last, width),
+    )
 
 
 def _objective(model: SpeculatorModel, options: dict[str, Any]) -> Any:
