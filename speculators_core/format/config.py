@@ -577,11 +577,16 @@ class SpeculatorModelConfig(PydanticFace):
 
     @property
     def located_verifier(self) -> str | None:
-        """The verifier's name; a folder that is relative to the speculator's as a full path."""
-        name = self.verifier.name_or_path
-        if name is None:
+        """The verifier's name; a folder that is relative to the speculator's as a full path.
+
+        None where the config names none: not at all, with an empty name, or with its own folder.
+        """
+        name, folder = self.verifier.name_or_path, self.name_or_path or None
+        if not name:
             return None
-        return checkpoint.locate_verifier(name, beside=self.name_or_path or None)
+        located = checkpoint.locate_verifier(name, beside=folder)
+        is_itself = folder is not None and Path(located).resolve() == Path(folder).resolve()
+        return None if is_itself else located
 
     def to_dict(self) -> checkpoint.RawConfig:
         """The format on disk: all of our keys, and no ``model_type``."""

@@ -52,8 +52,9 @@ class StoredSpeculator:
         located = self.config.located_verifier
         if located is None:
             raise SpeculatorError(
-                f"{self.name} names no verifier. Pass --verifier, the folder or hub id of the "
-                "model that it was trained for."
+                f"{self.name} names no verifier (name_or_path is "
+                f"{self.config.verifier.name_or_path!r}). Pass --verifier, the folder or hub id of "
+                "the model that it was trained for."
             )
         return located
 

@@ -7,6 +7,7 @@ from typing import Self
 
 from transformers import PretrainedConfig
 
+from speculators_core.errors import SpeculatorError
 from speculators_core.format import checkpoint
 from speculators_core.format.checkpoint import HubOptions
 from speculators_core.format.stored_speculator import StoredSpeculator
@@ -67,9 +68,24 @@ class Pair:
             SpeculatorError: as `open`.
         """
         name = verifier or speculator.verifier
-        config = verifier_config or read_verifier_config(name)
+        config = verifier_config or (
+            read_verifier_config(name) if verifier else _config_of_named(speculator)
+        )
         check_verifier(speculator.config, config, name)
         trained_with = speculator.config.located_verifier
         check_tokenizer(speculator.folder, trained_with, tokenizer or name)
         ignored = speculator.check_tensors() if has_weights else []
         return cls(speculator, name, config, tuple(ignored))
+
+
+def _config_of_named(speculator: StoredSpeculator) -> PretrainedConfig:
+    """The config of the verifier that the speculator names, which may be another machine's path."""
+    try:
+        return read_verifier_config(speculator.verifier)
+    except SpeculatorError as error:
+        reason = str(error).partition(". ")[0]
+        raise SpeculatorError(
+            f"{speculator.name} names the verifier {speculator.verifier}, which cannot be read "
+            f"({reason}). Pass --verifier, the folder or hub id of the model that it was trained "
+            "for."
+        ) from error

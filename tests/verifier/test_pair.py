@@ -162,11 +162,24 @@ def test_what_is_not_the_speculators_fault_has_no_cause(draft, tmp_path):
     assert cause_of(draft, str(tmp_path / "empty")) is None
     (tmp_path / "empty" / "config.json").write_text("{")
     assert cause_of(draft, str(tmp_path / "empty")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (None, "names no verifier (name_or_path is None)"),
+        ("", "names no verifier (name_or_path is '')"),
+        (".", "names no verifier (name_or_path is '.')"),
+        ("/model/from_s3", "names the verifier /model/from_s3, which cannot be read"),
+    ],
+)
+def test_a_verifier_that_is_named_and_not_there_is_called_so(draft, name, said):
     content = json.loads((draft / "config.json").read_text())
-    content["speculators_config"]["verifier"]["name_or_path"] = None
+    content["speculators_config"]["verifier"]["name_or_path"] = name
     (draft / "config.json").write_text(json.dumps(content))
-    with pytest.raises(SpeculatorError, match="names no verifier. Pass --verifier") as caught:
+    with pytest.raises(SpeculatorError) as caught:
         Pair.open(draft)
+    assert said in str(caught.value) and "Pass --verifier" in str(caught.value)
     assert caught.value.cause is None
 
 
