@@ -14,7 +14,7 @@ Training unrolls the same steps for all rows at once, so the draft learns to rea
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -31,6 +31,7 @@ from speculators_core.models.parts.layers import UnrolledAttention, cached_atten
 from speculators_core.models.parts.losses import MASK_SUM_FLOOR, LossWeights, score_rows
 from speculators_core.models.parts.unroll import propose_in_steps, unroll
 from speculators_core.settings import Settings
+from speculators_core.verifier.head import rows_at_once
 
 
 class Eagle3SpeculatorConfig(EagleStackConfig):
@@ -59,6 +60,8 @@ class Eagle3Objective(Settings):
     """Steps of the training unroll."""
     ttt_step_loss_decay: float = Field(1.0, gt=0.0)
     """Decay of the steps' weights: step k counts with this to the power of k."""
+    use_off_policy_tokens: bool = False
+    """Read the draft's tokens after the first step instead of the text's; not in evaluation."""
     loss: LossWeights = {"kl_div": 1.0}
     """Weights of the losses in `losses.LOSSES`, or the name of one."""
 
@@ -85,14 +88,31 @@ class Eagle3DraftModel(EagleStackModel):
 
     # ---- training ----
 
-    def unroll(self, batch: Batch, num_steps: int) -> Iterator[Float[Tensor, "batch rows hidden"]]:
+    @classmethod
+    def get_trainer_kwargs(cls, **kwargs: Any) -> tuple[dict[str, Settings], dict[str, Settings]]:
+        train, _ = super().get_trainer_kwargs(**kwargs)
+        by_text = train["objective"].model_copy(update={"use_off_policy_tokens": False})
+        return train, {"objective": by_text}
+
+    def unroll(
+        self, batch: Batch, num_steps: int, own_tokens: bool = False
+    ) -> Iterator[Float[Tensor, "batch rows hidden"]]:
         """The state that the head reads, step by step; step k has ``seq - 1 - k`` rows.
 
-        Row i of step k predicts token i + 2 + k. Tokens are the true ones throughout.
+        Row i of step k predicts token i + 2 + k. Tokens are the true ones throughout, or with
+        ``own_tokens`` after the first step the draft's.
         """
         attend = UnrolledAttention(self.config.transformer_layer_config, batch.document_ids[0, :-1])
         hidden = self.combine(batch.aux_hidden_states[:, :-1])
-        return unroll(batch, hidden, num_steps, partial(self.step, attend=attend))
+        step = partial(self.step, attend=attend)
+        return unroll(batch, hidden, num_steps, step, self._predict if own_tokens else None)
+
+    @torch.no_grad()
+    def _predict(self, output: Float[Tensor, "batch rows hidden"]) -> Int[Tensor, "batch rows"]:
+        """The most probable token of each row, as an id of the verifier's vocabulary."""
+        chunk = rows_at_once(self.lm_head.out_features, output.device)
+        best = torch.cat([self.lm_head(rows).argmax(-1) for rows in output[0].split(chunk)])[None]
+        return best if self.draft_token_ids is None else self.draft_token_ids[best]
 
     @takes_tensors(forward_joined)
     def forward(
@@ -115,7 +135,8 @@ class Eagle3DraftModel(EagleStackModel):
         total = batch.aux_hidden_states.new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
         right_so_far = torch.ones_like(batch.loss_mask)
-        for step, output in enumerate(self.unroll(batch, objective.ttt_steps)):
+        unrolled = self.unroll(batch, objective.ttt_steps, objective.use_off_policy_tokens)
+        for step, output in enumerate(unrolled):
             num_rows = output.shape[1]
             reads = slice(1 + step, 1 + step + num_rows)
             trained = batch.loss_mask[:, reads] & (documents[:, :num_rows] != PADDING)

@@ -97,10 +97,19 @@ def trainer_kwargs():
 
 
 @proves("use_off_policy_tokens")
-def off_policy():
-    assert Eagle3DraftModel.get_trainer_kwargs(use_off_policy_tokens=False)
-    with pytest.raises(SpeculatorError, match="use_off_policy_tokens=True.*Leave it out"):
-        Eagle3DraftModel.get_trainer_kwargs(use_off_policy_tokens=True)
+def off_policy(monkeypatch):
+    verifier = make_verifier()
+    model, batch = make_draft("eagle3", verifier), make_batch(verifier)
+    train, evaluate = model.get_trainer_kwargs(use_off_policy_tokens=True, ttt_steps=2)
+    assert evaluate == model.get_trainer_kwargs(use_off_policy_tokens=False, ttt_steps=2)[0]
+    read, step = [], model.step
+    monkeypatch.setattr(model, "step", lambda *a, **kw: read.append(a[0]) or step(*a, **kw))
+    own, _, own_metrics = model(batch, **train)
+    by_text, _, metrics = model(batch, **evaluate)
+    assert own_metrics["loss_0"] == metrics["loss_0"] and own_metrics["loss_1"] != metrics["loss_1"]
+    assert torch.equal(read[0], read[2]) and torch.equal(read[3], batch.input_ids[:, 2:])
+    is_trained = own[0, :, : read[1].shape[1]] >= 0
+    assert torch.equal(read[1][is_trained], own[0, :, : read[1].shape[1]][is_trained])
 
 
 @proves("draft_attn_impl")

@@ -132,14 +132,9 @@ def objective_options(kind: str, objective_class: type[Settings], arguments: Opt
     """Fields of an objective from arguments under either name.
 
     Raises:
-        SpeculatorError: an argument asks for what is not supported.
+        SpeculatorError: two arguments are one option.
     """
     given = dict(arguments)
-    if given.pop("use_off_policy_tokens", False):
-        raise SpeculatorError(
-            "use_off_policy_tokens=True trains the draft on its own tokens beside the verifier's "
-            "states of other ones. Leave it out: tokens are the text's at every step."
-        )
     if kind == "mtp" and given.get("step_weights") is not None:
         given.pop("step_weight_beta", None)  # weights that are given replace computed ones
         if not given.keys() & {"num_steps", "num_speculative_steps"}:

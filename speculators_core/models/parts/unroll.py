@@ -16,14 +16,24 @@ Step = Callable[
 """(tokens, states, positions) to the states that the head reads and those that are fed back."""
 
 
-def unroll(batch: Batch, hidden: Hidden, num_steps: int, step: Step) -> Iterator[Hidden]:
+def unroll(
+    batch: Batch,
+    hidden: Hidden,
+    num_steps: int,
+    step: Step,
+    predict: Callable[[Hidden], Int[Tensor, "batch rows"]] | None = None,
+) -> Iterator[Hidden]:
     """The states that the head reads, step by step; step k has ``seq - 1 - k`` rows.
 
-    Row i of step k reads token i + 1 + k, the true one, and predicts the one after it.
+    Row i of step k reads token i + 1 + k and predicts the one after it. The token is the true one,
+    or with ``predict`` the one that the step before predicted.
     """
+    output = hidden
     for count in range(min(num_steps, batch.input_ids.shape[1] - 1)):
         tokens = batch.input_ids[:, 1 + count :]
         num_rows = tokens.shape[1]
+        if count and predict is not None:
+            tokens = predict(output[:, :num_rows])
         positions = batch.position_ids[:, :num_rows] + count
         output, hidden = step(tokens, hidden[:, :num_rows], positions)
         yield output
