@@ -1,5 +1,6 @@
 """The drafts of a measurement: found, read, checked."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from speculators_core.verifier.pair import Pair
 from speculators_core.verifier.reading import read_verifier_config
 from speculators_vllm import offline
 from speculators_vllm.plugin.speculative_config import check_served
+
+logger = logging.getLogger(__name__)
 
 YARDSTICK_K = 3
 """Tokens that a draft proposes in one step where neither it nor the caller states a number."""
@@ -39,10 +42,18 @@ class FoundDraft:
         """The verifier that it names."""
         return None if self.speculator is None else self.speculator.config.located_verifier
 
-    def check(self, verifier: str, verifier_config: PretrainedConfig) -> None:
-        """Raises SpeculatorError unless the draft is whole and made for this verifier."""
+    def check(self, verifier: str, verifier_config: PretrainedConfig, for_vllm: bool) -> None:
+        """Raises SpeculatorError unless the draft is whole and made for this verifier.
+
+        A form that vLLM alone reads is left to it, with a warning.
+        """
         if self.speculator is not None:
-            Pair.join(self.speculator, verifier, verifier_config)
+            try:
+                Pair.join(self.speculator, verifier, verifier_config)
+            except UnreadFormatError as error:
+                if not for_vllm:
+                    raise
+                logger.warning("vLLM runs the draft unchecked. %s", error)
         elif self.language_model is not None:
             check_shared_vocabulary(self.language_model, self.name, verifier_config, verifier)
 

@@ -156,7 +156,7 @@ def _find_inputs(config: AcceptanceConfig) -> _Inputs:
         verifier, drafts = _find_drafts(config)
     verifier_config = read_verifier_config(verifier)
     for draft in drafts:
-        draft.check(verifier, verifier_config)
+        draft.check(verifier, verifier_config, for_vllm=config.runs_vllm or bool(servers))
     longest = offline.longest_text(verifier_config, config.engine_args)
     longest = min([longest, *(server.max_model_len for server in servers.values())])
     tokenizer = read_tokenizer(verifier)

@@ -1,7 +1,10 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from benchmarks import playground
 from benchmarks.acceptance.drafts import find_draft
@@ -14,8 +17,9 @@ from speculators_core.console import console
 from speculators_core.decoding.independent import LanguageModelDraft
 from speculators_core.decoding.prompts import TokenizedPrompt
 from speculators_core.diagnosis.acceptance_report import DraftReport
-from speculators_core.errors import SpeculatorError
+from speculators_core.errors import SpeculatorError, UnreadFormatError
 from speculators_core.provenance import hash_weights
+from speculators_core.verifier.reading import read_verifier_config
 from tests.benchmarks.acceptance.test_statistics import record
 from tests.conftest import VOCAB_SIZE, make_verifier
 
@@ -216,3 +220,14 @@ def test_a_draft_in_its_authors_format_is_not_decoded_with_random_weights(tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(SpeculatorError, match="EAGLE-3 in its authors' own format"):
         find_draft(str(tmp_path), for_vllm=False)
+
+
+def test_a_pickled_draft_is_measured_by_vllm_alone(tmp_path, caplog):
+    folder = shutil.copytree(playground.EAGLE3, tmp_path / "draft")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    draft, name = find_draft(str(folder), for_vllm=False), str(playground.VERIFIER)
+    with pytest.raises(UnreadFormatError, match="the weights are pickled"):
+        draft.check(name, read_verifier_config(name), for_vllm=False)
+    draft.check(name, read_verifier_config(name), for_vllm=True)
+    assert "vLLM runs the draft unchecked" in caplog.text
