@@ -19,7 +19,11 @@ from benchmarks.acceptance.engines import (
     Runner,
 )
 from speculators_core.decoding.drafter import Drafter
-from speculators_core.decoding.generation import SpeculativeOutput, generate
+from speculators_core.decoding.generation import (
+    SpeculativeOutput,
+    generate,
+    neutral_generation,
+)
 from speculators_core.decoding.independent import LanguageModelDraft, PromptLookupDraft
 from speculators_core.decoding.prompts import TokenizedPrompt
 from speculators_core.decoding.sequences import until_end
@@ -71,7 +75,8 @@ class TransformersRunner(Runner):
         for first in range(0, len(prompts), self.concurrency):
             group = prompts[first : first + self.concurrency]
             start = time.perf_counter()
-            outputs, accepted = self._generate([p.token_ids for p in group], decoding)
+            with neutral_generation(self.verifier):
+                outputs, accepted = self._generate([p.token_ids for p in group], decoding)
             seconds = (time.perf_counter() - start) / len(group)
             for prompt, output_ids, kept in zip(group, outputs, accepted, strict=True):
                 records.append(

@@ -8,7 +8,8 @@ Transformers' `generate` reads the settings, builds the logits processors and st
 pads and expands the prompts, and then calls the loop of this module.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,7 @@ ARGUMENTS = {
     "tokenizer",
 }
 """Arguments passed to Transformers, beside the options of a `GenerationConfig`."""
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NEUTRAL_VALUES = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -143,6 +145,23 @@ def generate(
     return verifier.generate(
         inputs, generation_config, streamer=streamer, custom_generate=loop, **kwargs
     )
+
+
+@contextmanager
+def neutral_generation(verifier: PreTrainedModel) -> Iterator[None]:
+    """Sets aside what a verifier's generation config asks for, but for its special tokens.
+
+    Transformers takes from it whatever a call does not state: penalties, sampling, beams. A
+    measurement is of the verifier alone, so it decodes inside.
+    """
+    stated = verifier.generation_config
+    verifier.generation_config = GenerationConfig(
+        **{name: getattr(stated, name, None) for name in SPECIAL_TOKENS}
+    )
+    try:
+        yield
+    finally:
+        verifier.generation_config = stated
 
 
 def _with_stop_strings(

@@ -23,6 +23,7 @@ from torch import Tensor
 from speculators_core.data_generation.examples import GeneratedExample, Schema
 from speculators_core.data_generation.packing import RowLayout
 from speculators_core.decoding.acceptance import AcceptanceCounts
+from speculators_core.decoding.generation import neutral_generation
 from speculators_core.decoding.prompts import Prompt, read_prompts, tokenize
 from speculators_core.diagnosis.rollout import (
     UNKNOWN,
@@ -160,7 +161,7 @@ def decode_prompts(
     num_tokens = draft.config.proposal.speculative_tokens
     counts = AcceptanceCounts(num_tokens)
     ordered = sorted(prompts, key=len)  # prompts of a batch are padded to the longest
-    with measuring(draft):
+    with measuring(draft), neutral_generation(draft.verifier):
         for first in range(0, len(ordered), DECODED_AT_ONCE):
             group = ordered[first : first + DECODED_AT_ONCE]
             longest = max(map(len, group))
@@ -173,7 +174,6 @@ def decode_prompts(
                 proposal=GreedyTokenProposalConfig(speculative_tokens=num_tokens),
                 max_new_tokens=max_tokens,
                 do_sample=False,
-                repetition_penalty=1.0,  # whatever the verifier's generation config has
                 pad_token_id=0,
                 return_dict_in_generate=True,
             )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from speculators_core.decoding.acceptance import AcceptanceCounts
+from speculators_core.decoding.generation import neutral_generation
 from speculators_core.decoding.sequences import until_end
 from speculators_core.format.checkpoint import as_dtype
 from speculators_core.models.speculator import SpeculatorModel
@@ -38,16 +39,17 @@ def decode(
     stop_ids: int | list[int] | None = None,
 ) -> Continuation:
     """A speculator's continuation of a prompt with the verifier that it has attached."""
-    output = model.generate(
-        torch.tensor([prompt], device=model.device),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
-        max_new_tokens=max_tokens,
-        num_assistant_tokens=num_tokens,
-        do_sample=False,
-        eos_token_id=stop_ids,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-    )
+    with neutral_generation(model.verifier):
+        output = model.generate(
+            torch.tensor([prompt], device=model.device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
+            max_new_tokens=max_tokens,
+            num_assistant_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=stop_ids,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+        )
     (counts,) = output.acceptance
     new = output.sequences[0, len(prompt) :].tolist()
     return Continuation(until_end(new, stop_ids), counts.accepted)
