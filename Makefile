@@ -25,7 +25,7 @@ test-compat: $(READY)  ## serve drafts as other writers store them, with and wit
 	$(BIN)/python -m pytest -m compat tests/vllm/compat
 
 test-docs: $(READY)  ## run every code block of the documentation
-	$(BIN)/python -m pytest -m docs tests/docs
+	$(BIN)/python -m pytest -m docs tests/docs tests/examples
 
 docs: $(READY)  ## build the documentation into site/, without a network; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
