@@ -49,6 +49,7 @@ from speculators_core.training.watch import (
     MarkRowsUsed,
     Schedule,
 )
+from speculators_core.training.zero import read_deepspeed_config
 from speculators_core.verifier.reading import load_verifier, read_verifier_config
 
 LOG = "training_log.jsonl"
@@ -82,6 +83,8 @@ class Job:
                 "run.fsdp shards over several processes, found one. Start the run with `torchrun "
                 "--nproc-per-node N -m speculators_core train ...`, or leave run.fsdp out."
             )
+        if plan.run.deepspeed is not None:
+            read_deepspeed_config(plan.run.deepspeed)  # before anything is loaded
         with ExitStack() as stack:
             stack.callback(_leave_group)
             job = cls(plan)
@@ -316,6 +319,7 @@ def training_arguments(plan: TrainingPlan, num_steps: int) -> TrainingArguments:
         max_grad_norm=optimizer.max_grad_norm,
         bf16=compute_dtype(plan, training_device()) == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
+        deepspeed=None if run.deepspeed is None else read_deepspeed_config(run.deepspeed),
         gradient_checkpointing=run.gradient_checkpointing,
         seed=run.seed,
         logging_steps=run.log_every,

@@ -202,6 +202,9 @@ class TrainRunConfig(Settings):
     fsdp: bool = False
     """Shard weights and optimizer states over the processes of torchrun (FSDP2), instead of keeping
     a copy in each (DDP)."""
+    deepspeed: Path | None = None
+    """Configuration file of DeepSpeed (JSON), whose ZeRO 1 to 3 shards optimizer states, gradients
+    and weights over the processes of torchrun. Needs `optimizer.name: adamw`."""
     seed: int = Field(0, ge=0)
     """Seed for initial weights, data order and sampling."""
     check: bool = True
@@ -215,6 +218,8 @@ class TrainRunConfig(Settings):
     def _no_option_is_idle(self) -> Self:
         if self.max_steps is not None:
             self.refuse_idle("epochs", because="run.max_steps is set")
+        if self.deepspeed is not None and self.fsdp:
+            raise ValueError("deepspeed and fsdp exclude each other; set one")
         return self
 
 
@@ -232,6 +237,11 @@ class TrainingPlan(Settings):
         if self.data.kind in ("queue", "online") and self.run.max_steps is None:
             raise ValueError(
                 f"run.max_steps is missing: data.{self.data.kind} does not say how much it has"
+            )
+        if self.run.deepspeed is not None and self.optimizer.name != "adamw":
+            raise ValueError(
+                f"optimizer.name {self.optimizer.name}: run.deepspeed keeps matrices flat, which "
+                "Muon cannot step; set it to adamw, or use run.fsdp"
             )
         if self.evaluation.roll_outs and not self.data.eval_examples:
             because = "data.eval_examples is 0: there is nothing to roll out in"

@@ -1,6 +1,8 @@
 """A draft sharded over devices, and its whole copy."""
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -8,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from speculators_core.models.speculator import SpeculatorModel
+from speculators_core.training.zero import is_zero, whole_weights
 
 
 def shard(model: SpeculatorModel, device: torch.device, dtype: torch.dtype | None = None) -> None:
@@ -31,8 +34,14 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 def gather_draft(model: SpeculatorModel) -> SpeculatorModel:
     """A whole copy of a sharded draft on each rank, with the same verifier; every rank calls it."""
-    tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    whole = type(model)(copy.deepcopy(model.config)).to(model.device, model.dtype)
+    tensors: Mapping[str, Any]
+    if is_zero(model):
+        tensors = whole_weights(model.state_dict(keep_vars=True))
+        dtype = torch.float32
+    else:
+        tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        dtype = model.dtype
+    whole = type(model)(copy.deepcopy(model.config)).to(model.device, dtype)
     whole.load_state_dict(tensors)
     whole.attached, whole.unset = model.attached, set()
     return whole.eval()

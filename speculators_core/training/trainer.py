@@ -30,6 +30,7 @@ from speculators_core.training.states import state as saved
 from speculators_core.training.states.state_folder import rotate_states
 from speculators_core.training.stop import Interrupted
 from speculators_core.training.trainer_points import check_trainer
+from speculators_core.training.zero import is_zero
 
 REPEATED = "repeated"
 """Key that marks a batch which another rank trains on too."""
@@ -74,7 +75,7 @@ class SpeculatorTrainer(Trainer):
                 f"batch sizes {args.train_batch_size} and {args.eval_batch_size}, expected 1: a "
                 "batch is one packed row. Start one process for each GPU with torchrun."
             )
-        check_trainer(is_sharded(model))
+        check_trainer(is_sharded(model) or args.deepspeed is not None)
         super().__init__(
             model,
             args,
@@ -83,6 +84,7 @@ class SpeculatorTrainer(Trainer):
             eval_dataset=eval_dataset,
             optimizers=(optimizer, None),
         )
+        self._given_optimizer = optimizer
         self.remove_callback(PrinterCallback)
         if is_sharded(model):
             # Transformers then leaves placement and the sum of gradients to the model's shards.
@@ -295,7 +297,8 @@ class SpeculatorTrainer(Trainer):
 
         Every rank calls it.
         """
-        return gather_draft(self.speculator) if is_sharded(self.speculator) else self.speculator
+        is_whole = not (is_sharded(self.speculator) or is_zero(self.speculator))
+        return self.speculator if is_whole else gather_draft(self.speculator)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the tokens so far, and to a loss the teacher-forced figures since the last one.
@@ -324,6 +327,26 @@ class SpeculatorTrainer(Trainer):
         )
         if self.args.should_save:
             rotate_states(run, self.keep, self.state.best_global_step)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """The optimizer that was given; Transformers forgets it when DeepSpeed starts."""
+        if self.optimizer is None:
+            self.optimizer = self._given_optimizer
+        return self.optimizer
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
+        """DeepSpeed shards the weights when it starts: a saved state's are read before."""
+        if self.args.deepspeed is None:
+            return super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        if resume_from_checkpoint is not None:
+            saved.read_weights(Path(resume_from_checkpoint), self.speculator)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

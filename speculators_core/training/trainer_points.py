@@ -117,6 +117,13 @@ POINTS = (
     ),
     Point(
         Trainer,
+        "_prepare_for_training",
+        "weights of a saved state are read before DeepSpeed shards them",
+        ("self", "max_steps", "train_dataloader", "resume_from_checkpoint"),
+        since=(5, 19),
+    ),
+    Point(
+        Trainer,
         "_load_from_checkpoint",
         "weights are read together with the optimizer",
         ("self", "resume_from_checkpoint", "model"),

@@ -5,6 +5,7 @@ import sys
 import tomllib
 from importlib.metadata import version
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +17,10 @@ from speculators_core import (
     SpeculativeConfig,
     SpeculativeDecodingConfig,
     SpeculativeInferenceEngine,
+    SpeculatorError,
 )
+from speculators_core.training.settings import TrainRunConfig
+from speculators_core.training.zero import read_deepspeed_config
 from tests.documented.rows import proves
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -76,6 +80,17 @@ def on_vllm():
 def tools():
     assert PROJECT["tool"]["black"]["line-length"] == PROJECT["tool"]["ruff"]["line-length"]
     assert ["make", "test"] in PROJECT["tool"]["tox"]["env_run_base"]["commands"]
+
+
+@proves("DeepSpeed", "pip extras [vllm, deepspeed]")
+def deepspeed(tmp_path, monkeypatch):
+    """Run where it is installed by tests/training/test_zero.py."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert extras["vllm"] == extras["cuda"] and extras["deepspeed"]
+    assert "deepspeed" in TrainRunConfig.model_fields
+    monkeypatch.setattr("speculators_core.training.zero.find_spec", lambda name: None)
+    with pytest.raises(SpeculatorError, match="DeepSpeed is not installed"):
+        read_deepspeed_config(tmp_path / "zero.json")
 
 
 @proves("setuptools_git_versioning, get_next_version, write_version_files")

@@ -53,6 +53,7 @@ CHANGEABLE_ON_RESUME = frozenset(
         "run.gradient_checkpointing",
         "run.compile",
         "run.fsdp",
+        "run.deepspeed",
         "run.check",
         "run.trackers",
         "run.license",

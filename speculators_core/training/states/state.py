@@ -53,6 +53,7 @@ from speculators_core.training.states.state_folder import (
 )
 from speculators_core.training.states.state_folder import newest_state as newest_state
 from speculators_core.training.states.state_folder import rotate_states as rotate_states
+from speculators_core.training.zero import ZeroStates, is_zero, shape_of, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,11 @@ def write_state(
     """
     random_states = _random_states()
     weights = _tensors_of(model)
-    states, parts = _states_of(optimizer, weights)
+    if is_zero(model):
+        states, parts = _zero_states_of(optimizer, weights)
+        weights = whole_weights(weights)
+    else:
+        states, parts = _states_of(optimizer, weights)
     device = next(iter(weights.values())).device
     contents: dict[str, Content] = {
         WEIGHTS: _gathered(weights, is_writer),
@@ -122,8 +127,11 @@ def read_state(folder: Path, *, model: nn.Module, optimizer: Optimizer, schedule
         SpeculatorError: a file is missing or damaged, or the state is of another model.
     """
     check_state(folder)
-    weights = read_weights(folder, model)
-    _read_optimizer(folder, optimizer, weights)
+    if is_zero(model):  # its weights were read before they were sharded
+        _read_zero(folder, optimizer, _tensors_of(model))
+    else:
+        weights = read_weights(folder, model)
+        _read_optimizer(folder, optimizer, weights)
     scheduler.load_state_dict(_read_json(folder / SCHEDULER))
     return (folder / TRAINER_STATE).read_text(encoding="utf-8")
 
@@ -249,6 +257,34 @@ def _names_in(part: Optimizer, weights: Mapping[str, Tensor]) -> list[str]:
             f"the model's, the first of shape {list(strange[0].shape)}"
         )
     return [names[id(weight)] for weight in optimized]
+
+
+def _zero_states_of(
+    optimizer: Optimizer, weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[PartState]]:
+    """`_states_of` an AdamW that DeepSpeed shards: its groups are those of `optimizers.adamw`."""
+    zero = ZeroStates(_unwrapped(optimizer))
+    trained = _trained(weights)
+    names = [[name for name, w in trained.items() if (len(shape_of(w)) >= 2) == m] for m in (1, 0)]
+    groups = [
+        {**group, "params": own}
+        for group, own in zip(zero.groups, filter(None, names), strict=True)
+    ]
+    return zero.read(trained), [{"kind": "AdamW", "groups": groups, "values": {}}]
+
+
+def _trained(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: w for name, w in weights.items() if isinstance(w, nn.Parameter) and w.requires_grad
+    }
+
+
+def _read_zero(folder: Path, optimizer: Optimizer, weights: Mapping[str, Tensor]) -> None:
+    saved, path = _read_json(folder / OPTIMIZER_GROUPS), folder / OPTIMIZER_GROUPS
+    _, present = _zero_states_of(optimizer, weights)
+    _check_same(path, _places_in(saved), _places_in(present))
+    stored, groups = load_file(folder / OPTIMIZER), saved[0]["groups"]
+    ZeroStates(_unwrapped(optimizer)).write(_trained(weights), stored, groups)
 
 
 def _read_optimizer(folder: Path, optimizer: Optimizer, weights: Mapping[str, Tensor]) -> None:

@@ -180,6 +180,7 @@ FREE_CHANGES = {
     "run.gradient_checkpointing": True,
     "run.compile": True,
     "run.fsdp": True,
+    "run.deepspeed": "zero.json",
     "run.check": False,
     "run.trackers": ("tensorboard",),
     "run.license": "mit",
