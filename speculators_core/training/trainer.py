@@ -330,9 +330,8 @@ class SpeculatorTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The optimizer that was given; Transformers forgets it when DeepSpeed starts."""
-        if self.optimizer is None:
-            self.optimizer = self._given_optimizer
-        return self.optimizer
+        self.optimizer = self._given_optimizer
+        return self._given_optimizer
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None

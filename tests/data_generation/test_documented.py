@@ -51,7 +51,7 @@ def test_a_pipeline_of_a_config_gives_an_example_for_each_item(config):
             pipeline.forward(items)
     assert len(made) == 4 and torch.equal(made[1].input_ids, made[2].input_ids)
     example = dict(made[0])
-    assert example["hidden_states"].shape == (20, 4, pipeline.schema.hidden_size)
+    assert example["hidden_states"].shape == (18, 4, pipeline.schema.hidden_size)
     assert torch.equal(example["prompt"], example["input_ids"]) and not len(
         example["output_tokens"]
     )
