@@ -5,6 +5,7 @@ run have them whole and by name, so that a run resumes with and without DeepSpee
 """
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module  # of DeepSpeed, which is optional
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,12 @@ def shape_of(weight: Tensor) -> torch.Size:
 
 def whole_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights in float32 and the buffers, whole on each process; all processes call it."""
-    from deepspeed import zero  # optional
-    from deepspeed.utils import safe_get_full_fp32_param  # optional
-
-    found = {}
+    deepspeed, found = import_module("deepspeed"), {}
     for name, tensor in weights.items():
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-            found[name] = safe_get_full_fp32_param(tensor).view(shape_of(tensor))
+            found[name] = deepspeed.utils.safe_get_full_fp32_param(tensor).view(shape_of(tensor))
         else:
-            with zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
                 found[name] = tensor.detach().clone()
     return found
 
@@ -103,16 +101,14 @@ class ZeroStates:
 
     def read(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors as `<weight>/<name>`; none before the first step."""
-        from deepspeed.utils import safe_get_full_optimizer_state  # optional
-
         if not self._adamw.state:
             return {}
         self._link()
         step = next(iter(self._adamw.state.values()))["step"]
-        found = {}
+        utils, found = import_module("deepspeed.utils"), {}
         for name, weight in weights.items():
             for key in MOMENTS:
-                whole = safe_get_full_optimizer_state(weight, key)
+                whole = utils.safe_get_full_optimizer_state(weight, key)
                 found[f"{name}/{key}"] = whole.view(shape_of(weight))
             found[f"{name}/step"] = torch.as_tensor(step).clone()
         return found
