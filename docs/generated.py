@@ -54,7 +54,8 @@ def documented(section: str) -> str:
     rows = yaml.safe_load((ROOT / "tests/data/documented_api.yaml").read_text())
     table = ["| documented | here |", "|---|---|"]
     for row in (row for row in rows if row["section"] == section):
-        here = _prose(row.get("note", "as documented"))
+        here = "not decided" if row["state"] == "open" else "as documented"
+        here = _prose(row.get("note", here))
         if row["state"] == "declined":
             here = f"**Declined.** {here} Instead: {_prose(row['instead'])}"
         table.append(f"| `{row['name']}` | {here.replace('|', chr(92) + '|')} |")
