@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: its options, and its shards as whole tensors.
+"""DeepSpeed's ZeRO: options, and shards as whole tensors.
 
 ZeRO keeps weights and AdamW's moments flat, in pieces of one length for each process. States of a
 run have them whole and by name, so that a run resumes with and without DeepSpeed.
