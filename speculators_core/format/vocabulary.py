@@ -63,9 +63,14 @@ def count_trained_tokens(documents: Iterable[Mapping[str, Sequence[int]]]) -> Co
     return counts
 
 
-def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that no text spells: ends of turns, tool tags, masks. A draft must know them all."""
-    return set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+def special_token_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> set[int]:
+    """Tokens that no text spells: ends of turns, tool tags, masks. A draft must know them all.
+
+    Those beyond the model's ``vocab_size``, which some tokenizers have for images, are left out:
+    the verifier cannot propose them either.
+    """
+    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    return {token for token in special if token < vocab_size}
 
 
 def d2t_from_t2d(t2d: Bool[Tensor, "vocab"]) -> Int[Tensor, "draft_vocab"]:

@@ -141,7 +141,7 @@ def _vocabulary(
             "queue does not have. Set data.store or data.texts, or use the whole vocabulary."
         )
     counts = count_tokens()
-    always = special_token_ids(read_tokenizer(model.verifier, model.trust_remote_code))
+    always = special_token_ids(read_tokenizer(model.verifier, model.trust_remote_code), len(counts))
     if not len(always) <= size <= len(counts):
         raise SpeculatorError(
             f"model.draft_vocab_size is {size}; expected {len(always)} (the special tokens) to "
@@ -157,7 +157,8 @@ def _check_special_tokens(draft: SpeculatorModel, model: TrainModelConfig) -> No
     if token_ids is None:
         return
     tokenizer = read_tokenizer(model.verifier, model.trust_remote_code)
-    missing = sorted(special_token_ids(tokenizer) - set(token_ids.tolist()))
+    vocab_size = draft.config.transformer_layer_config.vocab_size
+    missing = sorted(special_token_ids(tokenizer, vocab_size) - set(token_ids.tolist()))
     if missing:
         names = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in missing[:5])
         raise SpeculatorError(

@@ -71,9 +71,11 @@ def test_only_trained_tokens_are_counted():
 
 def test_special_tokens_are_those_that_no_text_spells():
     tokenizer = AutoTokenizer.from_pretrained(INTEROP / "verifier")
-    special = special_token_ids(tokenizer)
+    special = special_token_ids(tokenizer, 2048)
     assert special >= set(tokenizer.all_special_ids)
     tokenizer.add_tokens(["<tool>"])
-    assert special_token_ids(tokenizer) - special == {tokenizer.convert_tokens_to_ids("<tool>")}
+    added = tokenizer.convert_tokens_to_ids("<tool>")
+    assert special_token_ids(tokenizer, added + 1) - special == {added}
+    assert special_token_ids(tokenizer, added) == special  # the verifier cannot propose it
     t2d, _ = choose_draft_vocabulary({100: 3}, len(special) + 1, 2048, always=special)
     assert t2d.nonzero().flatten().tolist() == sorted(special | {100})
