@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 def skipping(original: "GetWeights") -> "GetWeights":
     """The tensors of a checkpoint without those that training leaves in a draft's file.
 
-    vLLM refuses a draft for a tensor that its network does not know.
+    vLLM refuses a draft for a tensor that its network does not know: also for a map of the whole
+    vocabulary to itself, which release 0.3 of the public library writes.
     """
 
     def get_weights(self: "Loader", source: "Source") -> "Tensors":
-        return ((n, tensor) for n, tensor in original(self, source) if not LEFTOVERS.fullmatch(n))
+        for name, tensor in original(self, source):
+            maps_nothing = name == "d2t" and not tensor.any()
+            if not maps_nothing and not LEFTOVERS.fullmatch(name):
+                yield name, tensor
 
     return get_weights

@@ -234,3 +234,10 @@ def test_tensors_without_use_are_hidden_from_vllms_networks():
     names = ["verifier_norm.weight", "verifier_lm_head.weight", "fc.weight", "lm_head.weight"]
     kept = skipping(lambda loader, source: iter((name, None) for name in names))(None, None)
     assert [name for name, _ in kept] == ["fc.weight", "lm_head.weight"]
+
+
+@pytest.mark.parametrize(("offset", "is_hidden"), [(0, True), (3, False)])
+def test_a_vocabulary_map_is_hidden_where_it_maps_nothing(offset, is_hidden):
+    stored = {"d2t": torch.tensor([0, 0, offset])}
+    kept = dict(skipping(lambda loader, source: iter(stored.items()))(None, None))
+    assert ("d2t" not in kept) == is_hidden
