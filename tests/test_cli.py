@@ -29,7 +29,7 @@ BY_REFERENCE = ("acceptance", "--engine", "transformers")
         (("--model", str(playground.VERIFIER)), "no verifier is named. Pass --verifier"),
         (("--model", "prompt-lookup"), "no verifier is named. Pass --verifier"),
         ((*EAGLE3, "--verifier", "/nowhere"), "/nowhere: no such folder"),
-        (("--prompts", "nowhere.jsonl"), "nowhere.jsonl: not a readable prompt file"),
+        (("--prompts", "nowhere.jsonl"), "nowhere.jsonl: not a readable file of rows"),
         (("--model", "assisted", "--concurrency", "2"), "one request at a time"),
         (("--temperature", "-1"), "temperature"),
         (("--concurrency", "0"), "concurrency"),

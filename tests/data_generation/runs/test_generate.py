@@ -466,7 +466,7 @@ def test_after_an_error_nothing_waits_for_a_consumer(given, tmp_path, monkeypatc
     def broken(self, examples):
         raise SpeculatorError("the engine broke")
 
-    monkeypatch.setattr(TransformersPipeline, "forward", broken)
+    monkeypatch.setattr(TransformersPipeline, "steps", broken)
     source = ZmqStore.source(
         schema_of(plan_of(given, tmp_path)), SyncConfig(kind="zmq"), "tcp://127.0.0.1:*"
     )

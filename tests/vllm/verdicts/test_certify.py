@@ -211,7 +211,7 @@ REFUSED = {
     },
     "vLLM refuses the flags max_num_batched_tokens=0": {"flags": ({"max_num_batched_tokens": 0},)},
     "nowhere: no such folder": {"verifier": "/nowhere"},
-    "nowhere.jsonl: not a readable prompt file": {"prompts": "nowhere.jsonl"},
+    "nowhere.jsonl: not a readable file of rows": {"prompts": "nowhere.jsonl"},
     "holds no prompts": {"prompts": "empty.jsonl"},
     "expected fewer than 4": {"max_tokens": 60, "engine_args": {"max_model_len": 64}},
     "--output: a certificate cannot be written to file": {"output": Path("file")},

@@ -340,7 +340,7 @@ def test_tensors_without_the_same_numbers_are_unequal():
         (str(playground.EAGLE3), {"engine_args": {"dtype": "float16"}}, "decides it. Leave it out"),
         (str(playground.EAGLE3), {"engine_args": {"max_modl_len": 9}}, "Did you mean 'max_mod"),
         (str(playground.EAGLE3), {"engine_args": {"max_model_len": "4k"}}, "expected a number"),
-        (str(playground.EAGLE3), {"prompts": "/nowhere.jsonl"}, "not a readable prompt file"),
+        (str(playground.EAGLE3), {"prompts": "/nowhere.jsonl"}, "not a readable file of rows"),
         (str(playground.EAGLE3), {"verifier": "/nowhere"}, "no such folder"),
     ],
 )
