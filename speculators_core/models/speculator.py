@@ -10,12 +10,15 @@ from typing import Any, ClassVar, Self
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessor,
     LogitsProcessorList,
     PretrainedConfig,
     PreTrainedModel,
+    StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -263,7 +266,9 @@ class SpeculatorModel(VerifierSide, GenerationMixin, ABC):
                 f"{', '.join(MODELS.names())}."
             )
         kind, name = model.config.speculators_model_type, type(model).__name__
-        if kind not in MODELS.names() or MODELS.load(kind) is not type(model):
+        # Sharding puts a class of its own before the model's.
+        own = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
+        if kind not in MODELS.names() or MODELS.load(kind) is not own:
             raise SpeculatorError(
                 f"{name} is not registered as {kind!r}, and could not be loaded once it is saved. "
                 "Put @SpeculatorModel.register() before the class."
@@ -389,8 +394,8 @@ class SpeculatorModel(VerifierSide, GenerationMixin, ABC):
         self,
         inputs: Int[Tensor, "batch seq"] | None = None,
         generation_config: GenerationConfig | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
+        logits_processor: LogitsProcessorList | list[LogitsProcessor] | None = None,
+        stopping_criteria: StoppingCriteriaList | list[StoppingCriteria] | None = None,
         prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
         synced_gpus: bool | None = None,
         assistant_model: PreTrainedModel | None = None,

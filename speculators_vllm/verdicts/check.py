@@ -30,6 +30,7 @@ from speculators_core.format.loading import names_of
 from speculators_core.format.stored_speculator import StoredSpeculator
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.provenance import versions
+from speculators_core.texts.chat import TemplateRefused, render_chat
 from speculators_core.verifier.pair import Pair
 from speculators_core.verifier.reading import read_tokenizer
 from speculators_vllm import offline

@@ -45,7 +45,7 @@ def run_on_ray(plan: GenerationPlan) -> Iterator[Told]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise SpeculatorError(
             f"run.backend is ray, but no Ray cluster can be reached: {first_line(error)}. Start "
-            "one with `ray start --head`, or set run.backend to local."
+            "one with `ray start`, or set run.backend to local."
         ) from error
     running: list[Any] = []
     try:
