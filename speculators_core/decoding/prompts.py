@@ -45,12 +45,12 @@ class Prompt(BaseModel):
     @field_validator("messages", mode="before")
     @classmethod
     def _read_messages(cls, value: object) -> list[Message] | None:
-        return read_messages(list(value) if isinstance(value, tuple) else value) if value else None
+        return read_messages(value) if value else None
 
     @field_validator("tools", mode="before")
     @classmethod
     def _read_tools(cls, value: object) -> list[Tool] | None:
-        return read_tools(list(value) if isinstance(value, tuple) else value)
+        return read_tools(value)
 
     @field_validator("chat_template_kwargs", mode="before")
     @classmethod

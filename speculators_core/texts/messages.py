@@ -42,7 +42,7 @@ def read_messages(value: object) -> list[Message]:
         MalformedRow: the value is not a list of messages, or their content is not only text.
     """
     value = _parsed(value)
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list | tuple) or not value:
         raise MalformedRow(f"expected a list of messages, found {shown(value)}")
     return [_read_message(raw) for raw in value]
 
@@ -67,7 +67,10 @@ def read_tools(value: object) -> list[Tool] | None:
     Raises:
         MalformedRow: the value is not a list of tools.
     """
-    value = [_parsed(tool) for tool in value] if isinstance(value, list) else _parsed(value)
+    if isinstance(value, list | tuple):
+        value = [_parsed(tool) for tool in value]
+    else:
+        value = _parsed(value)
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
