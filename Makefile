@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEVICE := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 
-.PHONY: help demo test test-compat test-docs lint docs setup clean
+.PHONY: help demo test test-compat test-flags test-docs lint docs setup clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ lint: $(READY)  ## check style, formatting and types
 
 test-compat: $(READY)  ## serve drafts as other writers store them, with and without the plug-in
 	$(BIN)/python -m pytest -m compat tests/vllm/compat
+
+test-flags: $(READY)  ## run every algorithm under each of vLLM's flags, 25 minutes
+	$(BIN)/python -m pytest -m flags tests/vllm/flags
 
 test-docs: $(READY)  ## run every code block of the documentation
 	$(BIN)/python -m pytest -m docs tests/docs tests/examples

@@ -64,6 +64,8 @@ KEPT_KEYS = {
     "selector_top_k",
 }
 """Keys that releases of the public library or vLLM know, and none of our networks reads."""
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+"""Keys of a layer config by which vLLM takes the draft's tensors for quantized ones."""
 LAYER_KEYS = {
     "num_aux_hidden_states",
     "num_aux_layers",

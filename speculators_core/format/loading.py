@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators_core.errors import UnreadFormatError
+from speculators_core.errors import SpeculatorError, UnreadFormatError
 from speculators_core.format import checkpoint
 from speculators_core.format.config import SpeculatorModelConfig
 from speculators_core.registry import MODELS
 
 logger = logging.getLogger(__name__)
+
+QUANTIZED_AT_START = ("bitsandbytes", "torchao")
+"""Methods by which vLLM quantizes plain tensors itself."""
 
 
 class Weights:
@@ -141,11 +144,10 @@ def _as_ours(name: str, aliases: Mapping[str, str]) -> str:
 def check_plain(config: SpeculatorModelConfig, folder: Path) -> None:
     """Raises UnreadFormatError where a quantization accounts for unknown tensors."""
     layer_config = config.transformer_layer_config
-    places = {
-        "transformer_layer_config.quantization_config": "quantization_config",
-        "transformer_layer_config.compression_config": "compression_config",
+    stated = {
+        f"transformer_layer_config.{key}": getattr(layer_config, key, None)
+        for key in checkpoint.QUANTIZATION_KEYS
     }
-    stated = {place: getattr(layer_config, key, None) for place, key in places.items()}
     stated["quantization_config"] = config.unread_keys.get("quantization_config")
     stated["hf_quant_config.json"] = (folder / "hf_quant_config.json").exists()
     for place, settings in stated.items():
@@ -158,15 +160,32 @@ def check_plain(config: SpeculatorModelConfig, folder: Path) -> None:
         )
 
 
+def claimed_quantization(config: SpeculatorModelConfig) -> str | None:
+    """The key, and the method, by which vLLM would take plain tensors for quantized ones."""
+    for key in checkpoint.QUANTIZATION_KEYS:
+        stated = getattr(config.transformer_layer_config, key, None)
+        method = stated.get("quant_method") if isinstance(stated, Mapping) else None
+        if stated and method not in QUANTIZED_AT_START:
+            return f"transformer_layer_config.{key}" + (f" ({method})" if method else "")
+    return None
+
+
 def check_checkpoint(folder: Path, config: SpeculatorModelConfig) -> list[str]:
     """Reads every tensor once and keeps none but the vocabulary maps; names the ignored ones.
 
     Raises:
         SpeculatorError: a file or a tensor is missing, of another shape, or not finite; or
-            tensors contradict each other.
+            tensors contradict each other, or a quantization that the config states.
         UnreadFormatError: the weights are quantized, pickled or fused.
     """
     weights = Weights(config, folder)
+    claim = claimed_quantization(config)
+    if claim is not None:
+        raise SpeculatorError(
+            f"{folder}: {claim} states quantized tensors, but they are plain: vLLM would load them "
+            f"as what they are not. Remove the key from {checkpoint.CONFIG}.",
+            cause="invalid config",
+        )
     maps = {name: tensor for name, tensor in weights.read() if not tensor.is_floating_point()}
     MODELS.load(config.speculators_model_type).check_tensors(maps)
     return weights.ignored
@@ -183,6 +202,8 @@ def write(
     A verifier that was named relative to the folder it was read from stays reachable.
     """
     written = config.to_dict()
+    for key in checkpoint.QUANTIZATION_KEYS:  # of a verifier: a model's tensors are plain
+        written["transformer_layer_config"].pop(key, None)
     name, located = config.verifier.name_or_path, config.located_verifier
     if name is not None and located is not None and not Path(name).is_absolute():
         is_moved = (Path(folder) / name).resolve() != Path(located).resolve()

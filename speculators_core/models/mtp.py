@@ -43,6 +43,7 @@ from speculators_core.models.parts.unroll import propose_in_steps, unroll
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.settings import Settings
 from speculators_core.verifier.head import VerifierLogits
+from speculators_core.verifier.quantization import without_quantization
 
 IGNORED = -100
 """Target without a loss."""
@@ -179,7 +180,7 @@ class MTPDraftModel(SpeculatorModel):
     ) -> MTPSpeculatorConfig:
         text = verifier_config.get_text_config()
         return MTPSpeculatorConfig(
-            transformer_layer_config=copy.deepcopy(text),
+            transformer_layer_config=without_quantization(text),
             speculators_config=speculators_config(
                 "mtp", recipe.speculative_tokens, verifier_config, name_or_path
             ),

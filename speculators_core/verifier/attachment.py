@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.verifier.head import VerifierHead
 from speculators_core.verifier.proof import check_head
+from speculators_core.verifier.quantization import unpack
 from speculators_core.verifier.reading import load_verifier, read_verifier_head
 
 NamedVerifier = str | PathLike | PreTrainedModel
@@ -40,7 +41,7 @@ class Attachment:
         if mode == "full" and not isinstance(verifier, PreTrainedModel):
             verifier = load_verifier(verifier, dtype, trust_remote_code).to(device)
         if isinstance(verifier, PreTrainedModel):
-            check_head(verifier)
+            check_head(unpack(verifier))
             return cls(VerifierHead(verifier), verifier.eval() if mode == "full" else None)
         head = read_verifier_head(verifier, dtype, trust_remote_code)
         return cls(head.to(device).eval())

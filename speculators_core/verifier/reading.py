@@ -36,6 +36,7 @@ from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.format import checkpoint
 from speculators_core.verifier.head import VerifierHead, decoder_of
 from speculators_core.verifier.proof import _check_twin, _is_proven
+from speculators_core.verifier.quantization import quantization_of, unpacking
 
 
 def load_verifier(
@@ -54,10 +55,12 @@ def load_verifier(
     files = (*checkpoint.ALL_FILES, "*.py") if trust_remote_code else checkpoint.ALL_FILES
     folder = checkpoint.fetch(name_or_path, files=files)
     checkpoint.stored_tensors(folder)
-    auto_class = language_model_class(_config_in(folder, trust_remote_code))
+    config = unpacking(_config_in(folder, trust_remote_code))
+    auto_class = language_model_class(config)
     try:
         model, loading = auto_class.from_pretrained(
             folder,
+            config=config,
             dtype=dtype or "auto",
             trust_remote_code=trust_remote_code,
             device_map=device_map,
@@ -202,6 +205,8 @@ def read_verifier_head(
     config = read_verifier_config(name_or_path, trust_remote_code)
     model = _without_weights(config, trust_remote_code)
     head = VerifierHead(model)
+    if _has_quantized_ends(name_or_path, model, head):
+        return VerifierHead(load_verifier(str(name_or_path), dtype, trust_remote_code))
     if not _is_proven(model):
         _check_twin(_without_weights(config, trust_remote_code))
     read = _read_weights(name_or_path, model, head.parameters())
@@ -210,6 +215,22 @@ def read_verifier_head(
         for key, weight in list(module.named_parameters(recurse=False)):
             setattr(module, key, nn.Parameter(read[weight].to(target), requires_grad=False))
     return head
+
+
+def _has_quantized_ends(
+    name_or_path: str | PathLike, model: PreTrainedModel, head: VerifierHead
+) -> bool:
+    """Whether embeddings or head have scales: Transformers knows how to apply them."""
+    if quantization_of(model.config) is None:
+        return False
+    folder = checkpoint.fetch(name_or_path, checkpoint.HEAD_FILES)
+    if (folder / checkpoint.INDEX).exists():
+        stored: Collection[str] = checkpoint.read_weight_map(folder)
+    else:
+        stored = checkpoint.stored_tensors(checkpoint.fetch(name_or_path))
+    ends = {id(weight) for weight in head.parameters()}
+    names = (name for name, weight in model.named_parameters() if id(weight) in ends)
+    return any(f"{name}_{kind}" in stored for name in names for kind in ("scale", "packed"))
 
 
 def _read_weights(

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from speculators_core.errors import SpeculatorError
 from speculators_vllm import openmp
 from speculators_vllm.hidden_states import CONNECTOR_MODULE
 from speculators_vllm.plugin import patches
+from speculators_vllm.plugin.positions import follow_served_length
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -33,6 +35,11 @@ def completing_speculative_config(original: "CreateConfig") -> "CreateConfig":
             for patch in patches.FOR_SERVER_REQUESTS:
                 patch.apply()
         if self.speculative_config is not None or self.spec_model is not None:
+            if target_model_config.runner_type == "pooling":
+                raise SpeculatorError(
+                    "--runner pooling: nothing is generated, so nothing can be drafted. Leave out "
+                    "--speculative-config."
+                )
             # Models and Transformers, which an engine without a speculator does not need.
             from speculators_vllm.plugin.speculative_config import Source, complete
 
@@ -53,7 +60,10 @@ def completing_speculative_config(original: "CreateConfig") -> "CreateConfig":
                     has_weights=self.load_format != "dummy",
                 ),
             )
-        return original(self, target_model_config, target_parallel_config)
+        config = original(self, target_model_config, target_parallel_config)
+        if config is not None:
+            follow_served_length(config, target_model_config.max_model_len)
+        return config
 
     return create_speculative_config
 

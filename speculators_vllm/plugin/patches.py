@@ -8,6 +8,7 @@ import functools
 import inspect
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 
@@ -34,23 +35,30 @@ class Patch:
     wrapper: str
     """Called with the original function, returns its replacement."""
 
+    def fits(self) -> bool:
+        """Whether the function is there with these parameters; a warning says so where not."""
+        try:
+            original = getattr(resolve_name(self.owner), self.name, None)
+        except (ImportError, AttributeError) as error:
+            return self._skip(str(error))
+        if original is None:
+            return self._skip("it does not exist")
+        found = tuple(inspect.signature(original).parameters)
+        if not getattr(original, MARK, False) and not self._expects(found):
+            return self._skip(f"its parameters are {found}, expected {self.parameters}")
+        return True
+
     def apply(self) -> bool:
         """Puts the wrapper in place, and returns whether it is there.
 
         A function that is missing or has other parameters is left alone, with a warning.
         """
-        try:
-            owner = resolve_name(self.owner)
-        except (ImportError, AttributeError) as error:
-            return self._skip(str(error))
-        original = getattr(owner, self.name, None)
-        if original is None:
-            return self._skip("it does not exist")
+        if not self.fits():
+            return False
+        owner = resolve_name(self.owner)
+        original = getattr(owner, self.name)
         if getattr(original, MARK, False):
             return True
-        found = tuple(inspect.signature(original).parameters)
-        if not self._expects(found):
-            return self._skip(f"its parameters are {found}, expected {self.parameters}")
         wrapped = functools.wraps(original)(resolve_name(self.wrapper)(original))
         setattr(wrapped, MARK, True)
         is_method = inspect.ismethod(original)  # of the class itself: it is bound already
@@ -121,6 +129,50 @@ FOR_WEIGHTS = (
 )
 """Where networks are built."""
 
+PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
+THINKING = "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder"
+
+FOR_V1_RUNNERS = (
+    # vLLM 0.32: embeddings and head of the verifier, which may have LoRA adapters.
+    Patch(
+        owner=PROPOSER,
+        name="_maybe_share_embeddings",
+        parameters=("self", "target_language_model"),
+        wrapper="speculators_vllm.plugin.proposing:sharing_without_adapters",
+    ),
+    Patch(
+        owner=PROPOSER,
+        name="_maybe_share_lm_head",
+        parameters=("self", "target_language_model"),
+        wrapper="speculators_vllm.plugin.proposing:sharing_without_adapters",
+    ),
+    # vLLM 0.32: a token of a request, for the draft.
+    Patch(
+        owner="vllm.v1.worker.gpu_input_batch:CachedRequestState",
+        name="get_token_id",
+        parameters=("self", "idx"),
+        wrapper="speculators_vllm.plugin.proposing:naming_unknown_tokens",
+    ),
+)
+"""Where networks are built; each stands alone."""
+
+FOR_THINKING_BUDGETS = (
+    # vLLM 0.32: moves the states by a step's tokens; the second relies on its notes.
+    Patch(
+        owner=THINKING,
+        name="update_state",
+        parameters=("self", "output_token_ids", "spec_token_ids", "repeat_indices"),
+        wrapper="speculators_vllm.plugin.thinking_budgets:updating",
+    ),
+    Patch(
+        owner=THINKING,
+        name="_apply_forcing_to_logits",
+        parameters=("self", "logits", "predict_bonus_token", "spec_token_ids_for_layout"),
+        wrapper="speculators_vllm.plugin.thinking_budgets:applying",
+    ),
+)
+"""Where networks are built. Neither works without the other: both fit, or none is applied."""
+
 FOR_CPU_WORKERS = (
     # vLLM 0.32: a worker calls this method of its platform right after it has loaded plug-ins.
     Patch(
@@ -184,6 +236,8 @@ PATCHES = (
     *FOR_ENGINE_ARGUMENTS,
     *FOR_SERVER_REQUESTS,
     *FOR_WEIGHTS,
+    *FOR_V1_RUNNERS,
+    *FOR_THINKING_BUDGETS,
     *FOR_CPU_WORKERS,
     *FOR_CPU_SAMPLING,
     *FOR_CPU_GENERATORS,
@@ -207,8 +261,9 @@ def apply() -> None:
     from speculators_vllm.plugin import registries  # imports vLLM
 
     registries.register_networks()
-    for patch in FOR_WEIGHTS:
+    for patch in (*FOR_WEIGHTS, *FOR_V1_RUNNERS):
         patch.apply()
+    apply_together(FOR_THINKING_BUDGETS)
     if platforms.current_platform.is_cpu():
         for patch in FOR_CPU_WORKERS:
             patch.apply()
@@ -216,6 +271,13 @@ def apply() -> None:
         warn_of_untested_version(version.__version_tuple__)
         registries.replace_config_class()
         for patch in FOR_ENGINE_ARGUMENTS:
+            patch.apply()
+
+
+def apply_together(group: Sequence[Patch]) -> None:
+    """Applies all patches of a group, or none where one does not fit."""
+    if all(patch.fits() for patch in group):
+        for patch in group:
             patch.apply()
 
 

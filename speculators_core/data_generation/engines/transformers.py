@@ -21,6 +21,7 @@ from speculators_core.data_generation.settings import GenerationPlan
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.verifier.head import VerifierHead
 from speculators_core.verifier.proof import check_head
+from speculators_core.verifier.quantization import unpack
 from speculators_core.verifier.reading import load_verifier
 from speculators_core.verifier.taps import LayerTaps
 
@@ -43,7 +44,7 @@ class TransformersPipeline(InferencePipeline):
         self.model: PreTrainedModel
         try:
             if isinstance(plan.data.model, PreTrainedModel):  # where the caller has put it
-                self.model = plan.data.model.eval()
+                self.model = unpack(plan.data.model).eval()
             else:
                 names = (plan.data.verifier, dtype, plan.data.trust_remote_code)
                 model = load_verifier(*names, device_map=engine.device_map)
