@@ -16,7 +16,13 @@ from benchmarks.acceptance import live
 from benchmarks.acceptance.drafts import FoundDraft, find_draft
 from benchmarks.acceptance.engines import Decoding, Draft, Engine, warm_up
 from benchmarks.acceptance.live_engine import LiveEngine
-from benchmarks.acceptance.report import print_report, report_k, write_report
+from benchmarks.acceptance.report import (
+    print_report,
+    read_report,
+    report_k,
+    write_plots,
+    write_report,
+)
 from benchmarks.acceptance.settings import AcceptanceConfig
 from benchmarks.acceptance.statistics import latency, tokens_per_second
 from benchmarks.acceptance.transformers_engine import TransformersEngine
@@ -42,11 +48,18 @@ from speculators_vllm import offline
 def measure_and_write(config: AcceptanceConfig) -> None:
     """Measures, prints the report and writes it to the output folder, if there is one.
 
+    With ``config.report`` that report is printed and drawn again.
+
     Raises:
-        SpeculatorError: as `measure`, or the output cannot be written.
+        SpeculatorError: as `measure`, the output cannot be written, or the report cannot be read.
     """
     if config.output is not None:
         _make_writable(config.output)
+    if config.report is not None:
+        earlier = read_report(config.report)
+        print_report(earlier)
+        write_plots(earlier, config.output or config.report.parent)
+        return
     report = measure(config)
     print_report(report)
     if config.output is not None:

@@ -67,17 +67,23 @@ class AcceptanceConfig(Settings):
     )
     """Servers to measure instead of an engine in this process."""
     output: Path | None = None
-    """Folder for report.json and acceptance.png."""
+    """Folder for report.json and the plot: acceptance.png and, for dark backgrounds,
+    acceptance-dark.png."""
+    report: Path | None = None
+    """A report.json of an earlier measurement: print its tables and draw its plot again, into its
+    folder or --output. Nothing is measured."""
     verbose: Annotated[bool, Switch] = False
     """Print vLLM's output while it starts, instead of writing it to a log file."""
 
     @property
     def runs_vllm(self) -> bool:
         """Whether vLLM is to run in this process."""
-        return self.engine == "vllm" and self.server.base_url is None
+        return self.engine == "vllm" and self.server.base_url is None and self.report is None
 
     def check(self) -> None:
         """Raises SpeculatorError for options that do not go together."""
+        if self.report is not None:
+            self._check_alone()
         if self.engine_args and self.engine == "transformers":
             raise SpeculatorError(
                 f"--engine-args {', '.join(self.engine_args)}: these are arguments of vLLM, which "
@@ -87,6 +93,17 @@ class AcceptanceConfig(Settings):
             self._check_engine()
         else:
             self._check_served()
+
+    def _check_alone(self) -> None:
+        """With a report, nothing is measured."""
+        stated = {**self.stated(), **self.server.stated()}
+        others = sorted(set(stated) - {"report", "output", "verbose", "server"})
+        if others:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+            raise SpeculatorError(
+                f"{names}: without effect with --report, which measures nothing. Leave it out, or "
+                "leave out --report to measure."
+            )
 
     def _check_engine(self) -> None:
         """For an engine in this process."""

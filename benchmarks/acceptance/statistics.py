@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
 
-from speculators_core.decoding.acceptance import CONTEXT_BUCKETS, AcceptanceCounts
+import numpy as np
+from numpy.typing import NDArray
+
+from speculators_core.decoding.acceptance import (
+    CONTEXT_BUCKETS,
+    AcceptanceCounts,
+    reached_and_kept,
+)
 from speculators_core.diagnosis.acceptance_report import Latency, RequestRecord, Summary
 
 BOOTSTRAP_SAMPLES = 1000
@@ -33,8 +40,8 @@ def summarize_counts(
         acceptance_length=1 + sum(accepted_per_position) / max(1, num_drafts),
         joint_rates=[kept / max(1, num_drafts) for kept in accepted_per_position],
         conditional_rates=[
-            kept / before if before else None
-            for kept, before in zip(accepted_per_position, kept_to, strict=False)
+            kept / reached if reached else None
+            for reached, kept in reached_and_kept(num_drafts, accepted_per_position)
         ],
         histogram=[(kept - further) / max(1, num_drafts) for kept, further in pairwise(kept_to)],
     )
@@ -71,17 +78,60 @@ def macro_acceptance_length(records: Sequence[RequestRecord]) -> float:
     return sum(_pool(group).acceptance_length for group in groups) / max(1, len(groups))
 
 
-def bootstrap_interval(
-    runs: Sequence[Sequence[RequestRecord]], seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(runs: Sequence[Sequence[RequestRecord]]) -> tuple[float, float]:
     """95 % interval of the pooled acceptance length, resampling prompts with all their runs."""
-    generator = random.Random(seed)
-    prompts = list(zip(*runs, strict=True))
-    lengths = sorted(
-        _pool([record for prompt in drawn for record in prompt]).acceptance_length
-        for drawn in (generator.choices(prompts, k=len(prompts)) for _ in range(BOOTSTRAP_SAMPLES))
-    )
-    return lengths[int(0.025 * BOOTSTRAP_SAMPLES)], lengths[int(0.975 * BOOTSTRAP_SAMPLES) - 1]
+    low, high = bootstrap_intervals(runs, speculative_tokens=0)[0]
+    return low, high
+
+
+def bootstrap_intervals(
+    runs: Sequence[Sequence[RequestRecord]], speculative_tokens: int
+) -> list[tuple[float, float]]:
+    """95 % intervals of the acceptance length and of each position's joint rate."""
+    rows = []
+    for prompt in zip(*runs, strict=True):
+        counts = _pool(prompt, speculative_tokens)
+        rows.append([counts.num_drafts, sum(counts.accepted), *counts.accepted_per_position])
+    drawn = _bootstrap(rows)
+    rates = drawn[:, 1:] / drawn[:, :1].clip(1)
+    rates[:, 0] += 1.0
+    return _bounds(rates)
+
+
+def speed_up_interval(
+    runs: Sequence[Sequence[RequestRecord]], baseline: Sequence[Sequence[RequestRecord]]
+) -> tuple[float, float] | None:
+    """95 % interval of the median run's tokens/s over that without speculation, over prompts.
+
+    None where requests overlap, whose seconds do not add up, or nothing ran without speculation.
+    """
+    sides = (runs, baseline)
+    if not baseline or any(r.timing for side in sides for run in side for r in run):
+        return None
+    columns = [
+        column
+        for side in sides
+        for run in side
+        for column in ([len(r.output_ids) for r in run], [r.seconds for r in run])
+    ]
+    drawn = _bootstrap(list(zip(*columns, strict=True)))
+    rates = drawn[:, ::2] / drawn[:, 1::2]
+    ours, alone = rates[:, : len(runs)], rates[:, len(runs) :]
+    return _bounds(np.median(ours, 1, keepdims=True) / np.median(alone, 1, keepdims=True))[0]
+
+
+def _bootstrap(rows: Sequence[Sequence[float]], seed: int = 0) -> NDArray[np.float64]:
+    """Sums of the columns over rows that are drawn with replacement, one row for each drawing."""
+    table, generator = np.array(rows, dtype=np.float64), random.Random(seed)
+    draws = (generator.choices(range(len(rows)), k=len(rows)) for _ in range(BOOTSTRAP_SAMPLES))
+    return np.stack([table[drawn].sum(0) for drawn in draws])
+
+
+def _bounds(samples: NDArray[np.float64]) -> list[tuple[float, float]]:
+    """The central 95 % of each column."""
+    ordered = np.sort(samples, 0)
+    low, high = ordered[int(0.025 * len(ordered))], ordered[int(0.975 * len(ordered)) - 1]
+    return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
 def _pool(records: Sequence[RequestRecord], speculative_tokens: int = 0) -> AcceptanceCounts:
@@ -126,6 +176,25 @@ def _percentiles(values: Sequence[float]) -> dict[str, float]:
 def without_loops(records: Sequence[RequestRecord]) -> list[RequestRecord]:
     """The requests whose output hardly repeats itself."""
     return [record for record in records if repeated_share([record]) < FEW_LOOPS]
+
+
+def runs_without_loops(runs: Sequence[Sequence[RequestRecord]]) -> list[list[RequestRecord]]:
+    """The runs with the drafts of requests that repeat themselves left out, and prompts that do so
+    in each run.
+
+    Each run keeps a record for each prompt that is left, so that prompts can be resampled.
+    """
+    kept = []
+    for prompt in zip(*runs, strict=True):
+        is_free = [repeated_share([record]) < FEW_LOOPS for record in prompt]
+        if any(is_free):
+            kept.append(
+                [
+                    record if free else record.model_copy(update={"accepted": []})
+                    for record, free in zip(prompt, is_free, strict=True)
+                ]
+            )
+    return [list(run) for run in zip(*kept, strict=True)]
 
 
 def repeated_share(records: Sequence[RequestRecord], span: int = LOOP_SPAN) -> float:

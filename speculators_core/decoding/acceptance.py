@@ -13,7 +13,9 @@ For sampled verification p is the verifier's distribution and q the one the draf
 """
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,6 +30,61 @@ CONTEXT_BUCKETS = {
     "32k+": math.inf,
 }
 """Ranges of context lengths in tokens, each with the length that ends it."""
+ENOUGH_DRAFTS = 50
+"""Fewest drafts from which a rate is stated as a finding."""
+
+
+def context_of(num_tokens: int) -> str:
+    """The range of `CONTEXT_BUCKETS` that so many tokens before a draft are in."""
+    return next(name for name, end in CONTEXT_BUCKETS.items() if num_tokens < end)
+
+
+class Cell(NamedTuple):
+    """Drafts in one range of context lengths that reached one position."""
+
+    context: str
+    position: int
+    """From 1."""
+    num_drafts: int
+    """Drafts whose earlier positions were all kept."""
+    num_kept: int
+
+    @property
+    def rate(self) -> float:
+        """Conditional rate."""
+        return self.num_kept / self.num_drafts
+
+    def __str__(self) -> str:
+        return (
+            f"position {self.position} with {self.context} tokens of context, "
+            f"{self.num_kept} of {self.num_drafts} kept ({self.rate:.2f})"
+        )
+
+
+def worst_cell(contexts: Mapping[str, Iterable[tuple[int, int]]]) -> Cell | None:
+    """The cell with the lowest conditional rate; of equal ones, that with more drafts.
+
+    ``contexts`` has, for each range and position, the drafts that reached it and those kept there.
+    None where no cell has `ENOUGH_DRAFTS`.
+    """
+    cells = [
+        Cell(context, position, reached, kept)
+        for context, counts in contexts.items()
+        for position, (reached, kept) in enumerate(counts, start=1)
+        if reached >= ENOUGH_DRAFTS
+    ]
+    return min(cells, key=lambda cell: (cell.rate, -cell.num_drafts), default=None)
+
+
+def reached_and_kept(
+    num_drafts: int, accepted_per_position: Sequence[int]
+) -> list[tuple[int, int]]:
+    """For each position, the drafts that reached it and those kept there.
+
+    10 drafts, kept [7 3] -> (10, 7) (7, 3)
+    """
+    kept_to = [num_drafts, *accepted_per_position]
+    return list(zip(kept_to, accepted_per_position, strict=False))
 
 
 @dataclass(frozen=True)
@@ -185,8 +242,9 @@ class AcceptanceCounts:
         found: dict[str, AcceptanceCounts] = {}
         context = num_prompt_tokens + 1
         for kept in self.accepted:
-            name = next(name for name, end in CONTEXT_BUCKETS.items() if context < end)
-            counts = found.setdefault(name, AcceptanceCounts(self.speculative_tokens))
+            counts = found.setdefault(
+                context_of(context), AcceptanceCounts(self.speculative_tokens)
+            )
             counts.accepted.append(kept)
             context += kept + 1
         return found

@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from speculators_core.decoding.acceptance import reached_and_kept
+
 
 class Timing(BaseModel):
     """When a server answered a request that it ran beside others."""
@@ -84,6 +86,11 @@ class Summary(BaseModel):
     histogram: list[float]
     """Share of drafts with 0, 1, ... K tokens kept."""
 
+    @property
+    def reached_and_kept(self) -> list[tuple[int, int]]:
+        """For each position, the drafts that reached it and those kept there."""
+        return reached_and_kept(self.num_drafts, self.accepted_per_position)
+
 
 class KReport(BaseModel):
     """Everything about one number of speculative tokens."""
@@ -102,6 +109,8 @@ class KReport(BaseModel):
     """Speed of each run."""
     speed_up: float | None
     """Median tokens/s over the median without speculation; None where that was not measured."""
+    speed_up_interval_95: tuple[float, float] | None = None
+    """Over prompts; None where requests overlap or nothing ran without speculation."""
     num_identical: int | None
     """Outputs equal to those without speculation; None where there are none or they are sampled."""
     first_differences: dict[int, int]
@@ -109,6 +118,10 @@ class KReport(BaseModel):
     repeated_8_grams: float
     without_loops: Summary
     """Figures of the requests with under a tenth of repeated 8-grams: loops flatter a draft."""
+    without_loops_interval_95: tuple[float, float] | None = None
+    """None where there are no such requests, or their drafts are not known one by one."""
+    without_loops_contexts: dict[str, Summary] = {}
+    """As ``contexts``, of these requests."""
     latency: Latency | None
     requests: list[RequestRecord]
     counters: Counters | None

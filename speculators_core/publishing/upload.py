@@ -25,6 +25,7 @@ RECORDS = (
     "log.jsonl",
     "report.json",
     "acceptance.png",
+    "acceptance-dark.png",
     "certificate.json",
     "certificate.html",
 )
