@@ -37,6 +37,8 @@ TITLE_WIDTH = 27
 """Characters in a line of a panel's title."""
 FEWEST_DRAWN = 20
 """Drafts in a range of contexts; a mark is hollow below `ENOUGH_DRAFTS`."""
+LONGEST_NAME = 14
+"""Characters of a draft's name; the start of a longer one is left out."""
 MATERIAL = 0.05
 """Share of tau by which it changes with the context before a title says so."""
 
@@ -131,7 +133,7 @@ def _lines(entries: Sequence[tuple[str, KReport]], theme: Theme, is_free: bool) 
         bands = bootstrap_intervals(drawn, entry.speculative_tokens)[1:] if is_known else []
         lines.append(
             Line(
-                label=name,
+                label=name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}",
                 color=theme.drafts[number % len(theme.drafts)],
                 marker=MARKERS[number % len(MARKERS)],
                 entry=entry,
@@ -263,7 +265,7 @@ def _draw_contexts(axes: Axes, lines: Sequence[Line], theme: Theme) -> None:
         if points:
             paths.append((line, [*points], f"{line.label} {points[-1][1]:.2f}"))
     highest = max(tau for _, points, _ in paths for _, tau in points)
-    axes.set(ylim=(1, 1 + 1.12 * (highest - 1)), xlim=(-0.25, 1.45 * len(names) - 0.9))
+    axes.set(ylim=(1, 1 + 1.12 * (highest - 1)), xlim=(-0.25, _right_end(axes, paths, len(names))))
     axes.set_xticks(range(len(names)), names)
     axes.set_xlabel("tokens of context")
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -294,6 +296,16 @@ def _what_contexts_show(drawn: dict[str, dict[str, Summary]]) -> str:
 
 
 # ---- pieces ----
+
+
+def _right_end(axes: Axes, lines: Sequence[Labelled], num_ranges: int) -> float:
+    """The right limit of x with which labels fit after the last range, at ``num_ranges - 1``."""
+    texts = [axes.text(0, 0, text, fontsize=8, weight="bold") for _, _, text in lines]
+    widest = max(text.get_window_extent().width for text in texts)
+    for text in texts:
+        text.remove()
+    share = min(0.7, (widest + 2 * GAP) / axes.get_window_extent().width)
+    return (num_ranges - 1 + 0.25 * share) / (1 - share)
 
 
 def _label_ends(axes: Axes, lines: Sequence[Labelled]) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from benchmarks import playground
 from benchmarks.acceptance.drafts import find_draft
 from benchmarks.acceptance.engines import Decoding, Draft
-from benchmarks.acceptance.measurement import measure
+from benchmarks.acceptance.measurement import measure, measure_and_write
 from benchmarks.acceptance.report import print_report, report_k, write_report
 from benchmarks.acceptance.settings import AcceptanceConfig
 from benchmarks.acceptance.transformers_engine import TransformersRunner
@@ -39,7 +39,11 @@ def report():
 
 def test_report_can_be_recomputed_from_its_raw_counts(report, tmp_path):
     write_report(report, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "acceptance.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "report.json",
+        "acceptance.png",
+        "acceptance-dark.png",
+    }
     written = json.loads((tmp_path / "report.json").read_text())
     for entry in written["drafts"][0]["by_k"]:
         accepted = [count for request in entry["requests"] for count in request["accepted"]]
@@ -92,14 +96,79 @@ def test_a_draft_that_fails_beyond_a_length_shows_it(report):
     by_k = [DraftReport(name="short-sighted", kind="speculator", sha256=None, by_k=[entry])]
     with console.capture() as shown:
         print_report(report.model_copy(update={"drafts": by_k}))
-    table, line = shown.get().split("by context length")[1], shown.get()
-    assert "512-2k" in table and "1.00 with 512-2k tokens of context" in line
+    line, tables = shown.get().split("acceptance", 1)
+    assert "512-2k" in tables.split("by context length")[1]
+    num = entry.contexts["512-2k"].num_drafts
+    worst = f"worst at position 1 with 512-2k tokens of context, 0 of {num} kept (0.00)"
+    assert f"short-sighted, K = 4: {worst}" in " ".join(line.split())
 
 
-def test_no_context_is_named_where_drafts_are_few_or_fare_alike(report):
+def test_no_cell_is_named_where_drafts_are_few(report):
+    few = report.drafts[0].by_k[0]
+    contexts = {name: part for name, part in few.contexts.items() if part.num_drafts < 50}
+    assert contexts
+    by_k = [few.model_copy(update={"contexts": contexts})]
+    drafts = [report.drafts[0].model_copy(update={"by_k": by_k})]
     with console.capture() as shown:
-        print_report(report)
+        print_report(report.model_copy(update={"drafts": drafts}))
     assert "by context length" in shown.get() and "tokens of context" not in shown.get()
+
+
+LOOP, OTHER = [1, 2] * 20, list(range(40))
+
+
+@pytest.mark.parametrize("outputs", [[LOOP, OTHER], [OTHER, OTHER], [LOOP, LOOP]])
+def test_the_loop_free_tau_comes_first_where_text_repeats_itself(report, outputs):
+    ours = [record([3, k], output_ids=ids) for k, ids in enumerate(outputs)]
+    alone = [record([], output_ids=ids) for ids in outputs]
+    entry = report_k(3, [ours], [alone], greedy=True)
+    by_k = [DraftReport(name="draft", kind="speculator", sha256=None, by_k=[entry])]
+    with console.capture() as shown:
+        print_report(report.model_copy(update={"drafts": by_k, "baseline_requests": alone}))
+    rows = [line.split() for line in shown.get().splitlines()]
+    names, row = (next(row for row in rows if word in row) for word in ("tau", "3"))
+    tau, pooled = row[5], f"{1 + 7 / 4:.3f}"
+    if outputs[0] is OTHER:
+        assert names[5] == "tau" and tau == pooled and "flatters" not in shown.get()
+        return
+    assert names[5:7] == ["loop-free", "tau"] and row[9] == pooled
+    assert tau == ("3.000" if outputs[1] is OTHER else "-")
+    assert "flatters the pooled tau" in " ".join(shown.get().split())
+
+
+def test_a_report_is_drawn_again_without_measuring(report, tmp_path):
+    write_report(report, tmp_path)
+    drawn = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert drawn["acceptance.png"] != drawn["acceptance-dark.png"]
+    for name in drawn:
+        (tmp_path / name).unlink()
+    config = AcceptanceConfig(report=tmp_path / "report.json")
+    with console.capture() as shown:
+        measure_and_write(config)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == drawn
+    assert "loop-free" in shown.get()
+    elsewhere = config.model_copy(update={"output": tmp_path / "elsewhere"})
+    measure_and_write(elsewhere)
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == set(drawn)
+
+
+@pytest.mark.parametrize(
+    ("options", "content", "message"),
+    [
+        ({"k": (3,)}, None, "--k: without effect with --report"),
+        ({"server": {"base_url": "http://x"}}, None, "--base-url: without effect"),
+        ({}, "{}", "not a report of `speculators acceptance`: settings"),
+        ({}, None, "holds no report.json; expected a report"),
+    ],
+)
+def test_what_cannot_be_drawn_again_is_one_line(options, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    config = AcceptanceConfig(report=tmp_path / "report.json", **options)
+    assert not config.runs_vllm
+    with pytest.raises(SpeculatorError, match=message):
+        config.check()
+        measure_and_write(config)
 
 
 def test_outputs_are_the_verifiers_own(report):

@@ -2,14 +2,17 @@ import pytest
 
 from benchmarks.acceptance.statistics import (
     bootstrap_interval,
+    bootstrap_intervals,
     by_context,
     macro_acceptance_length,
     repeated_share,
+    runs_without_loops,
+    speed_up_interval,
     summarize,
     tokens_per_second,
     without_loops,
 )
-from speculators_core.diagnosis.acceptance_report import RequestRecord
+from speculators_core.diagnosis.acceptance_report import RequestRecord, Timing
 
 
 def record(accepted, category="a", output_ids=(), seconds=1.0, num_prompt_tokens=1):
@@ -56,6 +59,29 @@ def test_repeated_runs_of_a_prompt_are_no_further_prompts():
     assert bootstrap_interval([run] * 5) == bootstrap_interval([run])
 
 
+def test_intervals_of_each_position_hold_its_rate():
+    run = [record([k % 4, (k // 4) % 4]) for k in range(40)]
+    tau, *joint = bootstrap_intervals([run], 3)
+    assert tau == bootstrap_interval([run])
+    for (low, high), rate in zip(joint, summarize(run, 3).joint_rates, strict=True):
+        assert rate - 0.25 < low < rate < high < rate + 0.25
+
+
+def test_speed_up_is_resampled_by_prompt_with_its_baseline():
+    alone = [record([], output_ids=range(10), seconds=1.0 + k % 3) for k in range(30)]
+    ours = [one.model_copy(update={"seconds": one.seconds / 2}) for one in alone]
+    assert speed_up_interval([ours], [alone]) == (pytest.approx(2.0), pytest.approx(2.0))
+    uneven = [one.model_copy(update={"seconds": 1.0}) for one in alone]
+    low, high = speed_up_interval([uneven, ours, ours], [alone])
+    assert low <= 2.0 <= high
+    low, high = speed_up_interval([uneven], [alone])
+    assert low < 2.0 < high and high - low < 0.7
+    assert speed_up_interval([ours], []) is None
+    timing = Timing(start_s=0.0, first_token_s=0.1)
+    served = [one.model_copy(update={"timing": timing}) for one in ours]
+    assert speed_up_interval([served], [alone]) is None
+
+
 def test_loops_are_counted():
     assert repeated_share([record([], output_ids=range(40))]) == 0.0
     assert repeated_share([record([], output_ids=[1, 2] * 20)]) == pytest.approx(31 / 33)
@@ -64,6 +90,16 @@ def test_loops_are_counted():
 def test_looping_outputs_are_set_apart():
     looping, other = record([3], output_ids=[1, 2] * 20), record([0], output_ids=range(40))
     assert without_loops([looping, other]) == [other]
+
+
+def test_a_prompt_that_loops_in_one_run_keeps_its_other_runs():
+    looping, other = record([3], output_ids=[1, 2] * 20), record([0], output_ids=range(40))
+    emptied = looping.model_copy(update={"accepted": []})
+    assert runs_without_loops([[looping, other, looping], [looping, looping, other]]) == [
+        [other, emptied],
+        [emptied, other],
+    ]
+    assert runs_without_loops([[looping]]) == []
 
 
 def test_rate_is_all_tokens_over_all_seconds():
