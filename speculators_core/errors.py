@@ -16,6 +16,7 @@ Cause = Literal[
     "rope",
     "position shift",
     "hidden-state timing",
+    "context longer than trained",
     "dead draft",
     "unsupported by vLLM",
     "served otherwise",

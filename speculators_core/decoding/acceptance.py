@@ -248,3 +248,14 @@ class AcceptanceCounts:
             counts.accepted.append(kept)
             context += kept + 1
         return found
+
+
+def merge_contexts(
+    parts: Iterable[Mapping[str, AcceptanceCounts]], speculative_tokens: int
+) -> dict[str, AcceptanceCounts]:
+    """The drafts of several texts by context length, in the order of `CONTEXT_BUCKETS`."""
+    found = {name: AcceptanceCounts(speculative_tokens) for name in CONTEXT_BUCKETS}
+    for part in parts:
+        for name, counts in part.items():
+            found[name].accepted.extend(counts.accepted)
+    return {name: counts for name, counts in found.items() if counts.accepted}

@@ -1,9 +1,16 @@
 """Records of the report of ``speculators check``."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, Self
 
 from pydantic import BaseModel, Field, computed_field
 
+from speculators_core.decoding.acceptance import (
+    AcceptanceCounts,
+    Cell,
+    reached_and_kept,
+    worst_cell,
+)
 from speculators_core.errors import Cause
 
 Severity = Literal["fault", "warning", "note"]
@@ -26,6 +33,30 @@ class Counts(BaseModel):
     num_drafts: int
     accepted_per_position: list[int]
     acceptance_length: float
+    contexts: dict[str, "Counts"] = {}
+    """The same by the number of tokens before the draft, in the ranges of `CONTEXT_BUCKETS` with
+    drafts."""
+
+    @classmethod
+    def of(
+        cls, counts: AcceptanceCounts, contexts: Mapping[str, AcceptanceCounts] | None = None
+    ) -> Self:
+        return cls(
+            num_drafts=counts.num_drafts,
+            accepted_per_position=counts.accepted_per_position,
+            acceptance_length=counts.acceptance_length,
+            contexts={name: cls.of(part) for name, part in (contexts or {}).items()},
+        )
+
+    @property
+    def reached_and_kept(self) -> list[tuple[int, int]]:
+        """For each position, the drafts that reached it and those kept there."""
+        return reached_and_kept(self.num_drafts, self.accepted_per_position)
+
+    @property
+    def worst_cell(self) -> Cell | None:
+        """The range of contexts and position with the lowest conditional rate."""
+        return worst_cell({name: part.reached_and_kept for name, part in self.contexts.items()})
 
 
 class CheckReport(BaseModel):

@@ -54,10 +54,14 @@ class Reading:
     """The verifier's layers that they come from; the draft's `aux_layer_ids` where None."""
     shift: int = 0
     """Places further on of the token that they belong to."""
+    window: int | None = None
+    """Tokens that the draft sees before its own, at positions from 0; all of the text where None.
+    """
 
     def step_through(self, text: SeenText) -> "Stepper":
         layer_ids = self.drafter.aux_layer_ids if self.layer_ids is None else self.layer_ids
-        return Stepper(self.drafter, text.token_ids, text.aux_states(layer_ids, self.shift))
+        states = text.aux_states(layer_ids, self.shift)
+        return Stepper(self.drafter, text.token_ids, states, self.window)
 
 
 READ_AT_ONCE = 2048
@@ -72,8 +76,9 @@ class Stepper:
         drafter: Drafter,
         token_ids: Int[Tensor, "seq"],
         states: Float[Tensor, "seq aux_hidden"],
+        window: int | None = None,
     ):
-        self.drafter = drafter
+        self.drafter, self.window = drafter, window
         self.token_ids = token_ids.to(drafter.device)
         self.states = states.to(drafter.device, drafter.dtype)
         self.positions = torch.arange(len(token_ids), device=drafter.device)
@@ -85,6 +90,11 @@ class Stepper:
 
         Places must ascend from call to call.
         """
+        if self.window is not None:  # the draft forgets, and begins again where the window does
+            self.state = self.drafter.start_drafting()
+            self.first = max(0, bonus + 1 - self.window)
+            self.positions = torch.arange(len(self.token_ids), device=self.drafter.device)
+            self.positions -= self.first
         while bonus - self.first > READ_AT_ONCE:
             self._propose(self.first + READ_AT_ONCE, 1, Chooser())
         return self._propose(bonus, num_tokens, choose)
@@ -100,13 +110,16 @@ class Stepper:
         return self.drafter.propose(self.state, confirmed, num_tokens, choose).token_ids[0]
 
 
-def replay(reading: Reading, text: SeenText, num_tokens: int) -> AcceptanceCounts:
+def replay(
+    reading: Reading, text: SeenText, num_tokens: int, least_context: int = 0
+) -> AcceptanceCounts:
     """Accepted tokens of each draft over a text, as the reference decoder would count them.
 
-    Drafts whose last token would lie after the text's end are left out.
+    Drafts whose last token would lie after the text's end are left out, as are those with fewer
+    than ``least_context`` tokens before them.
     """
     counts, stepper = AcceptanceCounts(num_tokens), reading.step_through(text)
-    bonus = text.prompt_length
+    bonus = max(text.prompt_length, least_context - 1)
     while bonus + num_tokens + 1 < len(text.token_ids):
         drafted = stepper.propose(bonus, num_tokens, Chooser())
         agrees = drafted == stepper.token_ids[bonus + 1 : bonus + 1 + num_tokens]

@@ -18,8 +18,8 @@ text that the verifier did not write, later positions count only where it would 
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
 
@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from speculators_core.decoding.acceptance import AcceptanceCounts
+from speculators_core.decoding.acceptance import CONTEXT_BUCKETS, AcceptanceCounts, context_of
 from speculators_core.decoding.drafter import Chooser, Drafter
 from speculators_core.diagnosis.replay import Stepper
 
@@ -45,22 +45,34 @@ class SurvivalCounts:
     """Drafts that reached position k: right before it, and the verifier's token is known there."""
     right: tuple[int, ...]
     """Drafts among them that had the verifier's token."""
+    contexts: Mapping[str, "SurvivalCounts"] = field(default_factory=dict, compare=False)
+    """The same drafts by the number of tokens before them, in the ranges of `CONTEXT_BUCKETS` with
+    drafts; empty where that was not counted."""
 
     @classmethod
     def none(cls, num_tokens: int) -> "SurvivalCounts":
         return cls((0,) * num_tokens, (0,) * num_tokens)
 
     @classmethod
-    def of(cls, counts: AcceptanceCounts) -> "SurvivalCounts":
+    def of(
+        cls, counts: AcceptanceCounts, contexts: Mapping[str, AcceptanceCounts] | None = None
+    ) -> "SurvivalCounts":
         """The counts of drafts that were verified whole."""
         kept_to = (counts.num_drafts, *counts.accepted_per_position)
-        return cls(kept_to[:-1], kept_to[1:])
+        parts = {name: cls.of(part) for name, part in (contexts or {}).items()}
+        return cls(kept_to[:-1], kept_to[1:], parts)
 
     def __add__(self, other: "SurvivalCounts") -> "SurvivalCounts":
         """The drafts of both together."""
         both = ((self.at_risk, other.at_risk), (self.right, other.right))
         at_risk, right = (tuple(map(sum, zip(a, b, strict=True))) for a, b in both)
-        return SurvivalCounts(at_risk, right)
+        none = self.none(len(at_risk))
+        contexts = {
+            name: self.contexts.get(name, none) + other.contexts.get(name, none)
+            for name in CONTEXT_BUCKETS
+            if name in self.contexts or name in other.contexts
+        }
+        return SurvivalCounts(at_risk, right, contexts)
 
     @property
     def num_places(self) -> int:
@@ -158,23 +170,25 @@ def roll_out(
         raise ValueError(
             f"places must be ascending from 1 to {length - 1}, found {list(places)[:8]}"
         )
-    at_risk, right = [0] * num_tokens, [0] * num_tokens
+    total = SurvivalCounts.none(num_tokens)
     stepper = Stepper(drafter, text.token_ids, text.states)
     token_ids, choices = text.token_ids.tolist(), text.choices.tolist()
     come_to = 0
     for place in places:
         if place < come_to:
             continue
-        if at_risk[0] == num_drafts:
+        if total.num_places == num_drafts:
             break
         drafted = stepper.propose(place, num_tokens, Chooser()).tolist()
         following = token_ids[place + 1 :]
         come_to = place + 1
+        at_risk, right = [0] * num_tokens, [0] * num_tokens
         for position, is_right in enumerate(_judge(drafted, following, choices[place:])):
-            at_risk[position] += 1
-            right[position] += is_right
+            at_risk[position], right[position] = 1, int(is_right)
             come_to += is_right and following[position : position + 1] == [drafted[position]]
-    return SurvivalCounts(tuple(at_risk), tuple(right))
+        one = SurvivalCounts(tuple(at_risk), tuple(right))
+        total += SurvivalCounts(one.at_risk, one.right, {context_of(place + 1): one})
+    return total
 
 
 def _judge(

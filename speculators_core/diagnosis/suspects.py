@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from speculators_core.diagnosis.contexts import ContextTrial, try_shorter_contexts
 from speculators_core.diagnosis.replay import Reading, SeenText, first_token_log_probs, replay_all
 from speculators_core.errors import Cause
 from speculators_core.format.config import SpeculatorModelConfig
@@ -63,12 +64,21 @@ class Diagnosis:
     likely_cause: Trial | None
     acceptance_length_if_fixed: float | None
     """Acceptance length of the likely cause's reading."""
+    context: ContextTrial | None = None
+    """What shorter contexts would give; None where no context is longer than those tried."""
 
 
 def diagnose(
-    model: SpeculatorModel, verifier: PreTrainedModel, texts: Sequence[SeenText], num_tokens: int
+    model: SpeculatorModel,
+    verifier: PreTrainedModel,
+    texts: Sequence[SeenText],
+    num_tokens: int,
+    longest_trained: int | None = None,
 ) -> Diagnosis:
     """Tries every suspect on texts that the verifier wrote; ``model`` has it attached.
+
+    ``longest_trained`` is the length of the longest example that the draft was trained on, None
+    where that is not known; see `try_shorter_contexts`.
 
     A suspect is believed if it gives the verifier's tokens more probability by far more than
     chance, and the draft is then worth serving. A draft reads best what it was trained to read, so
@@ -86,7 +96,8 @@ def diagnose(
                 likely, fixed = trial, length
     trials.sort(key=lambda trial: (not trial.is_better, -trial.gain_nats))
     length = replay_all(as_is, texts, num_tokens).acceptance_length
-    return Diagnosis(length, tuple(trials), likely, fixed)
+    context = try_shorter_contexts(model, texts, num_tokens, longest_trained)
+    return Diagnosis(length, tuple(trials), likely, fixed, context)
 
 
 def _try(suspect: Suspect, texts: Sequence[SeenText], known: Sequence[Tensor]) -> Trial:

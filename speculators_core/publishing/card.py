@@ -15,16 +15,26 @@ from typing import NamedTuple
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from pydantic import ValidationError
 
 from speculators_core.data_generation.settings import DatasetConfig
+from speculators_core.decoding.acceptance import worst_cell
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.files import write_text
 from speculators_core.format import checkpoint
 from speculators_core.format.checkpoint import is_hub_id
 from speculators_core.format.config import SpeculatorModelConfig
-from speculators_core.publishing.card_facts import CardFacts, DataFacts, Measurement, TrainingFacts
+from speculators_core.publishing.card_facts import (
+    CardFacts,
+    DataFacts,
+    LearntLengths,
+    Measurement,
+    TrainingFacts,
+)
 
 CARD = "README.md"
+LEARNT = "trained_lengths"
+"""Key of the front matter with the lengths of the examples that the draft was trained on."""
 REPOSITORY = "<this repository>"
 """Placeholder for the hub id of a speculator that is not on the hub yet."""
 
@@ -103,6 +113,7 @@ def make_card(folder: Path, facts: CardFacts) -> str:
     name = config.verifier.name_or_path
     public = name if name is not None and is_hub_id(name, folder) else None
     sources = facts.data.datasets if facts.data else ()
+    learnt = facts.training.learnt if facts.training else None
     data = ModelCardData(
         base_model=public,
         # The hub has four relations; like an adapter, a draft is useless without its base.
@@ -114,6 +125,8 @@ def make_card(folder: Path, facts: CardFacts) -> str:
         pipeline_tag="text-generation",
         tags=["speculative-decoding", "speculators", config.speculators_model_type, "vllm"],
     )
+    if learnt is not None:
+        data[LEARNT] = learnt.model_dump()
     verifier = public or VERIFIER
     sections = (
         _what_it_is(config, verifier, sum(math.prod(tensor.shape) for tensor in tensors)),
@@ -121,7 +134,7 @@ def make_card(folder: Path, facts: CardFacts) -> str:
         _use(config, verifier),
         _data(facts.data),
         _training(facts.training),
-        _limits(facts, verifier),
+        _limits(facts, config, verifier),
         f"## Licence\n\n{_license_line(facts.license)}",
         f"## Versions\n\n{_pairs(facts.versions) or 'Not recorded'}.",
     )
@@ -176,6 +189,16 @@ def read_text(path: Path) -> str:
         raise SpeculatorError(
             f"{path} cannot be read: {first_line(error)}; expected UTF-8 text. Correct the file."
         ) from error
+
+
+def learnt_lengths(folder: Path) -> LearntLengths | None:
+    """The lengths of examples that the card in a speculator's folder states; None without them."""
+    if not (folder / CARD).is_file():
+        return None
+    try:
+        return LearntLengths.model_validate(parse(read_text(folder / CARD)).data.get(LEARNT))
+    except (SpeculatorError, ValidationError):  # another writer's card, or an edited one
+        return None
 
 
 def license_of(card: ModelCard) -> str | None:
@@ -235,10 +258,33 @@ def _acceptance(measured: Measurement | None, verifier: str) -> str:
     ]
     drawn = f"at temperature {measured.temperature:g}" if measured.temperature else "greedy"
     return (
-        f"{title}Tokens emitted per verifier step, the bonus token included; "
+        f"{title}{_worst(measured)}Tokens emitted per verifier step, the bonus token included; "
         f"{measured.speculative_tokens} tokens per proposal, {drawn}.\n\n"
         f"{_table(('category', 'acceptance length', 'prompts'), rows)}\n\n"
+        f"{_by_context(measured)}"
         f"Measured by\n\n{_code(measured.command)}\n\nwith {_pairs(measured.versions)}."
+    )
+
+
+def _worst(measured: Measurement) -> str:
+    cell = worst_cell({part.context: part.reached_and_kept for part in measured.contexts})
+    return f"Worst at {cell}.\n\n" if cell else ""
+
+
+def _by_context(measured: Measurement) -> str:
+    if not measured.contexts:
+        return ""
+    rows = []
+    for part in measured.contexts:
+        rates = [kept / reached for reached, kept in part.reached_and_kept if reached]
+        conditional = " ".join(f"{rate:.2f}" for rate in rates)
+        rows.append(
+            (part.context, f"{part.acceptance_length:.2f}", f"{part.num_drafts:,}", conditional)
+        )
+    columns = ("tokens before the draft", "acceptance length", "drafts", "kept by position")
+    return (
+        f"{_table(columns, rows)}\n\nA rate by position is over the drafts whose earlier tokens "
+        "were all kept.\n\n"
     )
 
 
@@ -312,16 +358,13 @@ def _lengths(run: TrainingFacts) -> str | None:
     )
 
 
-def _limits(facts: CardFacts, verifier: str) -> str:
+def _limits(facts: CardFacts, config: SpeculatorModelConfig, verifier: str) -> str:
     run, measured = facts.training, facts.measured
     languages = ", ".join(facts.languages)
     return "## Limits\n\n" + _bullets(
         f"It was made for `{verifier}`. With other weights, such as those of a fine-tune, fewer of "
         "its tokens are accepted; with a model of another shape it does not run.",
-        f"It was trained on examples of at most {min(run.lengths.longest, run.row_length):,} "
-        "tokens. In longer texts fewer of its tokens may be accepted."
-        if run and run.lengths
-        else "The length of the examples that it was trained on is not recorded.",
+        _reach(run.learnt if run else None, config, measured),
         (f"Languages of the data: {languages}." if languages else "Languages are not recorded.")
         + " In other languages and domains fewer of its tokens are accepted.",
         "The acceptance lengths above are greedy; they are shorter when tokens are sampled."
@@ -329,6 +372,26 @@ def _limits(facts: CardFacts, verifier: str) -> str:
         else None,
         "The speed-up depends on hardware, batch size, engine and prompts.",
         "Errors and biases of the answers are the verifier's.",
+    )
+
+
+def _reach(
+    learnt: LearntLengths | None, config: SpeculatorModelConfig, measured: Measurement | None
+) -> str:
+    """How far its training reaches, and where it can be used beyond, or was."""
+    if learnt is None:
+        return "The length of the examples that it was trained on is not recorded."
+    allowed = getattr(config.transformer_layer_config, "max_position_embeddings", 0)
+    used = measured.longest_context or 0 if measured else 0
+    beyond = [
+        f"its config allows texts of up to {allowed:,}" if allowed > learnt.longest else "",
+        f"it was measured in texts of up to {used:,}" if used > learnt.longest else "",
+    ]
+    told = " and ".join(filter(None, beyond))
+    return (
+        f"It was trained on examples of {learnt}. In longer texts fewer of its tokens may be "
+        f"accepted: measure it at the lengths that you serve."
+        + (f" {told[0].upper()}{told[1:]}." if told else "")
     )
 
 

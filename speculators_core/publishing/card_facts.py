@@ -10,6 +10,7 @@ from speculators_core.data_generation.lengths import Lengths
 from speculators_core.data_generation.settings import DatasetConfig
 from speculators_core.data_generation.stores.disk import MANIFEST, DiskStore
 from speculators_core.data_generation.stores.inspection import summarize
+from speculators_core.decoding.acceptance import reached_and_kept
 from speculators_core.errors import SpeculatorError
 from speculators_core.settings import Settings, load_yaml
 
@@ -86,6 +87,26 @@ class TrainingFacts(Settings):
     seconds: float | None = Field(None, ge=0)
     hardware: str | None = None
 
+    @property
+    def learnt(self) -> "LearntLengths | None":
+        """Lengths of the examples as the draft saw them; None where they are not known."""
+        if self.lengths is None:
+            return None
+        longest = min(self.lengths.longest, self.row_length)
+        return LearntLengths(longest=longest, mean=min(round(self.lengths.mean), longest))
+
+
+class LearntLengths(Settings):
+    """Lengths of the examples that a draft was trained on, in tokens."""
+
+    longest: int = Field(ge=1)
+    """Longest example, after truncation to a row."""
+    mean: int = Field(ge=0)
+    """Mean over the examples."""
+
+    def __str__(self) -> str:
+        return f"at most {self.longest:,} tokens ({self.mean:,} on average)"
+
 
 class CategoryAcceptance(Settings):
     """Acceptance over the prompts of one category."""
@@ -96,10 +117,33 @@ class CategoryAcceptance(Settings):
     num_prompts: int = Field(ge=1)
 
 
+class ContextAcceptance(Settings):
+    """Acceptance of the drafts in one range of context lengths."""
+
+    context: str
+    """Tokens before the draft, a name in `CONTEXT_BUCKETS`."""
+    num_drafts: int = Field(ge=1)
+    accepted_per_position: tuple[int, ...]
+    """Drafts whose positions 1 to k were all kept, for each k."""
+
+    @property
+    def acceptance_length(self) -> float:
+        return 1.0 + sum(self.accepted_per_position) / self.num_drafts
+
+    @property
+    def reached_and_kept(self) -> list[tuple[int, int]]:
+        """For each position, the drafts that reached it and those kept there."""
+        return reached_and_kept(self.num_drafts, self.accepted_per_position)
+
+
 class Measurement(Settings):
     """Acceptance by category, with the command that repeats the measurement."""
 
     rows: tuple[CategoryAcceptance, ...] = Field(min_length=1)
+    contexts: tuple[ContextAcceptance, ...] = ()
+    """By context length; empty where that was not counted."""
+    longest_context: int | None = Field(None, ge=0)
+    """Tokens of the longest prompt with its output."""
     command: str = Field(min_length=1)
     """The exact command."""
     versions: dict[str, str]

@@ -6,13 +6,16 @@ each token follows the draft's previous output:
 
     acceptance_length            prompts decoded with the verifier, by the reference decoder
     joint_k, conditional_k       the same by position, k from 1
+    context_C_...                the same of drafts with C tokens before them, as 128-512, and
+                                 num_drafts, their number
     predicted_...                the same of roll-outs over held-out examples; see `rollout`
 """
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count, pairwise, takewhile
 from typing import TypeVar
 
 import numpy as np
@@ -22,7 +25,13 @@ from torch import Tensor
 
 from speculators_core.data_generation.examples import GeneratedExample, Schema
 from speculators_core.data_generation.packing import RowLayout
-from speculators_core.decoding.acceptance import AcceptanceCounts
+from speculators_core.decoding.acceptance import (
+    CONTEXT_BUCKETS,
+    AcceptanceCounts,
+    Cell,
+    merge_contexts,
+    worst_cell,
+)
 from speculators_core.decoding.generation import neutral_generation
 from speculators_core.decoding.prompts import Prompt, read_prompts, tokenize
 from speculators_core.diagnosis.rollout import (
@@ -159,7 +168,7 @@ def decode_prompts(
         SpeculatorError: the draft has no verifier attached in full.
     """
     num_tokens = draft.config.proposal.speculative_tokens
-    counts = AcceptanceCounts(num_tokens)
+    counts, contexts = AcceptanceCounts(num_tokens), []
     ordered = sorted(prompts, key=len)  # prompts of a batch are padded to the longest
     with measuring(draft), neutral_generation(draft.verifier):
         for first in range(0, len(ordered), DECODED_AT_ONCE):
@@ -177,9 +186,10 @@ def decode_prompts(
                 pad_token_id=0,
                 return_dict_in_generate=True,
             )
-            for row in output.acceptance:
+            for prompt, row in zip(group, output.acceptance, strict=True):
                 counts.accepted.extend(row.accepted)
-    return SurvivalCounts.of(counts)
+                contexts.append(row.by_context(len(prompt)))
+    return SurvivalCounts.of(counts, merge_contexts(contexts, num_tokens))
 
 
 # ---- roll-outs ----
@@ -265,10 +275,14 @@ def measure_acceptance(
 
 
 def _sum_over_ranks(counts: SurvivalCounts, device: torch.device) -> SurvivalCounts:
-    both = torch.tensor([counts.at_risk, counts.right], device=device)
-    torch.distributed.all_reduce(both)
-    at_risk, right = both.tolist()
-    return SurvivalCounts(tuple(at_risk), tuple(right))
+    none = SurvivalCounts.none(len(counts.at_risk))
+    parts = [counts, *(counts.contexts.get(name, none) for name in CONTEXT_BUCKETS)]
+    table = torch.tensor([[part.at_risk, part.right] for part in parts], device=device)
+    torch.distributed.all_reduce(table)
+    total, *by_context = [SurvivalCounts(tuple(a), tuple(b)) for a, b in table.tolist()]
+    named = zip(CONTEXT_BUCKETS, by_context, strict=True)
+    contexts = {name: part for name, part in named if part.num_places}
+    return replace(total, contexts=contexts)
 
 
 def _figures(counts: SurvivalCounts, prefix: str = "") -> dict[str, float]:
@@ -281,7 +295,38 @@ def _figures(counts: SurvivalCounts, prefix: str = "") -> dict[str, float]:
         for k, rate in enumerate(counts.conditional, start=1)
         if rate is not None
     }
-    return {f"{prefix}acceptance_length": counts.acceptance_length, **joint, **conditional}
+    found = {f"{prefix}acceptance_length": counts.acceptance_length, **joint, **conditional}
+    for name, part in counts.contexts.items():
+        start = f"{prefix}{_context_key(name)}"
+        found |= {f"{start}num_drafts": float(part.num_places), **_figures(part, start)}
+    return found
+
+
+def _context_key(context: str) -> str:
+    """The start of a range's figures, in characters that every tracker takes."""
+    return f"context_{context.replace('<', '0-').replace('+', '-up')}_"
+
+
+def counts_by_context(figures: Mapping[str, float], prefix: str = "") -> dict[str, list[int]]:
+    """Decoded drafts of each range of context lengths, and those kept up to each position.
+
+    From figures of `measure_acceptance` whose names begin with ``prefix``; ranges without drafts
+    are left out.
+    """
+    found = {}
+    for name in CONTEXT_BUCKETS:
+        start = f"{prefix}{_context_key(name)}"
+        num_drafts = figures.get(f"{start}num_drafts", 0.0)
+        names = takewhile(figures.__contains__, (f"{start}joint_{k}" for k in count(1)))
+        if kept := [round(num_drafts * figures[joint]) for joint in names]:
+            found[name] = [round(num_drafts), *kept]
+    return found
+
+
+def worst_cell_of(figures: Mapping[str, float], prefix: str = "") -> Cell | None:
+    """The worst cell of decoded drafts, from figures of `measure_acceptance`."""
+    parts = counts_by_context(figures, prefix)
+    return worst_cell({name: pairwise(counts) for name, counts in parts.items()})
 
 
 def name_teacher_forced(metrics: Mapping[str, Figure]) -> dict[str, Figure]:

@@ -25,11 +25,13 @@ from speculators_core.publishing.card import REPOSITORY, VERIFIER, write_card
 from speculators_core.publishing.card_facts import (
     CardFacts,
     CategoryAcceptance,
+    ContextAcceptance,
     DataFacts,
     Measurement,
     TrainingFacts,
 )
 from speculators_core.registry import COMMANDS
+from speculators_core.training.evaluation import counts_by_context
 from speculators_core.training.job import LOG, Job
 from speculators_core.training.ranks import environment_without_ranks
 from speculators_core.training.settings import TrainingPlan
@@ -106,8 +108,16 @@ def _measured_on_the_way(job: Job, here: dict[str, str]) -> Measurement | None:
         acceptance_length=figures["acceptance_length"],
         num_prompts=len(job.prompts),
     )
+    contexts = counts_by_context(figures)
     return Measurement(
         rows=(row,),
+        contexts=tuple(
+            ContextAcceptance(
+                context=name, num_drafts=num_drafts, accepted_per_position=tuple(kept)
+            )
+            for name, (num_drafts, *kept) in contexts.items()
+        ),
+        longest_context=max(map(len, job.prompts)) + job.plan.evaluation.max_tokens,
         command=f"speculators train --config {CONFIG}",
         versions=here,
         speculative_tokens=job.draft.config.proposal.speculative_tokens,
@@ -158,6 +168,7 @@ def measure(speculator: Path, plan: TrainingPlan, prompts: Sequence[Prompt]) -> 
     report = AcceptanceReport.model_validate_json((output / "report.json").read_bytes())
     (draft,) = report.drafts
     (found,) = draft.by_k
+    texts = (request.num_prompt_tokens + len(request.output_ids) for request in found.requests)
     named = plan.model.verifier_name or plan.model.verifier
     public = ["--prompts", PROMPTS, "--verifier", named if is_hub_id(named) else VERIFIER]
     return Measurement(
@@ -169,6 +180,15 @@ def measure(speculator: Path, plan: TrainingPlan, prompts: Sequence[Prompt]) -> 
             )
             for name, counts in found.categories.items()
         ),
+        contexts=tuple(
+            ContextAcceptance(
+                context=name,
+                num_drafts=counts.num_drafts,
+                accepted_per_position=tuple(counts.accepted_per_position),
+            )
+            for name, counts in found.contexts.items()
+        ),
+        longest_context=max(texts, default=0),
         command=shlex.join(["speculators", "acceptance", *options, *public, "--model", REPOSITORY]),
         versions=report.environment,
         speculative_tokens=found.speculative_tokens,

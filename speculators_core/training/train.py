@@ -12,6 +12,7 @@ from speculators_core.provenance import this_command
 from speculators_core.publishing.card import write_card
 from speculators_core.settings import Settings
 from speculators_core.training.budget.estimate import print_estimate, refuse
+from speculators_core.training.evaluation import worst_cell_of
 from speculators_core.training.finish import (
     best_figures,
     card_facts,
@@ -124,6 +125,8 @@ def print_report(report: TrainReport) -> None:
         kept = describe_kept(report.saved_state)
         console.print(f"stopped after step {report.steps}; {kept}", markup=False, soft_wrap=True)
         return
+    if worst := worst_cell_of(report.figures):
+        console.print(f"worst at {worst}", markup=False)
     length = report.figures.get("acceptance_length")
     shown = "" if length is None else f", acceptance length {length:.3f}"
     step = report.best_step or report.steps

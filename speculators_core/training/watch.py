@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from speculators_core.console import LINE_EVERY_S, console
 from speculators_core.data_generation.lengths import Lengths
 from speculators_core.files import write_text
+from speculators_core.training.evaluation import worst_cell_of
 from speculators_core.training.rows.sources import Stream
 
 LEAST_BETWEEN = 20
@@ -186,6 +187,8 @@ class Display(TrainerCallback):
             shown = [f"{SHOWN[name]} {line[name]:.3f}" for name in SHOWN if name in line]
             shown.append(f"{self._rate(state):.0f} tokens/s")
             where = f"step {state.global_step} of {state.max_steps}"
+            if worst := worst_cell_of(line, "eval_"):
+                console.print(f"{where}: worst at {worst}", markup=False)
             console.print(f"{where}: {', '.join(shown)}", markup=False)
             self._last_line = time.monotonic()
 
@@ -201,7 +204,9 @@ class Display(TrainerCallback):
 
 def evaluation_table(history: Sequence[Mapping[str, float]]) -> Table:
     """The last evaluations, one per line, with the loss before each."""
-    table = Table(title="evaluations", title_justify="left")
+    worst = next(filter(None, (worst_cell_of(line, "eval_") for line in reversed(history))), None)
+    title = f"worst at {worst}\nevaluations" if worst else "evaluations"
+    table = Table(title=title, title_justify="left")
     for column in ("step", "loss", "eval loss", "tau", "tau predicted"):
         table.add_column(column, justify="right")
     loss, rows = None, []

@@ -18,9 +18,11 @@ from vllm import SamplingParams
 from vllm.transformers_utils.configs.speculators.base import SpeculatorsConfig
 
 from speculators_core.console import console
+from speculators_core.decoding.acceptance import AcceptanceCounts, merge_contexts
 from speculators_core.decoding.default_prompts import default_prompts
 from speculators_core.decoding.prompts import read_prompts, tokenize
 from speculators_core.diagnosis.check_report import CheckReport, Counts, Severity
+from speculators_core.diagnosis.contexts import ContextTrial
 from speculators_core.diagnosis.replay import see
 from speculators_core.diagnosis.suspects import DEAD_BELOW, Diagnosis, diagnose
 from speculators_core.errors import SpeculatorError, UnreadFormatError
@@ -30,6 +32,8 @@ from speculators_core.format.loading import names_of
 from speculators_core.format.stored_speculator import StoredSpeculator
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.provenance import versions
+from speculators_core.publishing.card import CARD, learnt_lengths
+from speculators_core.publishing.card_facts import LearntLengths
 from speculators_core.texts.chat import TemplateRefused, render_chat
 from speculators_core.verifier.pair import Pair
 from speculators_core.verifier.reading import read_tokenizer
@@ -74,7 +78,9 @@ def check(speculator: str, config: CheckConfig) -> CheckReport:
     report = CheckReport(speculator=speculator, verifier=config.verifier, versions=versions())
     try:
         pair = Pair.open(
-            speculator, config.verifier, files=checkpoint.ALL_FILES + checkpoint.TEXT_FILES
+            speculator,
+            config.verifier,
+            files=(*checkpoint.ALL_FILES, *checkpoint.TEXT_FILES, CARD),
         )
         report.verifier = pair.verifier
         with offline.quiet():
@@ -92,14 +98,16 @@ def check(speculator: str, config: CheckConfig) -> CheckReport:
         _ask_stock_vllm(report, pair.speculator.raw)
     tokenizer = read_tokenizer(pair.verifier)
     _compare_templates(report, pair.speculator, tokenizer)
-    longest = offline.longest_text(pair.verifier_config, engine_args) - config.max_tokens
+    served_length = offline.longest_text(pair.verifier_config, engine_args)
     plan = _Plan(
         pair=pair,
-        prompts=_prompts(config, tokenizer, longest),
+        prompts=_prompts(config, tokenizer, served_length - config.max_tokens),
         num_tokens=config.k or pair.speculator.config.proposal.speculative_tokens,
         max_tokens=config.max_tokens,
         dtype=config.dtype or ("auto" if offline.has_gpu() else "float32"),
         engine_args=engine_args,
+        served_length=served_length,
+        learnt=learnt_lengths(pair.speculator.folder),
     )
     report.speculative_tokens = plan.num_tokens
     _compare_sides(report, plan)
@@ -279,6 +287,15 @@ class _Plan:
     max_tokens: int
     dtype: Dtype
     engine_args: Arguments
+    served_length: int
+    """Most tokens that vLLM takes of a text."""
+    learnt: LearntLengths | None
+    """Lengths of the examples that the draft was trained on, where its card states them."""
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens of the longest prompt with its answer."""
+        return max(map(len, self.prompts)) + self.max_tokens
 
     @property
     def traced(self) -> list[int]:
@@ -293,13 +310,13 @@ class _Side:
     continuations: list[offline.Continuation]
     trace: Trace
 
-    def counts(self, num_tokens: int) -> Counts:
-        pooled = pool([one.accepted for one in self.continuations], num_tokens)
-        return Counts(
-            num_drafts=pooled.num_drafts,
-            accepted_per_position=pooled.accepted_per_position,
-            acceptance_length=pooled.acceptance_length,
-        )
+    def counts(self, prompts: Sequence[list[int]], num_tokens: int) -> Counts:
+        accepted = [one.accepted for one in self.continuations]
+        parts = [
+            AcceptanceCounts(num_tokens, kept).by_context(len(prompt))
+            for prompt, kept in zip(prompts, accepted, strict=True)
+        ]
+        return Counts.of(pool(accepted, num_tokens), merge_contexts(parts, num_tokens))
 
 
 def _compare_sides(report: CheckReport, plan: _Plan) -> None:
@@ -308,11 +325,12 @@ def _compare_sides(report: CheckReport, plan: _Plan) -> None:
     gc.collect()  # vLLM takes the memory that the reference had
     torch.cuda.empty_cache()
     served = _run_vllm(plan, dtype)
-    report.reference = reference.counts(plan.num_tokens)
-    report.served = served.counts(plan.num_tokens)
+    report.reference = reference.counts(plan.prompts, plan.num_tokens)
+    report.served = served.counts(plan.prompts, plan.num_tokens)
     _compare_tensors(report, compare(reference.trace, served.trace, dtype))
     _compare_counts(report, plan.num_tokens, reference, served, dtype == torch.float32)
     _explain(report, report.reference, diagnosis)
+    _warn_of_length(report, plan)
 
 
 def _run_reference(report: CheckReport, plan: _Plan) -> tuple[_Side, torch.dtype, Diagnosis]:
@@ -324,7 +342,8 @@ def _run_reference(report: CheckReport, plan: _Plan) -> tuple[_Side, torch.dtype
         see(verifier, prompt, done.token_ids)
         for prompt, done in zip(plan.prompts, decoded, strict=True)
     ]
-    diagnosis = diagnose(model, verifier, texts, num_tokens)
+    learnt = plan.learnt.longest if plan.learnt else None
+    diagnosis = diagnose(model, verifier, texts, num_tokens, learnt)
     seen = see(verifier, plan.traced, decode(model, plan.traced, 1, num_tokens).token_ids)
     trace = {name: found.cpu() for name, found in trace_reference(model, seen, num_tokens).items()}
     return _Side(decoded, trace), verifier.dtype, diagnosis
@@ -403,6 +422,8 @@ def _explain(report: CheckReport, reference: Counts, diagnosis: Diagnosis) -> No
             f"{diagnosis.acceptance_length:.2f}.",
             likely.cause,
         )
+    elif diagnosis.context is not None and diagnosis.context.is_cause:
+        _blame_context(report, diagnosis.context)
     elif reference.acceptance_length < DEAD_BELOW:
         report.add(
             "fault",
@@ -411,6 +432,37 @@ def _explain(report: CheckReport, reference: Counts, diagnosis: Diagnosis) -> No
             "way to read the weights does better: the draft was not trained for this verifier, or "
             "not at all.",
             "dead draft",
+        )
+
+
+def _blame_context(report: CheckReport, trial: ContextTrial) -> None:
+    limit = f"{trial.window:,} tokens"
+    report.add(
+        "fault",
+        "reading",
+        f"contexts of up to {trial.longest:,} tokens, longer than {limit}: beyond these tau is "
+        f"{trial.whole.acceptance_length:.2f}, and would be {trial.short.acceptance_length:.2f} if "
+        f"the draft saw the last {limit} alone. Train it on examples as long as the texts that you "
+        "serve.",
+        "context longer than trained",
+    )
+
+
+def _warn_of_length(report: CheckReport, plan: _Plan) -> None:
+    """Names the lengths at which the draft is used, where they exceed those that it has learnt."""
+    learnt, used = plan.learnt, plan.longest_context
+    if learnt is None:
+        report.add(
+            "note", "checkpoint", "the lengths of the examples that it was trained on are unknown."
+        )
+    elif plan.served_length > learnt.longest:
+        beyond = f"the prompts reach {used:,} with their answers, and " * (used > learnt.longest)
+        report.add(
+            "warning",
+            "checkpoint",
+            f"it was trained on examples of {learnt}; {beyond}vLLM serves texts of up to "
+            f"{plan.served_length:,}. Measure it at the lengths that you serve, or lower "
+            "max_model_len.",
         )
 
 
@@ -430,12 +482,25 @@ def _prompts(
 # ---- what is printed ----
 
 
+def _context_table(reference: Counts) -> Table:
+    table = Table(title="by context length, reference decoder", title_justify="left")
+    for column in ("tokens", "drafts", "tau", "conditional"):
+        table.add_column(column)
+    for name, part in reference.contexts.items():
+        rates = [f"{kept / reached:.2f}" for reached, kept in part.reached_and_kept if reached]
+        tau = f"{part.acceptance_length:.3f}"
+        table.add_row(name, str(part.num_drafts), tau, " ".join(rates))
+    return table
+
+
 def print_report(report: CheckReport) -> None:
     """Findings, both sides position by position, and the verdict."""
     console.print(f"speculator {report.speculator}")
     if report.verifier:
         console.print(f"verifier   {report.verifier}")
     if report.reference and report.served:
+        if worst := report.reference.worst_cell:
+            console.print(f"worst at {worst}")
         table = Table(title="accepted by position", title_justify="left")
         columns = range(1, (report.speculative_tokens or 0) + 1)
         for column in ("", "tau", "drafts", *map(str, columns)):
@@ -444,6 +509,7 @@ def print_report(report: CheckReport) -> None:
             accepted = map(str, side.accepted_per_position)
             table.add_row(name, f"{side.acceptance_length:.3f}", str(side.num_drafts), *accepted)
         console.print(table)
+        console.print(_context_table(report.reference))
     finite = [(name, difference) for name, difference in report.stages if difference is not None]
     if finite:
         name, difference = max(finite, key=lambda stage: stage[1])

@@ -10,10 +10,14 @@ from speculators_core.decoding.acceptance import (
     CONTEXT_BUCKETS,
     Acceptance,
     AcceptanceCounts,
+    Cell,
     accept_greedy,
     accept_sampled,
     acceptance_probability,
+    merge_contexts,
     next_token_probs,
+    reached_and_kept,
+    worst_cell,
 )
 
 # Greedy verification
@@ -558,3 +562,23 @@ def test_ranges_of_context_hold_every_draft_in_order(accepted, num_prompt_tokens
 )
 def test_a_range_of_context_ends_before_its_bound(context, name):
     assert list(AcceptanceCounts(1, [0]).by_context(context - 1)) == [name]
+
+
+def test_ranges_of_several_texts_are_put_together_in_order():
+    parts = [AcceptanceCounts(2, [1]).by_context(600), AcceptanceCounts(2, [0, 2]).by_context(5)]
+    assert list(merge_contexts(parts, 2)) == ["<128", "512-2k"]
+    assert merge_contexts([*parts, parts[0]], 2)["512-2k"] == AcceptanceCounts(2, [1, 1])
+    assert merge_contexts([], 2) == {}
+
+
+def test_the_worst_cell_is_that_with_the_lowest_conditional_rate_of_enough_drafts():
+    contexts = {
+        "<128": reached_and_kept(200, [100, 49, 0]),  # 0.50, 0.49, and too few to count
+        "128-512": reached_and_kept(100, [60, 6]),  # 0.60, 0.10
+        "512-2k": reached_and_kept(49, [0]),
+    }
+    found = worst_cell(contexts)
+    assert found == Cell("128-512", 2, 60, 6)
+    assert str(found) == "position 2 with 128-512 tokens of context, 6 of 60 kept (0.10)"
+    assert worst_cell({"<128": [(50, 5)], "2k-8k": [(90, 9)]}).context == "2k-8k"
+    assert worst_cell({"512-2k": [(49, 0)]}) is None

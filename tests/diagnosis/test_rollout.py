@@ -1,6 +1,7 @@
 """A roll-out finds what the reference decoder counts, as far as a text can tell."""
 
 import inspect
+import math
 import random
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from speculators_core.decoding import acceptance
 from speculators_core.decoding.acceptance import AcceptanceCounts
 from speculators_core.decoding.drafter import Proposal
 from speculators_core.decoding.independent import LanguageModelDraft
@@ -220,6 +222,15 @@ def test_a_draft_is_made_where_the_one_before_has_ended():
     assert roll_out(Says(table), TEXT, [1, 2, 3, 4, 5, 6], 3) == way[0] + way[1] + way[2]
     assert roll_out(Says(table), TEXT, [1, 2, 3, 4, 5, 6], 3, 2) == way[0] + way[1]
     assert roll_out(Says(table), TEXT, [1, 5, 6], 3) == way[0] + way[2]
+
+
+def test_drafts_are_counted_by_the_tokens_before_them(monkeypatch):
+    monkeypatch.setattr(acceptance, "CONTEXT_BUCKETS", {"<128": 6, "128-512": math.inf})
+    table = {1: [2, 3, 9], 4: [7, 6, 0], 5: [6, 7, 0], 6: [8, 7, 0]}
+    counts = roll_out(Says(table), TEXT, [1, 2, 3, 4, 5, 6], 3)
+    short, long = (roll_out(Says(table), TEXT, places, 3) for places in ([1, 4], [5]))
+    assert counts.contexts == {"<128": short, "128-512": long}  # places 4 and 5 have 5 and 6
+    assert (counts + short).contexts == {"<128": short + short, "128-512": long}
 
 
 def test_a_position_that_nobody_came_to_has_no_rate_and_adds_nothing():

@@ -25,6 +25,7 @@ from speculators_core.publishing.card import (
     VERIFIER,
     complete,
     is_ours,
+    learnt_lengths,
     make_card,
     parse,
     write_card,
@@ -32,7 +33,9 @@ from speculators_core.publishing.card import (
 from speculators_core.publishing.card_facts import (
     CardFacts,
     CategoryAcceptance,
+    ContextAcceptance,
     DataFacts,
+    LearntLengths,
     Measurement,
     TrainingFacts,
 )
@@ -111,6 +114,7 @@ def test_front_matter_is_what_the_hub_reads(folder):
         "license": "apache-2.0",
         "pipeline_tag": "text-generation",
         "tags": ["speculative-decoding", "speculators", "eagle3", "vllm"],
+        "trained_lengths": {"longest": 2048, "mean": 800},
     }
 
 
@@ -212,6 +216,50 @@ def test_lengths_of_examples_are_stated_and_not_that_of_a_row(folder):
     text = make_card(folder, CardFacts(training=unknown))
     assert "Length of examples" not in text
     assert "length of the examples that it was trained on is not recorded" in text
+
+
+def test_lengths_are_read_back_from_the_card(folder):
+    assert learnt_lengths(folder) is None
+    for facts, expected in (
+        (ALL, LearntLengths(longest=2048, mean=800)),
+        (CardFacts(), None),
+    ):
+        write_card(folder, facts)
+        assert learnt_lengths(folder) == expected
+    for front in ("trained_lengths: long", "trained_lengths: {longest: 0, mean: 0}", "a: [", ""):
+        (folder / CARD).write_text(f"---\n{front}\n---\nby hand\n")
+        assert learnt_lengths(folder) is None
+    assert learnt_lengths(playground.EAGLE3).longest <= 2048
+
+
+def test_card_warns_of_lengths_beyond_those_learnt_with_both_numbers(folder):
+    short = TRAINING.model_copy(update={"lengths": Lengths.of([100] * 9)})
+    measured = MEASURED.model_copy(update={"longest_context": 465})
+    limits = section(make_card(folder, CardFacts(training=short, measured=measured)), "Limits")
+    assert "at most 100 tokens (100 on average)" in limits
+    assert (
+        "Its config allows texts of up to 128 and it was measured in texts of up to 465" in limits
+    )
+    long = TRAINING.model_copy(update={"lengths": Lengths.of([500] * 9)})
+    limits = section(make_card(folder, CardFacts(training=long, measured=measured)), "Limits")
+    assert "texts of up to" not in limits
+
+
+def test_acceptance_by_context_length_and_the_worst_cell_before_the_mean(folder):
+    contexts = (
+        ContextAcceptance(context="<128", num_drafts=200, accepted_per_position=(150, 90, 60)),
+        ContextAcceptance(context="128-512", num_drafts=100, accepted_per_position=(70, 7, 0)),
+    )
+    measured = MEASURED.model_copy(update={"contexts": contexts})
+    told = section(make_card(folder, CardFacts(measured=measured)), "Acceptance length")
+    assert (
+        "| <128 | 2.50 | 200 | 0.75 0.60 0.67 |\n| 128-512 | 1.77 | 100 | 0.70 0.10 0.00 |" in told
+    )
+    assert told.strip().startswith("Worst at position 2 with 128-512 tokens of context, 7 of 70")
+    few = (contexts[0].model_copy(update={"num_drafts": 40, "accepted_per_position": (9, 5, 1)}),)
+    measured = MEASURED.model_copy(update={"contexts": few})
+    told = section(make_card(folder, CardFacts(measured=measured)), "Acceptance length")
+    assert "Worst" not in told and "| <128 |" in told
 
 
 def test_code_of_the_card_loads_the_class_from_the_face(folder):

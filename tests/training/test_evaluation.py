@@ -11,7 +11,12 @@ from transformers import AutoTokenizer
 
 from benchmarks.playground import VERIFIER
 from speculators_core.data_generation.examples import GeneratedExample
-from speculators_core.decoding.acceptance import AcceptanceCounts
+from speculators_core.decoding.acceptance import (
+    AcceptanceCounts,
+    merge_contexts,
+    reached_and_kept,
+    worst_cell,
+)
 from speculators_core.decoding.independent import LanguageModelDraft
 from speculators_core.diagnosis.replay import see
 from speculators_core.diagnosis.rollout import (
@@ -26,12 +31,14 @@ from speculators_core.format.proposals import GreedyTokenProposalConfig, Samplin
 from speculators_core.training.evaluation import (
     HeldOut,
     choose_prompts,
+    counts_by_context,
     decode_prompts,
     greedy_tokens,
     measure_acceptance,
     measuring,
     name_teacher_forced,
     roll_out_held_out,
+    worst_cell_of,
 )
 from speculators_core.training.settings import EvaluationConfig
 from speculators_core.verifier import head as verifier_head
@@ -297,6 +304,34 @@ def test_figures_are_those_of_both_counts(terse):
     assert all(type(figure) is float for figure in figures.values())
     shorter = section.model_copy(update={"max_tokens": 5})
     assert measure_acceptance(model, PROMPTS, stored, shorter)["joint_1"] != figures["joint_1"]
+
+
+def test_figures_by_context_length_are_those_of_the_drafts_there():
+    verifier = make_verifier(vocab_size=12, max_position_embeddings=256)
+    model, stored = make_draft("eagle3", verifier), held_out(verifier)
+    prompts = [*PROMPTS, [5, 9, 7] * 42, [8] * 140]
+    section = EvaluationConfig(max_tokens=MAX_TOKENS, roll_outs=40)
+    figures = measure_acceptance(model, prompts, stored, section)
+    parts = [
+        AcceptanceCounts(3, decode_alone(model, prompt)).by_context(len(prompt))
+        for prompt in prompts
+    ]
+    expected = merge_contexts(parts, 3)
+    assert list(expected) == ["<128", "128-512"]
+    for name, counts in expected.items():
+        start = f"context_{name.replace('<', '0-')}"
+        assert figures[f"{start}_num_drafts"] == counts.num_drafts
+        assert figures[f"{start}_acceptance_length"] == pytest.approx(counts.acceptance_length)
+        first = counts.accepted_per_position[0] / counts.num_drafts
+        assert figures[f"{start}_conditional_1"] == pytest.approx(first)
+    assert figures["predicted_context_0-128_num_drafts"] > 0
+    assert not any("512" in name for name in figures if name.startswith("predicted_"))
+    read = {name: [c.num_drafts, *c.accepted_per_position] for name, c in expected.items()}
+    assert counts_by_context(figures) == read
+    logged = {f"eval_{name}": value for name, value in figures.items()}
+    assert counts_by_context(logged, "eval_") == read and counts_by_context(logged) == {}
+    cells = {name: reached_and_kept(c[0], c[1:]) for name, c in read.items()}
+    assert worst_cell_of(figures) == worst_cell(cells) is not None
 
 
 def test_what_is_not_measured_has_no_figure(terse):

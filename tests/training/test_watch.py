@@ -1,9 +1,35 @@
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from speculators_core.console import console
 from speculators_core.data_generation.lengths import Lengths
 from speculators_core.training.rows.sources import Stream
-from speculators_core.training.watch import MarkRowsUsed
+from speculators_core.training.watch import Display, MarkRowsUsed, evaluation_table
+
+
+def evaluation(num_drafts):
+    """The line of an evaluation whose drafts keep half of their first tokens, long or short."""
+    line = {"step": 4, "eval_loss": 1.0, "eval_acceptance_length": 1.5}
+    for name, rate in (("0-128", 0.5), ("128-512", 0.25)):
+        start = f"eval_context_{name}"
+        line |= {f"{start}_num_drafts": float(num_drafts), f"{start}_joint_1": rate}
+    return line
+
+
+@pytest.mark.parametrize("num_drafts", [40, 80])
+def test_an_evaluation_names_its_worst_cell_before_the_mean(num_drafts):
+    state = TrainerState()
+    state.log_history = [evaluation(num_drafts)]
+    display = Display(tokens_per_step=1)
+    with console.capture() as shown:
+        display.on_train_begin(None, state, TrainerControl())
+        display.on_log(None, state, TrainerControl())
+        console.print(evaluation_table([*state.log_history, {"step": 5, "loss": 1.0}]))
+    told = " ".join(shown.get().split())
+    worst = "worst at position 1 with 128-512 tokens of context, 20 of 80 kept (0.25)"
+    assert told.count(worst) == (2 if num_drafts == 80 else 0)
+    if num_drafts == 80:
+        assert told.index(worst) < told.index("tau 1.500")
 
 
 class Rows(Stream):

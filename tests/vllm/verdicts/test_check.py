@@ -14,11 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from benchmarks import playground
+from speculators_core.data_generation.examples import GeneratedExample
+from speculators_core.data_generation.packing import RowLayout
+from speculators_core.diagnosis.replay import see
 from speculators_core.errors import SpeculatorError
 from speculators_core.format.vocabulary import choose_draft_vocabulary
 from speculators_vllm import offline
 from speculators_vllm.commands.check import run
-from speculators_vllm.verdicts.check import check
+from speculators_vllm.verdicts.check import check, print_report
 from speculators_vllm.verdicts.settings import CheckConfig
 from speculators_vllm.verdicts.traces import compare
 from tests.conftest import DRAFTS, make_verifier
@@ -146,6 +149,76 @@ def test_a_misread_draft_of_the_playground_is_named(tmp_path):
     )
     report = check(str(folder), settings)
     assert report.verdict == "not fit to serve: wrong layer ids"
+
+
+SHORT = 24
+
+
+@pytest.fixture(scope="module")
+def short(small):
+    """A draft trained on pieces of 24 tokens, with a card that states it, and long prompts."""
+    verifier = AutoModelForCausalLM.from_pretrained(small / "verifier", dtype=torch.float32).eval()
+    starts = torch.arange(3, 35, 4)[:, None]
+    written = verifier.generate(
+        starts,
+        attention_mask=torch.ones_like(starts),
+        max_new_tokens=440,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    texts = [see(verifier, text[:400].tolist(), text[400:].tolist()) for text in written]
+    torch.manual_seed(1)
+    model = DRAFTS["peagle"].from_training_args(
+        verifier.config,
+        verifier=verifier,
+        name_or_path=str(small / "verifier"),
+        aux_layer_ids=(1, 2, 3),
+        mask_token_id=2,
+        speculative_tokens=4,
+    )
+    optimizer = torch.optim.Adam([w for w in model.parameters() if w.requires_grad], lr=3e-3)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(pack_pieces(texts, model.aux_layer_ids, draw))[1].backward()
+        optimizer.step()
+    folder = small / "short"
+    model.save_pretrained(folder)
+    front = f"---\ntrained_lengths:\n  longest: {SHORT}\n  mean: {SHORT}\n---\n"
+    (folder / "README.md").write_text(front)
+    prompts = [{"prompt": " ".join(map(str, text[:400].tolist()))} for text in written]
+    (small / "long.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    return folder
+
+
+def pack_pieces(texts, layer_ids, draw):
+    """A row of 16 pieces of the texts, with the states that the verifier had there."""
+    ids, examples = [*layer_ids, 4], []
+    for number in range(16):
+        text = texts[int(torch.randint(len(texts), (1,), generator=draw))]
+        first = int(torch.randint(len(text.token_ids) - SHORT, (1,), generator=draw))
+        piece = slice(first, first + SHORT)
+        states = torch.stack([text.states[layer_id][piece] for layer_id in ids], 1)
+        is_trained = torch.ones(SHORT, dtype=torch.bool)
+        examples.append(GeneratedExample(str(number), text.token_ids[piece], is_trained, 1, states))
+    return RowLayout(None, tuple(range(len(layer_ids))), len(layer_ids)).pack(examples)
+
+
+def test_contexts_longer_than_trained_are_named(fitted, short, capsys):
+    settings = CheckConfig(prompts=str(fitted / "long.jsonl"), max_tokens=40)
+    report = check(str(short), settings)
+    assert report.verdict == "not fit to serve: context longer than trained"
+    (fault,) = report.faults
+    assert "contexts of up to 440 tokens, longer than 24 tokens: beyond these tau is" in fault.text
+    assert list(report.reference.contexts) == ["128-512"]
+    assert report.reference.contexts["128-512"].num_drafts == report.reference.num_drafts
+    (warning,) = [one.text for one in report.findings if one.severity == "warning"]
+    assert "on examples of at most 24 tokens (24 on average); the prompts reach 440" in warning
+    assert "vLLM serves texts of up to 512" in warning
+    print_report(report)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.index("worst at position") < printed.index("accepted by position")
+    assert "by context length, reference decoder" in printed
 
 
 def test_a_draft_that_nothing_mends_is_dead(fitted, broken):
