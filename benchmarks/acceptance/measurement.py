@@ -37,10 +37,12 @@ from speculators_core.diagnosis.acceptance_report import (
     AcceptanceReport,
     Counters,
     DraftReport,
+    KReport,
     RequestRecord,
 )
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.provenance import environment, hash_weights
+from speculators_core.publishing.card import learnt_lengths
 from speculators_core.verifier.reading import read_tokenizer, read_verifier_config
 from speculators_vllm import offline
 
@@ -99,6 +101,7 @@ def measure(config: AcceptanceConfig) -> AcceptanceReport:
             greedy = config.temperature == 0
             by_k.append(report_k(count, measured.runs, baseline.runs, greedy, measured.counters))
             remarks += measured.remarks("with speculation")
+        remarks += _remark_of_length(found, by_k[0])
         weights = None if found.folder is None else hash_weights(found.folder)
         drafts.append(DraftReport(name=found.name, kind=found.kind, sha256=weights, by_k=by_k))
     return AcceptanceReport(
@@ -143,6 +146,18 @@ def _run_all(
         ]
         after = runner.counters()
         return _Measured(runs, None if before is None or after is None else after - before)
+
+
+def _remark_of_length(found: FoundDraft, entry: KReport) -> list[str]:
+    """Names a draft that was measured in longer texts than it has learnt."""
+    learnt = None if found.folder is None else learnt_lengths(found.folder)
+    longest = max((r.num_prompt_tokens + len(r.output_ids) for r in entry.requests), default=0)
+    if learnt is None or longest <= learnt.longest:
+        return []
+    return [
+        f"{Path(found.name).name}: trained on examples of {learnt}, measured in texts of up to "
+        f"{longest:,}"
+    ]
 
 
 # ---- inputs ----

@@ -114,6 +114,20 @@ def test_no_cell_is_named_where_drafts_are_few(report):
     assert "by context length" in shown.get() and "tokens of context" not in shown.get()
 
 
+@pytest.mark.parametrize("learnt", [40, 4000])
+def test_a_draft_measured_in_longer_texts_than_it_has_learnt_is_named(report, tmp_path, learnt):
+    folder = shutil.copytree(playground.EAGLE3, tmp_path / "draft")
+    front = f"---\ntrained_lengths: {{longest: {learnt}, mean: 30}}\n---\n"
+    (folder / "README.md").write_text(front)
+    config = AcceptanceConfig(
+        **QUICK | {"model": (str(folder),), "max_tokens": 2}, verifier=report.verifier
+    )
+    found = measure(config)
+    longest = max(r.num_prompt_tokens for r in found.baseline_requests) + 2
+    told = f"at most 40 tokens (30 on average), measured in texts of up to {longest}"
+    assert found.remarks == [f"draft: trained on examples of {told}"] * (learnt == 40)
+
+
 LOOP, OTHER = [1, 2] * 20, list(range(40))
 
 
