@@ -44,7 +44,7 @@ class Cell(NamedTuple):
 
     context: str
     position: int
-    """From 1."""
+    """Position in the draft, from 1."""
     num_drafts: int
     """Drafts whose earlier positions were all kept."""
     num_kept: int

@@ -1,4 +1,4 @@
-"""Tries a draft on shorter contexts than it is used with.
+"""Tries a draft on shorter contexts than it has.
 
 A draft that was trained on short examples can fail in longer contexts, at any position: its
 attention has never been over so many tokens. The same texts are replayed with the draft reading no
@@ -33,9 +33,9 @@ class ContextTrial:
     longest: int
     """Longest context, in tokens."""
     whole: AcceptanceCounts
-    """With the whole context."""
+    """Drafts that saw the whole context."""
     short: AcceptanceCounts
-    """With the last ``window`` tokens of it."""
+    """Drafts that saw its last ``window`` tokens."""
 
     @property
     def t(self) -> float:

@@ -141,7 +141,7 @@ class Measurement(Settings):
 
     rows: tuple[CategoryAcceptance, ...] = Field(min_length=1)
     contexts: tuple[ContextAcceptance, ...] = ()
-    """By context length; empty where that was not counted."""
+    """Figures by context length; empty where that was not counted."""
     longest_context: int | None = Field(None, ge=0)
     """Tokens of the longest prompt with its output."""
     command: str = Field(min_length=1)
