@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEVICE := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 
-.PHONY: help demo test test-compat test-flags test-docs lint docs setup clean
+.PHONY: help demo test test-compat test-families test-flags test-docs lint docs setup clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## set up, serve the playground with vLLM and print the acceptance tables
 	$(BIN)/python -m benchmarks.acceptance --limit-per-category 4 --max-tokens 96 --output results/demo
@@ -26,6 +26,9 @@ test-compat: $(READY)  ## serve drafts as other writers store them, with and wit
 
 test-flags: $(READY)  ## run every algorithm under each of vLLM's flags, 25 minutes
 	$(BIN)/python -m pytest -m flags tests/vllm/flags
+
+test-families: $(READY)  ## train, save, read and decode drafts for verifiers of more than sixty families
+	$(BIN)/python -m pytest -m "families or not families" tests/families
 
 test-docs: $(READY)  ## run every code block of the documentation
 	$(BIN)/python -m pytest -m docs tests/docs tests/examples

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
-from pydantic import Field, GetPydanticSchema, JsonValue, create_model
+from pydantic import AfterValidator, Field, GetPydanticSchema, JsonValue, create_model
 
 from speculators_core.settings import Settings
 
@@ -21,9 +21,19 @@ Switch = Parameter(negative=(), show_default=False)
 AsJson = Annotated[bool, Parameter(name="--json", negative=(), show_default=False)]
 """Prints a report as JSON, alone on stdout."""
 
+
+def _with_underscores(options: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Names of options are Python's: a dash in one is an underscore, in JSON as in a flag."""
+    renamed = {name.replace("-", "_"): value for name, value in options.items()}
+    if len(renamed) < len(options):
+        raise ValueError("one option is given twice, with dashes and with underscores")
+    return renamed
+
+
 JsonOptions = Annotated[
     dict[str, Any],  # the parser of flags does not know `JsonValue`
     GetPydanticSchema(lambda _, handler: handler(dict[str, JsonValue])),
+    AfterValidator(_with_underscores),
     Parameter(metavar="JSON", show_default=False),
 ]
 """Options that another library names: `--engine-args '{"max_model_len": 4096}'`, or a flag for

@@ -158,13 +158,22 @@ def _read_yaml(file: Path, known: list[str]) -> dict[str, object]:
             f"{file} holds a {type(content).__name__}; expected the sections {', '.join(known)}. "
             "Write them as keys of a mapping."
         )
+    content = _with_underscores(content)
     for name in content:
         if name not in known:
             raise SpeculatorError(
                 f"{file}: unknown section {name!r}; expected {', '.join(known)}."
                 f"{did_you_mean(str(name), known) or ' Correct or remove it.'}"
             )
-    return content
+    return {
+        name: _with_underscores(section) if isinstance(section, dict) else section
+        for name, section in content.items()
+    }
+
+
+def _with_underscores(options: dict) -> dict:
+    """A dash in the name of a section or an option is an underscore, as in a flag."""
+    return {k.replace("-", "_") if isinstance(k, str) else k: v for k, v in options.items()}
 
 
 def flat(options: Mapping[str, JsonValue], prefix: str = "") -> dict[str, JsonValue]:

@@ -83,7 +83,7 @@ def call(capsys, monkeypatch):
         ("--model.recipe.is-a true --model.recipe.b word",
          {"model": {"recipe": {"is_a": True, "b": "word"}}}),
         ("--model.recipe.a-b.c-d [1,2]", {"model": {"recipe": {"a_b": {"c_d": [1, 2]}}}}),
-        ('--model.recipe {"a-b":"3"}', {"model": {"recipe": {"a-b": "3"}}}),
+        ('--model.recipe {"a-b":"3"}', {"model": {"recipe": {"a_b": "3"}}}),
     ],
 )  # fmt: skip
 def test_flags_set_what_they_say(call, words, stated):

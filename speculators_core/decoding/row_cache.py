@@ -1,9 +1,12 @@
 """A Transformers cache with rows of different lengths."""
 
+import inspect
+from collections.abc import Collection
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from speculators_core.errors import SpeculatorError
@@ -20,14 +23,9 @@ class RowCache:
     """
 
     def __init__(self, model: PreTrainedModel):
-        layers = DynamicCache(config=model.config.get_text_config()).layers
-        kinds = {type(layer) for layer in layers}
-        if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-            raise SpeculatorError(
-                f"{type(model).__name__} keeps more than keys and values, a state that rejected "
-                "tokens cannot be taken out of; the reference decoder needs plain attention layers."
-            )
+        check_can_forget(type(model), model.config)
         self.model = model
+        self.accepted = _parameters(type(model))
         self.cache = DynamicCache()
         self.is_token: Bool[Tensor, "batch length"] | None = None
 
@@ -46,15 +44,19 @@ class RowCache:
         old = [] if self.is_token is None else [self.is_token]
         self.is_token = torch.cat([*old, is_token], dim=1)
         positions = (self.is_token.cumsum(1) - 1).clamp_min(0)
+        further = {
+            "position_ids": positions[:, -token_ids.shape[1] :],
+            "logits_to_keep": logits_to_keep,
+        }
         output = self.model(
             token_ids,
             attention_mask=None if self.is_token.all() else self.is_token.long(),
-            position_ids=positions[:, -token_ids.shape[1] :],
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=logits_to_keep,
+            # Families with ALiBi have no positions.
+            **{name: value for name, value in further.items() if name in self.accepted},
         )
-        return output.logits
+        return output.logits[:, -logits_to_keep:]
 
     def forget(self, counts: Int[Tensor, "batch"]) -> None:
         """Takes the last tokens of each row back."""
@@ -81,3 +83,23 @@ class RowCache:
         if self.is_token is not None:
             self.is_token = self.is_token[rows]
             self.cache.batch_select_indices(rows)
+
+
+def check_can_forget(model_class: type, config: PretrainedConfig) -> None:
+    """Raises SpeculatorError unless tokens can be taken out of what such a model keeps of a text.
+
+    Recurrent layers (Mamba, linear attention, short convolutions) fold them into one state.
+    """
+    layers = DynamicCache(config=config.get_text_config()).layers
+    is_plain = {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    is_stateful = getattr(model_class, "_is_stateful", False)
+    if is_plain and not is_stateful and "past_key_values" in _parameters(model_class):
+        return
+    raise SpeculatorError(
+        f"{model_class.__name__} keeps more than keys and values, a state that rejected "
+        "tokens cannot be taken out of; the reference decoder needs plain attention layers."
+    )
+
+
+def _parameters(model_class: type) -> Collection[str]:
+    return inspect.signature(model_class.forward).parameters.keys()  # type: ignore[attr-defined]

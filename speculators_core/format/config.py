@@ -287,6 +287,8 @@ class SpeculatorModelConfig(PydanticFace):
         self.unread_keys: checkpoint.RawConfig = {}
         """Keys of the file that have no effect here; `to_dict` writes them back."""
         self.unread_keys |= _taken(kwargs, self.training_keys)
+        self.guesses: tuple[str, ...] = ()
+        """Values of a fresh draft that neither the recipe nor the verifier states; not stored."""
         for key in [key for key in kwargs if key not in checkpoint.COMMON_KEYS]:
             raise SpeculatorError(
                 f"unknown key {key!r} for a {self.speculators_model_type} speculator."

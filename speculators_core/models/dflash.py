@@ -35,10 +35,12 @@ from speculators_core.models.feature_draft import (
     DraftRecipe,
     FeatureDraftConfig,
     FeatureDraftModel,
+    MaskRecipe,
     check_mask_token,
     draft_layer_config,
     recipe_layer_ids,
     speculators_config,
+    with_mask_token,
 )
 from speculators_core.models.parts.attention import (
     Attend,
@@ -125,14 +127,12 @@ class DFlashSpeculatorConfig(FeatureDraftConfig):
         return 0 if self.sample_from_anchor else 1
 
 
-class DFlashRecipe(DraftRecipe):
+class DFlashRecipe(DraftRecipe, MaskRecipe):
     """The shape of a fresh draft, as far as its verifier leaves it open."""
 
     layer_type: Literal["llama", "qwen3"] = "qwen3"
     """Config of the draft's layers; the network is Qwen3's, with its q and k norms, either way."""
     num_layers: int = Field(5, ge=1)
-    mask_token_id: int = Field(ge=0)
-    """Token in place of those not known yet; one that no text has."""
     block_size: int = Field(16, ge=2)
     """Slots of a block, including the anchor's."""
     causal: bool = False
@@ -247,10 +247,11 @@ class DFlashDraftModel(FeatureDraftModel):
         draft_vocab_size: int,
         name_or_path: str | None,
     ) -> DFlashSpeculatorConfig:
-        layer_config = draft_layer_config(verifier_config, recipe)
+        recipe, mask = with_mask_token(recipe, verifier_config)
+        layer_config, guesses = draft_layer_config(verifier_config, recipe)
         if recipe.causal and recipe.sliding_window is None:
             layer_config.is_causal = True
-        return DFlashSpeculatorConfig(
+        config = DFlashSpeculatorConfig(
             transformer_layer_config=layer_config,
             draft_vocab_size=draft_vocab_size,
             block_size=recipe.block_size,
@@ -265,6 +266,8 @@ class DFlashDraftModel(FeatureDraftModel):
                 name_or_path,
             ),
         )
+        config.guesses = (*guesses, *mask)
+        return config
 
     # ---- the network ----
 

@@ -135,9 +135,10 @@ class EagleStackModel(FeatureDraftModel):
     ) -> SpeculatorModelConfig:
         """Options of the recipe that are keys of the config keep their names."""
         config_class = cls.config_class
-        return config_class(
+        layer_config, guesses = draft_layer_config(verifier_config, recipe)
+        config = config_class(
             **recipe.model_dump(include=set(own_fields(config_class))),
-            transformer_layer_config=draft_layer_config(verifier_config, recipe),
+            transformer_layer_config=layer_config,
             draft_vocab_size=draft_vocab_size,
             eagle_aux_hidden_state_layer_ids=recipe_layer_ids(verifier_config, recipe),
             speculators_config=speculators_config(
@@ -147,6 +148,8 @@ class EagleStackModel(FeatureDraftModel):
                 name_or_path,
             ),
         )
+        config.guesses = guesses
+        return config
 
     def make_stack(self) -> None:
         """All modules; an algorithm adds its own."""

@@ -5,11 +5,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, JsonValue
 from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
@@ -21,6 +22,9 @@ from speculators_core.format.readings import OtherReading
 from speculators_core.format.vocabulary import Vocabulary, check_vocabulary
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.settings import Settings
+from speculators_core.verifier.mask_token import choose_mask_token
+from speculators_core.verifier.reading import read_tokenizer
+from speculators_core.verifier.sizes import Sizes, layer_sizes, required_size
 from speculators_core.verifier.taps import DEFAULT_NUM_AUX, default_aux_layer_ids
 
 logger = logging.getLogger(__name__)
@@ -88,7 +92,8 @@ class FeatureDraftConfig(SpeculatorModelConfig):
 
     def settle(self, verifier: PretrainedConfig) -> None:
         if self.stated_layer_ids is None:
-            self._default_aux_layer_ids = default_aux_layer_ids(verifier.num_hidden_layers)
+            depth = required_size(verifier, "num_hidden_layers")
+            self._default_aux_layer_ids = default_aux_layer_ids(depth)
 
     @property
     def aux_layer_ids(self) -> list[int]:
@@ -139,6 +144,40 @@ def check_mask_token(mask_token_id: int | None, vocab_size: int, who: str) -> No
         )
 
 
+class MaskRecipe(Settings):
+    """The mask token of a draft that reads one."""
+
+    mask_token_id: int | None = Field(None, ge=0)
+    """Token in place of those not known yet; if not set the tokenizer's mask, or a reserved or
+    added token that texts do not hold."""
+
+
+Masked = TypeVar("Masked", bound=MaskRecipe)
+
+
+def with_mask_token(
+    recipe: Masked, verifier_config: PretrainedConfig
+) -> tuple[Masked, tuple[str, ...]]:
+    """The recipe with a mask token, and which one was chosen where it states none.
+
+    Raises:
+        SpeculatorError: it states none, and the verifier's tokenizer cannot be read or has none.
+    """
+    if recipe.mask_token_id is not None:
+        return recipe, ()
+    name = verifier_config.name_or_path
+    if not name:
+        raise SpeculatorError(
+            "mask_token_id is missing, and the verifier's config does not say where its tokenizer "
+            "is. Set mask_token_id to a token that texts do not hold."
+        )
+    vocab_size = required_size(verifier_config.get_text_config(), "vocab_size")
+    # Whoever has a config of the checkpoint's own class has trusted its code.
+    is_trusted = type(verifier_config).__module__.startswith("transformers_modules.")
+    chosen = choose_mask_token(read_tokenizer(name, is_trusted), vocab_size)
+    return recipe.model_copy(update={"mask_token_id": chosen.token_id}), (str(chosen),)
+
+
 class DraftRecipe(Settings):
     """The shape of a fresh draft, as far as its verifier leaves it open."""
 
@@ -146,12 +185,41 @@ class DraftRecipe(Settings):
     """Architecture of the draft's layers."""
     num_layers: int = Field(1, ge=1)
     """Draft layers."""
+    num_attention_heads: int | None = Field(None, ge=1)
+    """Query heads; the verifier's where None, or as many as divide its width."""
+    num_key_value_heads: int | None = Field(None, ge=1)
+    """Key and value heads; the verifier's where None."""
+    head_dim: int | None = Field(None, ge=2, multiple_of=2)
+    """Width of a head; the verifier's where None."""
     intermediate_size: int | None = Field(None, ge=1)
-    """MLP width; the verifier's where None."""
+    """MLP width; the verifier's dense one where None, or three times its hidden size."""
+    max_position_embeddings: int | None = Field(None, ge=1)
+    """Positions; the verifier's where None."""
+    rms_norm_eps: float | None = Field(None, gt=0)
+    """Epsilon of the norms; the verifier's where None."""
+    rope_parameters: dict[str, JsonValue] | None = None
+    """Rotary embedding, as in a Transformers config; the verifier's for whole heads where None."""
     sliding_window: int | None = Field(None, ge=1)
     """Tokens that a token attends to, itself included; all where None."""
     aux_layer_ids: tuple[int, ...] | None = None
     """Verifier layers to read, ascending; the paper's three where None."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """The stated sizes of a layer, as keys of ``transformer_layer_config``."""
+        return {key: value for key in SIZES if (value := getattr(self, key)) is not None}
+
+
+SIZES = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+)
+"""Fields of a recipe that replace the verifier's sizes."""
 
 
 class FeatureDraftModel(SpeculatorModel):
@@ -278,43 +346,42 @@ class FeatureDraftModel(SpeculatorModel):
 
 # ---- the config of a fresh draft ----
 
-FROM_VERIFIER = (
-    "vocab_size",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "initializer_range",
-)
 
+def draft_layer_config(
+    verifier_config: PretrainedConfig, recipe: DraftRecipe
+) -> tuple[PretrainedConfig, tuple[str, ...]]:
+    """The draft's layers, and the sizes that neither the recipe nor the verifier states.
 
-def draft_layer_config(verifier_config: PretrainedConfig, recipe: DraftRecipe) -> PretrainedConfig:
-    """The draft's layers; where the recipe leaves a value open it is the verifier's."""
+    Raises:
+        SpeculatorError: the sizes make no layer.
+    """
     text = verifier_config.get_text_config()
-    shape = {key: getattr(text, key) for key in FROM_VERIFIER}
-    head_dim = getattr(text, "head_dim", None)
+    sizes = layer_sizes(text, recipe.sizes)
     kind = "full_attention" if recipe.sliding_window is None else "sliding_attention"
-    layer_config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[recipe.layer_type](
-        **shape,
-        layer_types=[kind] * recipe.num_layers,
-        sliding_window=recipe.sliding_window,
-        use_sliding_window=recipe.sliding_window is not None,
-        head_dim=head_dim or text.hidden_size // text.num_attention_heads,
-        intermediate_size=recipe.intermediate_size or text.intermediate_size,
-        num_hidden_layers=recipe.num_layers,
-        rope_parameters=_plain_rope(text),
-        hidden_act="silu",
-        tie_word_embeddings=False,
-    )
+    try:
+        layer_config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[recipe.layer_type](
+            **sizes.values,
+            layer_types=[kind] * recipe.num_layers,
+            sliding_window=recipe.sliding_window,
+            use_sliding_window=recipe.sliding_window is not None,
+            num_hidden_layers=recipe.num_layers,
+            hidden_act="silu",
+            tie_word_embeddings=False,
+        )
+    except (StrictDataclassError, KeyError) as error:
+        stated = ", ".join(f"{key} {value}" for key, value in recipe.sizes.items())
+        raise SpeculatorError(
+            f"the sizes {stated or sizes.values} make no {recipe.layer_type} layer: "
+            f"{' '.join(str(error).split())}. Set others in the recipe."
+        ) from error
     # Our key, not Transformers': a verifier of another depth is refused by it.
-    layer_config.verifier_num_hidden_layers = text.num_hidden_layers
-    return layer_config
+    layer_config.verifier_num_hidden_layers = required_size(text, "num_hidden_layers")
+    return layer_config, sizes.guesses
 
 
 def recipe_layer_ids(verifier_config: PretrainedConfig, recipe: DraftRecipe) -> list[int]:
-    text = verifier_config.get_text_config()
-    return list(recipe.aux_layer_ids or default_aux_layer_ids(text.num_hidden_layers))
+    depth = required_size(verifier_config.get_text_config(), "num_hidden_layers")
+    return list(recipe.aux_layer_ids or default_aux_layer_ids(depth))
 
 
 def speculators_config(
@@ -336,20 +403,3 @@ def speculators_config(
 def _absolute(name: str) -> str | None:
     """The full path of a local folder: a relative one would start at the speculator's folder."""
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
-
-
-def _plain_rope(text: PretrainedConfig) -> dict[str, object]:
-    """The verifier's rotary embedding for layers of one kind that rotate whole heads.
-
-    Raises:
-        SpeculatorError: it has sections (multimodal positions), which these layers cannot follow.
-    """
-    rope = dict(text.rope_parameters)
-    if "rope_type" not in rope:  # one for each kind of layer
-        rope = dict(rope.get("sliding_attention") or next(iter(rope.values())))
-    if "mrope_section" in rope:
-        raise SpeculatorError(
-            "the verifier's rope_parameters have an mrope_section, expected a rotary embedding "
-            "without sections. Choose a text-only verifier."
-        )
-    return {k: v for k, v in rope.items() if k not in ("type", "partial_rotary_factor")}

@@ -179,6 +179,12 @@ class MTPDraftModel(SpeculatorModel):
         name_or_path: str | None,
     ) -> MTPSpeculatorConfig:
         text = verifier_config.get_text_config()
+        if text.model_type not in LAYER_TYPES:
+            raise SpeculatorError(
+                f"an MTP draft repeats a layer of its verifier, and there is none here for "
+                f"model_type {text.model_type!r}; expected one of {', '.join(LAYER_TYPES)}. Train "
+                "eagle3, peagle or dflash for this verifier."
+            )
         return MTPSpeculatorConfig(
             transformer_layer_config=without_quantization(text),
             speculators_config=speculators_config(

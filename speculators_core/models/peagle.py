@@ -34,7 +34,7 @@ from speculators_core.format.config import SpeculatorModelConfig
 from speculators_core.format.readings import OtherReading
 from speculators_core.models.documented.tensors import forward_joined, takes_tensors
 from speculators_core.models.eagle_stack import EagleStackConfig, EagleStackModel, EagleStackRecipe
-from speculators_core.models.feature_draft import check_mask_token
+from speculators_core.models.feature_draft import MaskRecipe, check_mask_token, with_mask_token
 from speculators_core.models.parts.attention import DraftCache, Keys, OwnKey, Queries, attend_packed
 from speculators_core.models.parts.layers import cached_attend, sliding_window
 from speculators_core.models.parts.losses import MASK_SUM_FLOOR, LossWeights, score_rows
@@ -68,11 +68,9 @@ class PEagleSpeculatorConfig(EagleStackConfig):
             self.transformer_layer_config.fc_norm = True
 
 
-class PEagleRecipe(EagleStackRecipe):
+class PEagleRecipe(EagleStackRecipe, MaskRecipe):
     """The shape of a fresh draft, as far as its verifier leaves it open."""
 
-    mask_token_id: int = Field(ge=0)
-    """Token in place of those not known yet; one that no text has."""
     embed_requires_grad: bool = True
     """Train the embeddings too, including the mask token's."""
     speculative_tokens: int = Field(8, ge=1)
@@ -116,6 +114,20 @@ class PEagleDraftModel(EagleStackModel):
     recipe_class = PEagleRecipe
     objective_class = PEagleObjective
     config: PEagleSpeculatorConfig
+
+    @classmethod
+    def fresh_config(
+        cls,
+        verifier_config: PretrainedConfig,
+        recipe: EagleStackRecipe,
+        draft_vocab_size: int,
+        name_or_path: str | None,
+    ) -> SpeculatorModelConfig:
+        assert isinstance(recipe, PEagleRecipe)
+        recipe, mask = with_mask_token(recipe, verifier_config)
+        config = super().fresh_config(verifier_config, recipe, draft_vocab_size, name_or_path)
+        config.guesses += mask
+        return config
 
     def make_stack(self) -> None:
         super().make_stack()

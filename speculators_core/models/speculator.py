@@ -316,6 +316,12 @@ class SpeculatorModel(VerifierSide, GenerationMixin, ABC):
         name = name_or_path or arguments.verifier
         config = cls.fresh_config(arguments.verifier_config, recipe, draft_vocab_size, name)
         arguments.shape(config)
+        if config.guesses:
+            logger.info(
+                "chosen for the draft, since the verifier does not state it: %s; "
+                "set other values in the recipe",
+                ", ".join(config.guesses),
+            )
         model = cls(config)
         model.start_fresh(t2d, d2t)
         if (source := verifier or arguments.verifier) is not None:

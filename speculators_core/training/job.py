@@ -51,6 +51,7 @@ from speculators_core.training.watch import (
 )
 from speculators_core.training.zero import read_deepspeed_config
 from speculators_core.verifier.reading import load_verifier, read_verifier_config
+from speculators_core.verifier.sizes import LONGEST, read_size
 
 LOG = "training_log.jsonl"
 
@@ -288,7 +289,7 @@ class Job:
         section, model = self.plan.evaluation, self.plan.model
         config = read_verifier_config(model.verifier, model.trust_remote_code).get_text_config()
         examples = [] if self.named_prompts else self.held_out.examples
-        longest = config.max_position_embeddings
+        longest = read_size(config, "max_position_embeddings") or LONGEST
         return choose_prompts(section, examples, model.verifier, longest, model.trust_remote_code)
 
     def _measure(self, draft: SpeculatorModel) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """A verifier's embeddings, final norm and head."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ GPU_CHUNK_LOGITS = 2**26
 """The same on a GPU, which is slow on small pieces."""
 FEWEST_ROWS = 16
 """Rows whose logits are made together however wide the vocabulary."""
+
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names that families give to the bound of their logits."""
 
 VerifierLogits = Callable[[Int[Tensor, "rows"]], Float[Tensor, "rows vocab"]]
 """Rows of a text to the verifier's logits in them, made when they are asked for."""
@@ -41,7 +45,8 @@ class VerifierHead(nn.Module):
         self.norm = decoder_of(model).norm
         self.embed_tokens = _Weights(model.get_input_embeddings())
         self.lm_head = _Weights(_output_embeddings(model))
-        self.soft_cap: float | None = getattr(text_config, "final_logit_softcapping", None)
+        caps = [getattr(text_config, name, None) for name in SOFT_CAPS]
+        self.soft_cap: float | None = next((cap for cap in caps if cap is not None), None)
         self.scale = float(getattr(text_config, "logit_scale", None) or 1.0) / float(
             getattr(text_config, "logits_scaling", None) or 1.0
         )
@@ -88,18 +93,60 @@ def _output_embeddings(model: PreTrainedModel) -> Any:
     return head
 
 
-def decoder_of(model: PreTrainedModel) -> Any:
-    """The stack of layers of a causal language model, with its ``layers`` and ``norm``.
+STACKS = ("model", "backbone", "transformer", "decoder")
+"""Where a model keeps its stack, if it is not the stack itself."""
+LAYERS = ("layers", "h", "blocks", "block")
+FINAL_NORMS = (
+    "norm",
+    "final_layernorm",
+    "final_layer_norm",
+    "ln_f",
+    "norm_f",
+    "final_norm",
+    "embedding_norm",
+    "layer_norm",
+    "out_norm",
+    "ln_out",
+)
+"""Names that families of Transformers give to a stack's layers and to the norm after them."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The stack of layers of a causal language model."""
+
+    module: nn.Module
+    layers_name: str
+    norm: nn.Module
+    """The norm after the last layer."""
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return getattr(self.module, self.layers_name)
+
+
+def decoder_of(model: PreTrainedModel) -> Stack:
+    """The stack of layers of a causal language model, with its layers and final norm.
 
     Raises:
         SpeculatorError: the model has no such stack.
     """
-    decoder = model.get_decoder()
-    while not hasattr(decoder, "layers") and hasattr(decoder, "model"):
-        decoder = decoder.model  # a text model with a head of its own, inside a vision model
-    if not hasattr(decoder, "layers") or not hasattr(decoder, "norm"):
-        raise SpeculatorError(
-            f"{type(model).__name__} has no stack of layers with a final norm; "
-            "expected a decoder-only language model. Choose such a verifier."
-        )
-    return decoder
+    found: Any = model.get_decoder()
+    while found is not None:
+        layers = _child(found, LAYERS, nn.ModuleList)
+        norm = _child(found, FINAL_NORMS, nn.Module)
+        if layers is not None and norm is not None:
+            return Stack(found, layers, getattr(found, norm))
+        if layers is not None:
+            break
+        inner = _child(found, STACKS, nn.Module)
+        found = None if inner is None else getattr(found, inner)
+    raise SpeculatorError(
+        f"{type(model).__name__} has no stack of layers with a final norm; "
+        "expected a decoder-only language model. Choose such a verifier."
+    )
+
+
+def _child(module: nn.Module, names: Iterable[str], kind: type[nn.Module]) -> str | None:
+    """The first of these names under which the module has one of this kind."""
+    return next((name for name in names if isinstance(getattr(module, name, None), kind)), None)

@@ -7,10 +7,10 @@ from transformers import (
 )
 
 from speculators_core.errors import SpeculatorError, first_line
-from speculators_core.verifier.head import VerifierHead, _output_embeddings, decoder_of
+from speculators_core.verifier.head import SOFT_CAPS, VerifierHead, _output_embeddings, decoder_of
 from speculators_core.verifier.taps import LayerTaps
 
-LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+LOGIT_SETTINGS = (*SOFT_CAPS, "logit_scale", "logits_scaling")
 """What `VerifierHead` reads of a config, and not every class heeds."""
 PROVEN_FAMILIES: dict[str, tuple[str, ...]] = {
     "LlamaForCausalLM": (),
@@ -83,7 +83,8 @@ def _check_twin(model: PreTrainedModel) -> None:
     Raises:
         SpeculatorError: the logits differ, or the class does not run without its layers.
     """
-    decoder_of(model).layers = nn.ModuleList()
+    stack = decoder_of(model)
+    setattr(stack.module, stack.layers_name, nn.ModuleList())
     embeddings, head = model.get_input_embeddings(), _output_embeddings(model)
     generator = torch.Generator().manual_seed(0)
     made: dict[Tensor, Tensor] = {}  # tied weights stay tied

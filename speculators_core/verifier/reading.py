@@ -263,7 +263,9 @@ def read_final_norm(
         SpeculatorError: they are missing, or not finite.
     """
     model = _without_weights(config, trust_remote_code=False)
-    stored = _stored_weights(name_or_path, model, [decoder_of(model).norm.weight], hub)
+    stored = _stored_weights(
+        name_or_path, model, [decoder_of(model).norm.get_parameter("weight")], hub
+    )
     (tensor,) = stored.values()
     return dict(checkpoint.read_tensors({tensor.name: tensor}, [tensor.name]))[tensor.name]
 

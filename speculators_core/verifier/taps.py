@@ -12,6 +12,7 @@ from transformers import (
 
 from speculators_core.errors import SpeculatorError
 from speculators_core.verifier.head import decoder_of
+from speculators_core.verifier.sizes import required_size
 
 DEFAULT_NUM_AUX = 3
 
@@ -40,7 +41,8 @@ class LayerTaps:
     """
 
     def __init__(self, model: PreTrainedModel, layer_ids: Sequence[int]):
-        self.decoder = decoder_of(model)
+        self.decoder, self.name = decoder_of(model), type(model).__name__
+        self.hidden_size = required_size(model.config.get_text_config(), "hidden_size")
         self.layer_ids = list(layer_ids)
         self._caught: dict[int, Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -71,9 +73,20 @@ class LayerTaps:
         return hook
 
     def states(self, layer_ids: Sequence[int]) -> Float[Tensor, "batch seq states_hidden"]:
-        """The last forward's states of these ids, side by side; of no ids a width of zero."""
+        """The last forward's states of these ids, side by side; of no ids a width of zero.
+
+        Raises:
+            SpeculatorError: the verifier passes something else than one state a token.
+        """
         if not layer_ids:
             return next(iter(self._caught.values()))[..., :0]
         found = [self._caught[layer_id] for layer_id in layer_ids]
+        for states in found:
+            if states.ndim != 3 or states.shape[-1] != self.hidden_size:
+                raise SpeculatorError(
+                    f"{self.name} passes states of shape {list(states.shape)} between its layers; "
+                    f"expected [texts, tokens, {self.hidden_size}]: more than one stream is not "
+                    "supported. Choose a verifier of another family."
+                )
         device = found[-1].device  # a verifier may be spread over several
         return torch.cat([states.to(device) for states in found], dim=-1)

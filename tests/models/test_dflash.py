@@ -731,6 +731,11 @@ def test_mutated_row_costs_the_fitted_draft():
 
 RECIPE_CHANGES: dict[str, dict] = {
     "num_layers": {"num_layers": 3},
+    "num_attention_heads": {"num_attention_heads": 8},
+    "num_key_value_heads": {"num_key_value_heads": 4},
+    "head_dim": {"head_dim": 16},
+    "rms_norm_eps": {"rms_norm_eps": 0.5},
+    "rope_parameters": {"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}},
     "intermediate_size": {"intermediate_size": 48},
     "sliding_window": {"sliding_window": 5},
     "aux_layer_ids": {"aux_layer_ids": (1, 2)},
@@ -752,7 +757,11 @@ def effect(model: DFlashDraftModel):
 
 
 def test_every_recipe_option_has_an_effect():
-    assert {*RECIPE_CHANGES, "layer_type"} == DFlashRecipe.model_fields.keys()
+    assert {
+        *RECIPE_CHANGES,
+        "layer_type",
+        "max_position_embeddings",
+    } == DFlashRecipe.model_fields.keys()
     verifier = lively_verifier()
     plain = make_draft("dflash", verifier)
     for option, change in RECIPE_CHANGES.items():

@@ -523,6 +523,11 @@ def test_mutated_row_costs_the_fitted_draft():
 RECIPE_CHANGES: dict[str, dict] = {
     "layer_type": {"layer_type": "qwen3"},
     "num_layers": {"num_layers": 2},
+    "num_attention_heads": {"num_attention_heads": 8},
+    "num_key_value_heads": {"num_key_value_heads": 4},
+    "head_dim": {"head_dim": 16},
+    "rms_norm_eps": {"rms_norm_eps": 0.5},
+    "rope_parameters": {"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}},
     "intermediate_size": {"intermediate_size": 48},
     "sliding_window": {"sliding_window": 3},
     "aux_layer_ids": {"aux_layer_ids": (1, 2)},
@@ -546,7 +551,7 @@ def effect(model: PEagleDraftModel):
 
 
 def test_every_recipe_option_has_an_effect():
-    assert RECIPE_CHANGES.keys() == PEagleRecipe.model_fields.keys()
+    assert {*RECIPE_CHANGES, "max_position_embeddings"} == PEagleRecipe.model_fields.keys()
     verifier = lively_verifier()
     plain = make_draft("peagle", verifier)
     for option, change in RECIPE_CHANGES.items():
