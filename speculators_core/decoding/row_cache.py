@@ -93,7 +93,8 @@ def check_can_forget(model_class: type, config: PretrainedConfig) -> None:
     layers = DynamicCache(config=config.get_text_config()).layers
     is_plain = {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
     is_stateful = getattr(model_class, "_is_stateful", False)
-    if is_plain and not is_stateful and "past_key_values" in _parameters(model_class):
+    has_cache = "past_key_values" in _parameters(model_class)
+    if is_plain and not is_stateful and has_cache:
         return
     raise SpeculatorError(
         f"{model_class.__name__} keeps more than keys and values, a state that rejected "
@@ -102,4 +103,6 @@ def check_can_forget(model_class: type, config: PretrainedConfig) -> None:
 
 
 def _parameters(model_class: type) -> Collection[str]:
-    return inspect.signature(model_class.forward).parameters.keys()  # type: ignore[attr-defined]
+    """Those of ours that its ``forward`` takes; all of a wrapper, whose arguments have no names."""
+    found = inspect.signature(model_class.forward).parameters.keys()  # type: ignore[attr-defined]
+    return found if "input_ids" in found else ("past_key_values", "position_ids", "logits_to_keep")

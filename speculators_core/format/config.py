@@ -52,6 +52,7 @@ from speculators_core.format.proposals import (
     TokenProposalConfig,
 )
 from speculators_core.format.readings import OtherReading
+from speculators_core.format.rope import whole_heads, with_whole_heads
 from speculators_core.format.schema import checked_fields, own_fields
 from speculators_core.format.spellings import (
     in_the_formats_words,
@@ -177,7 +178,7 @@ def _read_layer_config(value: object) -> PretrainedConfig:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"model_type {kind!r} is not in Transformers, expected one such as qwen3")
     config_class = CONFIG_MAPPING[kind]
-    value = layers_in_the_formats_words(value, config_class)
+    value = _with_whole_heads(layers_in_the_formats_words(value, config_class))
     for key in value:
         hint = did_you_mean(key, LARGEST.keys() - value.keys())
         if key not in _layer_keys(config_class) and hint:
@@ -193,6 +194,17 @@ def _read_layer_config(value: object) -> PretrainedConfig:
         config.sliding_window = value.get("sliding_window")
     _check_buildable(config)
     return config
+
+
+def _with_whole_heads(layer_config: checkpoint.RawConfig) -> checkpoint.RawConfig:
+    """Without rotary keys that no draft's network follows, whatever a verifier's does."""
+    kept, left_out = with_whole_heads(layer_config)
+    if left_out:
+        logger.warning(
+            "rope of the draft: %s left out, since a draft rotates whole heads, as it was trained",
+            ", ".join(f"{key} {value}" for key, value in left_out.items()),
+        )
+    return kept
 
 
 def _layer_keys(config_class: type[PretrainedConfig]) -> set[str]:
@@ -454,17 +466,27 @@ class SpeculatorModelConfig(PydanticFace):
         """
         own = getattr(self.transformer_layer_config, "rope_parameters", None)
         theirs = getattr(verifier, "rope_parameters", None)
-        if own == theirs or not isinstance(theirs, Mapping):
+        if not isinstance(own, Mapping) or "rope_theta" not in own:
             return
-        if any(isinstance(value, Mapping) for value in theirs.values()):
-            return  # one rope for each kind of layer: none of them is certainly the draft's
-        layer_config = copy.deepcopy(self.transformer_layer_config)
-        layer_config.rope_parameters = dict(theirs)
-        yield OtherReading(
-            "rope",
-            f"rope_parameters {dict(theirs)}, the verifier's, instead of {own}",
-            {"transformer_layer_config": layer_config},
-        )
+        others = []
+        # One rope for each kind of layer: none of them is certainly the draft's.
+        if isinstance(theirs, Mapping) and not any(
+            isinstance(value, Mapping) for value in theirs.values()
+        ):
+            others.append((whole_heads(theirs), "the verifier's"))
+        if own.get("rope_type", "default") != "default":
+            plain = {"rope_type": "default", "rope_theta": own["rope_theta"]}
+            others.append((plain, "without scaling"))
+        for rope, whose in others:
+            if rope == whole_heads(own) or "rope_theta" not in rope:
+                continue
+            layer_config = copy.deepcopy(self.transformer_layer_config)
+            layer_config.rope_parameters = rope
+            yield OtherReading(
+                "rope",
+                f"rope_parameters {rope}, {whose}, instead of {own}",
+                {"transformer_layer_config": layer_config},
+            )
 
     @property
     def proposal(self) -> TokenProposalConfig:

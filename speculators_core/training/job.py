@@ -1,6 +1,7 @@
 """A training run in memory: data, draft and trainer."""
 
 import gc
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,7 @@ from speculators_core.batch import Batch
 from speculators_core.data_generation.lengths import Lengths
 from speculators_core.data_generation.packing import RowLayout
 from speculators_core.decoding.prompts import Prompt
+from speculators_core.decoding.row_cache import check_can_forget
 from speculators_core.errors import SpeculatorError
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.training.budget.estimate import Estimate, estimate
@@ -50,8 +52,10 @@ from speculators_core.training.watch import (
     Schedule,
 )
 from speculators_core.training.zero import read_deepspeed_config
-from speculators_core.verifier.reading import load_verifier, read_verifier_config
+from speculators_core.verifier.reading import load_verifier, model_class_of, read_verifier_config
 from speculators_core.verifier.sizes import LONGEST, read_size
+
+logger = logging.getLogger(__name__)
 
 LOG = "training_log.jsonl"
 
@@ -88,13 +92,13 @@ class Job:
             read_deepspeed_config(plan.run.deepspeed)  # before anything is loaded
         with ExitStack() as stack:
             stack.callback(_leave_group)
-            job = cls(plan)
+            job = cls(_with_possible_decoding(plan))
             if job.named_prompts:
                 job.check_prompts()  # before anything is loaded
             source = job.source = open_source(plan, job.generation, stack)
             if isinstance(source, StoredExamples):
                 job.check_prompts()
-            job.draft = _make_draft(plan, source)
+            job.draft = _make_draft(job.plan, source)
             del source
             yield job
 
@@ -353,6 +357,28 @@ def _check_trackers(plan: TrainingPlan) -> None:
 
 
 # ---- the draft ----
+
+
+def _with_possible_decoding(plan: TrainingPlan) -> TrainingPlan:
+    """The plan, without decoding where the reference decoder cannot take tokens back."""
+    model = plan.model
+    if not plan.evaluation.decode:
+        return plan
+    config = read_verifier_config(model.verifier, model.trust_remote_code)
+    model_class = model_class_of(config)
+    if model_class is None:
+        return plan
+    try:
+        check_can_forget(model_class, config)
+    except SpeculatorError as error:
+        logger.warning(
+            "training goes on without evaluation.decode, and so without a measured acceptance "
+            "length: %s",
+            error,
+        )
+        evaluation = plan.evaluation.model_copy(update={"decode": False, "prompts": None})
+        return plan.model_copy(update={"evaluation": evaluation})
+    return plan
 
 
 def _make_draft(plan: TrainingPlan, source: Source) -> SpeculatorModel:

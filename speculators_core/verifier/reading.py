@@ -191,6 +191,12 @@ def language_model_class(config: PretrainedConfig) -> Any:
     return AutoModelForCausalLM  # the checkpoint's own class, or Transformers' complaint
 
 
+def model_class_of(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """Transformers' class of the verifier that a config describes; None for one of own code."""
+    found = language_model_class(config)._model_mapping.get(type(config), None)
+    return found[0] if isinstance(found, tuple) else found
+
+
 def read_verifier_head(
     name_or_path: str | PathLike,
     dtype: torch.dtype | None = None,
