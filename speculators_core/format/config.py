@@ -45,7 +45,7 @@ from speculators_core.errors import (
 from speculators_core.files import read_json
 from speculators_core.format import checkpoint
 from speculators_core.format.documented import TRAINING_KEYS, PydanticFace, config_class_of
-from speculators_core.format.foreign import foreign_format
+from speculators_core.format.foreign import unread_speculator
 from speculators_core.format.proposals import (
     GreedyTokenProposalConfig,
     ReloadableBaseModel,
@@ -261,7 +261,8 @@ def complete_layer_config(value: Any) -> checkpoint.RawConfig:
     """
     try:
         complete = _write_layer_config(_read_layer_config(value))
-        return {**value, **complete}
+        followed, _ = with_whole_heads(value)
+        return {**followed, **complete}
     except (TypeError, ValueError) as error:
         raise SpeculatorError(f"transformer_layer_config: {first_line(error)}") from error
 
@@ -519,8 +520,9 @@ class SpeculatorModelConfig(PydanticFace):
         """
         return_unused = kwargs.pop("return_unused_kwargs", False)
         config_dict = {**config_dict, **_taken(kwargs, ["speculators_model_type"])}
-        if foreign := foreign_format(config_dict):
-            raise UnreadFormatError(foreign.describe(config_dict.get("_name_or_path") or "<draft>"))
+        name = str(config_dict.get("_name_or_path") or "<draft>")
+        if (what_it_is := unread_speculator(config_dict, name)) is not None:
+            raise UnreadFormatError(what_it_is)
         if "speculators_model_type" not in config_dict:
             raise UnsupportedError(
                 "speculators_model_type is missing, so this is not a speculator's config; expected "
@@ -587,8 +589,8 @@ class SpeculatorModelConfig(PydanticFace):
         Raises:
             SpeculatorError: as `from_dict`, with the file's name and the cause.
         """
-        if foreign := foreign_format(raw):
-            raise UnreadFormatError(f"{folder}: {foreign.describe(str(folder))}")
+        if (what_it_is := unread_speculator(raw, str(folder))) is not None:
+            raise UnreadFormatError(f"{folder}: {what_it_is}")
         layer_config = raw.get("transformer_layer_config")
         if isinstance(layer_config, dict) and "model_type" not in layer_config:
             kind = checkpoint.layer_type(folder)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from speculators_core.registry import MODELS
+
 USUAL_TOKENS = 3
 """Proposed in one step where the draft's config states no number."""
 
@@ -29,6 +31,40 @@ class ForeignFormat:
             f"serves it with --speculative-config '{json.dumps(settings)}'; the public "
             "speculators package's `speculators convert` makes a speculator of it."
         )
+
+
+OF_THE_PUBLIC_PACKAGE = {"dspark": "DSpark", "dflash2": "DFlash 2", "xpress": "XPress"}
+"""Algorithms of the public package's format that are not read here."""
+OWN_LAYERS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
+"""Keys by which a language model has MTP layers of its own."""
+
+
+def unread_speculator(raw: Mapping[str, Any], name: str) -> str | None:
+    """What a config is that no class here holds, in a sentence; None for one to try.
+
+    Beside the formats of authors these are algorithms of the public package, and language models
+    whose own MTP layers are a draft.
+    """
+    if (foreign := foreign_format(raw)) is not None:
+        return foreign.describe(name)
+    kind = raw.get("speculators_model_type")
+    is_read = kind in MODELS.names()  # by another package
+    if isinstance(kind, str) and kind in OF_THE_PUBLIC_PACKAGE and not is_read:
+        return (
+            f"this is {OF_THE_PUBLIC_PACKAGE[kind]} (speculators_model_type {kind!r}) of the "
+            "public speculators package, which is not read here. Use that package, or vLLM where "
+            "it serves it."
+        )
+    text = raw.get("text_config")
+    places = [raw, text] if isinstance(text, Mapping) else [raw]
+    if kind is None and "model_type" in raw:
+        if any(place.get(key) for place in places for key in OWN_LAYERS):
+            settings = json.dumps({"method": "mtp", "num_speculative_tokens": USUAL_TOKENS})
+            return (
+                f"this is a language model (model_type {raw['model_type']!r}) with MTP layers of "
+                f"its own, not a speculator. vLLM serves it with --speculative-config '{settings}'."
+            )
+    return None
 
 
 def foreign_format(raw: Mapping[str, Any]) -> ForeignFormat | None:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
 from pydantic import Field, JsonValue
 from torch import Tensor, nn
-from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import PretrainedConfig
 
 from speculators_core.decoding.drafter import Chooser, Proposal
 from speculators_core.errors import SpeculatorError
@@ -358,22 +357,18 @@ def draft_layer_config(
     text = verifier_config.get_text_config()
     sizes = layer_sizes(text, recipe.sizes)
     kind = "full_attention" if recipe.sliding_window is None else "sliding_attention"
-    try:
-        layer_config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[recipe.layer_type](
+    layer_config = SpeculatorModelConfig.validate_transformer_config(
+        {
+            "model_type": recipe.layer_type,
             **sizes.values,
-            layer_types=[kind] * recipe.num_layers,
-            sliding_window=recipe.sliding_window,
-            use_sliding_window=recipe.sliding_window is not None,
-            num_hidden_layers=recipe.num_layers,
-            hidden_act="silu",
-            tie_word_embeddings=False,
-        )
-    except (StrictDataclassError, KeyError) as error:
-        stated = ", ".join(f"{key} {value}" for key, value in recipe.sizes.items())
-        raise SpeculatorError(
-            f"the sizes {stated or sizes.values} make no {recipe.layer_type} layer: "
-            f"{' '.join(str(error).split())}. Set others in the recipe."
-        ) from error
+            "layer_types": [kind] * recipe.num_layers,
+            "sliding_window": recipe.sliding_window,
+            "use_sliding_window": recipe.sliding_window is not None,
+            "num_hidden_layers": recipe.num_layers,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+        }
+    )
     # Our key, not Transformers': a verifier of another depth is refused by it.
     layer_config.verifier_num_hidden_layers = required_size(text, "num_hidden_layers")
     return layer_config, sizes.guesses

@@ -37,3 +37,7 @@ def interop_case(name: str) -> tuple[dict[str, Tensor], Batch]:
         aux_hidden_states=case["hidden_states"][None],
         last_hidden_states=case["verifier_last_hidden_states"][None],
     )
+
+
+SHAPES = Path(__file__).parent / "shapes"
+"""Shapes of real verifiers, and configs of published drafts, without weights."""
