@@ -103,6 +103,6 @@ def check_can_forget(model_class: type, config: PretrainedConfig) -> None:
 
 
 def _parameters(model_class: type) -> Collection[str]:
-    """Those of ours that its ``forward`` takes; all of a wrapper, whose arguments have no names."""
+    """Names that its ``forward`` takes; of a wrapper without named arguments all that we pass."""
     found = inspect.signature(model_class.forward).parameters.keys()  # type: ignore[attr-defined]
     return found if "input_ids" in found else ("past_key_values", "position_ids", "logits_to_keep")

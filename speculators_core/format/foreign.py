@@ -61,8 +61,8 @@ def unread_speculator(raw: Mapping[str, Any], name: str) -> str | None:
         if any(place.get(key) for place in places for key in OWN_LAYERS):
             settings = json.dumps({"method": "mtp", "num_speculative_tokens": USUAL_TOKENS})
             return (
-                f"this is a language model (model_type {raw['model_type']!r}) with MTP layers of "
-                f"its own, not a speculator. vLLM serves it with --speculative-config '{settings}'."
+                f"this is a language model (model_type {raw['model_type']!r}) with MTP layers, "
+                f"not a speculator. vLLM serves it with --speculative-config '{settings}'."
             )
     return None
 

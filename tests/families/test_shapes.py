@@ -211,7 +211,7 @@ def test_fresh_draft_takes_a_mask_token_from_the_tokenizer(algorithm, tmp_path):
         ("dflash-with-mrope", None),
         ("eagle3-with-four-ids", None),
         ("dspark", "DSpark .*public speculators package"),
-        ("native-mtp", r"language model .* MTP layers of its own.*\"method\": \"mtp\""),
+        ("native-mtp", r"language model .* with MTP layers.*\"method\": \"mtp\""),
         ("authors-dflash", "DFlash in its authors' own format"),
         ("authors-eagle3", "EAGLE-3 in its authors' own format"),
     ],
