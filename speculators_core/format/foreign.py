@@ -36,14 +36,14 @@ class ForeignFormat:
 OF_THE_PUBLIC_PACKAGE = {"dspark": "DSpark", "dflash2": "DFlash 2", "xpress": "XPress"}
 """Algorithms of the public package's format that are not read here."""
 OWN_LAYERS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
-"""Keys by which a language model has MTP layers of its own."""
+"""Keys by which a language model has MTP layers."""
 
 
 def unread_speculator(raw: Mapping[str, Any], name: str) -> str | None:
     """What a config is that no class here holds, in a sentence; None for one to try.
 
     Beside the formats of authors these are algorithms of the public package, and language models
-    whose own MTP layers are a draft.
+    whose MTP layers are a draft.
     """
     if (foreign := foreign_format(raw)) is not None:
         return foreign.describe(name)
