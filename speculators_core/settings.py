@@ -123,19 +123,27 @@ def read_sections(
     that were set count. Nested sections and mappings are merged key by key.
 
     Raises:
-        SpeculatorError: the file cannot be read, or has a section that the plan does not have.
+        SpeculatorError: the file cannot be read, has a section that the plan does not have, or a
+            value where flags set options of a section.
     """
     sections = {} if file is None else _read_yaml(file, list(plan.model_fields))
     stated = {name: found for name, given in flags.items() if given and (found := given.stated())}
-    return _merged(sections, stated)
+    return _merged(sections, stated, f"{file}: ")
 
 
-def _merged(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:
+def _merged(
+    below: Mapping[str, object], above: Mapping[str, object], where: str
+) -> dict[str, object]:
     merged = dict(below)
     for key, value in above.items():
         old = below.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            merged[key] = _merged(old, value)
+        if isinstance(value, Mapping) and old is not None:
+            if not isinstance(old, Mapping):
+                raise SpeculatorError(
+                    f"{where}{key}: found {old!r}, expected a mapping of options, as the flags set "
+                    "some of them. Correct or remove it."
+                )
+            merged[key] = _merged(old, value, f"{where}{key}.")
         else:
             merged[key] = value
     return merged

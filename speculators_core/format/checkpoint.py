@@ -360,7 +360,7 @@ def read_tensors(
                         "copy the checkpoint again.",
                         cause=_cause_in(name),
                     )
-                if is_real and not _is_finite(tensor):
+                if is_real and not is_finite(tensor):
                     raise SpeculatorError(
                         f"{file}: {name} holds a NaN or an infinity, expected finite values. Copy "
                         "the checkpoint again, or restore one from before training diverged.",
@@ -369,7 +369,7 @@ def read_tensors(
                 yield name, tensor
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     if tensor.element_size() == 1:  # torch looks for no infinities in eight bits
         tensor = tensor.float()
     return bool(tensor.isfinite().all())

@@ -53,6 +53,8 @@ def _read_lines(path: Path) -> Iterator[tuple[int, Row]]:
                 continue
             try:
                 row = json.loads(content.decode())
+                if b"\\ud" in content.lower():  # perhaps half a character, which is no text
+                    json.dumps(row, ensure_ascii=False).encode()
             except (ValueError, RecursionError) as error:
                 raise SpeculatorError(
                     f"{path.name}, line {number}: {first_line(error)}; expected one JSON object. "

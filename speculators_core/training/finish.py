@@ -1,5 +1,6 @@
 """End of a run: checkpoint, card, check, measurement."""
 
+import json
 import logging
 import shlex
 import shutil
@@ -160,6 +161,8 @@ def measure(speculator: Path, plan: TrainingPlan, prompts: Sequence[Prompt]) -> 
     lines = [prompt.model_dump_json(exclude_none=True) for prompt in prompts]
     write_text(file, "".join(f"{line}\n" for line in lines))
     options = ["--engine", "transformers", "--max-tokens", str(plan.evaluation.max_tokens)]
+    if plan.evaluation.template_options:
+        options += ["--template-options", json.dumps(plan.evaluation.template_options)]
     here = ["--prompts", str(file), "--verifier", plan.model.verifier, "--model", str(speculator)]
     done = _command("acceptance", *options, *here, "--output", str(output))
     if done.returncode:

@@ -33,7 +33,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from speculators_core.errors import SpeculatorError, first_line
+from speculators_core.files import read_json
 from speculators_core.format import checkpoint
+from speculators_core.format.checkpoint import is_finite
 from speculators_core.verifier.head import VerifierHead, decoder_of
 from speculators_core.verifier.proof import _check_twin, _is_proven
 from speculators_core.verifier.quantization import quantization_of, unpacking
@@ -76,6 +78,12 @@ def load_verifier(
             f"({missing[0]}); expected all of them. Copy the checkpoint again, or correct its "
             "config.json."
         )
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.is_meta and not is_finite(weight):
+            raise SpeculatorError(
+                f"{name_or_path}: {name} holds a NaN or an infinity, expected finite values. Copy "
+                "the checkpoint again."
+            )
     return model.eval()
 
 
@@ -143,9 +151,11 @@ def _config_in(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        is_of_a_key = isinstance(error, StrictDataclassError)  # which its other lines explain
+        reason = " ".join(str(error).split()) if is_of_a_key else first_line(error)
         hint = " Trust it with trust_remote_code." if "trust_remote_code" in str(error) else ""
         raise SpeculatorError(
-            f"{folder}: Transformers cannot read this verifier: {first_line(error)}"
+            f"{folder / checkpoint.CONFIG}: Transformers cannot read this verifier: {reason}"
             f"{hint or ' Expected a model of a supported architecture; choose another one.'}"
         ) from error
 
@@ -163,6 +173,7 @@ def read_tokenizer(
             name_or_path, trust_remote_code=trust_remote_code, **options
         )
     except Exception as error:  # of Transformers, tokenizers, the hub, and of options it passes on
+        _check_tokenizer_files(Path(name_or_path))
         raise SpeculatorError(
             f"{name_or_path}: the tokenizer cannot be loaded: {first_line(error).rstrip('. ')}; "
             "expected tokenizer.json and tokenizer_config.json. Correct the name, or copy them "
@@ -175,6 +186,20 @@ def read_tokenizer(
             "tokenizer_config.json. Copy them there."
         )
     return tokenizer
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Raises SpeculatorError that names the first of a local tokenizer's files that is no text."""
+    for file in (*sorted(folder.glob("*token*.json")), folder / "chat_template.jinja"):
+        try:
+            if file.suffix == ".json":
+                read_json(file, "a tokenizer")
+            elif file.exists():
+                file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpeculatorError(
+                f"{file} cannot be read: {first_line(error)}; expected UTF-8 text. Copy it again."
+            ) from error
 
 
 def language_model_class(config: PretrainedConfig) -> Any:

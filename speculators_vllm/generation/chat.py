@@ -122,7 +122,7 @@ class Chat:
                 parameters,
                 use_tqdm=False,
                 tools=dialogue.tools or None,
-                chat_template_kwargs=sampling.template_options or None,
+                chat_template_kwargs=dialogue.options_of_template(sampling.template_options),
             )
         except Exception as error:  # of the template, or of vLLM's checks
             dialogue.fail(first_line(error))
@@ -137,7 +137,7 @@ class Chat:
         parser = self._make_parser(
             self.tokenizer,
             [*request.tools] if request.tools else None,
-            chat_template_kwargs=self.sampling.template_options,
+            chat_template_kwargs=dialogue.options_of_template(self.sampling.template_options) or {},
             model_config=self._llm.model_config,
         )
         return AnswerReader(parser, parser.adjust_request(request))

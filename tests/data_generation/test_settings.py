@@ -4,9 +4,11 @@ import pytest
 import yaml
 
 from speculators_core.data_generation.settings import (
+    DataGenConfig,
     EngineConfig,
     GenerationPlan,
     RunConfig,
+    StatesConfig,
     SyncConfig,
     read_plan,
 )
@@ -45,6 +47,21 @@ def test_flags_win_over_the_file_and_leave_what_they_do_not_name(file):
     plan = read_plan(file(WHOLE), flags)
     assert plan.engine.batch_size == 9 and plan.engine.dtype == "bfloat16"
     assert plan.run.workers == 2 and str(plan.sync.path) == "states"
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [("engine: 5", "engine: found 5"), ("data: {states: [x]}", r"data.states: found .'x'.")],
+)
+def test_flags_do_not_hide_a_section_that_is_none(file, text, where):
+    flags = {
+        "engine": EngineConfig(batch_size=9),
+        "data": DataGenConfig.model_construct(
+            states=StatesConfig(last=True), _fields_set={"states"}
+        ),
+    }
+    with pytest.raises(SpeculatorError, match=f"plan.yaml: {where}, expected a mapping"):
+        read_plan(file(text), flags)
 
 
 def test_a_flag_at_its_default_wins_too(file):

@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+from benchmarks import playground
 from speculators_core.errors import SpeculatorError
 from speculators_core.format.checkpoint import locate_verifier
 from speculators_core.verifier import proof, reading
@@ -17,6 +18,7 @@ from speculators_core.verifier.proof import PROVEN_FAMILIES, check_head
 from speculators_core.verifier.reading import (
     language_model_class,
     load_verifier,
+    read_tokenizer,
     read_verifier_config,
     read_verifier_head,
 )
@@ -498,6 +500,36 @@ def test_verifier_of_unknown_type_is_named_in_one_line(tmp_path):
     with pytest.raises(SpeculatorError, match="cannot read this verifier") as caught:
         read_verifier_config(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_of_a_verifier_with_a_wrong_value_is_named(verifier_folder, tmp_path):
+    folder = shutil.copytree(verifier_folder, tmp_path / "verifier")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": []}))
+    message = r"config\.json: .*'vocab_size' expected int, got list"
+    with pytest.raises(SpeculatorError, match=message):
+        read_verifier_config(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_verifier_with_weights_that_are_not_finite_is_refused(verifier_folder, tmp_path, value):
+    folder = shutil.copytree(verifier_folder, tmp_path / "verifier")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 4] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SpeculatorError, match=f"{name} holds a NaN or an infinity"):
+        load_verifier(str(folder))
+
+
+@pytest.mark.parametrize(
+    "file", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json"]
+)
+def test_a_broken_file_of_a_tokenizer_is_named(file, tmp_path):
+    folder = shutil.copytree(playground.VERIFIER, tmp_path / "verifier")
+    (folder / file).write_bytes(b"{\x8d")
+    with pytest.raises(SpeculatorError, match=rf"{file} (cannot be read|is not valid JSON)"):
+        read_tokenizer(folder)
 
 
 def test_a_model_whose_weights_do_not_all_come_from_its_file_is_refused(verifier_folder, tmp_path):

@@ -83,6 +83,8 @@ class AnswerFile:
         record: dict[str, object] = {"key": dialogue.key}
         if dialogue.fault is None:
             record |= {"messages": dialogue.messages, "tools": dialogue.tools or None}
+            if dialogue.template_options:
+                record["chat_template_kwargs"] = dialogue.template_options
         else:
             record |= {"reason": dialogue.fault}
         file = self._kept if dialogue.fault is None else self._aside

@@ -5,10 +5,11 @@ asked for         ^1               ^2                     ^3 if 2 calls what the
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+from pydantic import JsonValue
 from xxhash import xxh64_hexdigest, xxh64_intdigest
 
 from speculators_core.texts.messages import Message, Tool
@@ -90,16 +91,19 @@ class Dialogue:
         seed: int = 0,
         keeps_cut: bool = False,
         tally: Tally | None = None,
+        template_options: Mapping[str, JsonValue] | None = None,
     ) -> None:
         """``messages``: the result of `read_messages`.
 
         ``keeps_cut``: the conversation ends after an answer that was cut; otherwise before it.
+        ``template_options``: variables of the chat template for this conversation alone.
         """
         self.key = key
         self.tools = [
             tool if "function" in tool else {"type": "function", "function": tool}
             for tool in tools or ()
         ]
+        self.template_options = dict(template_options or {})
         self.messages: list[Message] = []
         """Messages up to the next answer."""
         self.num_answers = 0
@@ -128,6 +132,10 @@ class Dialogue:
     def is_open(self) -> bool:
         """Whether the verifier is to answer ``messages``."""
         return bool(self.messages) and self.messages[-1]["role"] != "assistant"
+
+    def options_of_template(self, for_all: Mapping[str, JsonValue]) -> dict[str, JsonValue] | None:
+        """Variables of the chat template; those of the conversation win. None without any."""
+        return {**for_all, **self.template_options} or None
 
     @property
     def turn(self) -> str:

@@ -154,7 +154,7 @@ class OpenAIEndpoint:
             "top_k": sampling.top_k,
             "max_tokens": sampling.max_tokens,
             "seed": dialogue.seed if sampling.temperature > 0 else None,
-            "chat_template_kwargs": sampling.template_options or None,
+            "chat_template_kwargs": dialogue.options_of_template(sampling.template_options),
         }
         return {name: value for name, value in stated.items() if value is not None}
 

@@ -33,6 +33,7 @@ from speculators_core.texts.messages import (
     Message,
     Tool,
     read_messages,
+    read_template_options,
     read_tools,
 )
 
@@ -158,14 +159,15 @@ def _dialogues(
         if key in done:
             continue
         try:
-            turns, tools = _read(row, source.parts)
+            turns, tools, template_options = _read(row, source.parts)
         except MalformedRow as error:
             unreadable.append(Dialogue.malformed(key, f"{SkipReason.MALFORMED}: {error}"))
             if not is_readable and len(unreadable) < FIRST_ROWS:
                 continue
         else:
             is_readable = True
-            unreadable.append(Dialogue(key, turns, tools, seed, keeps_cut, tally))
+            dialogue = Dialogue(key, turns, tools, seed, keeps_cut, tally, template_options)
+            unreadable.append(dialogue)
         if not is_readable:
             break
         yield from unreadable
@@ -182,8 +184,12 @@ def _dialogues(
         )
 
 
-def _read(row: Row, parts: RowParts) -> tuple[list[Message], list[Tool] | None]:
-    """Messages and tools. A prompt is a user's turn, a completion the turn to replace.
+def _read(
+    row: Row, parts: RowParts
+) -> tuple[list[Message], list[Tool] | None, dict[str, JsonValue]]:
+    """Messages, tools and the chat template's variables.
+
+    A prompt is a user's turn, a completion the turn to replace.
 
     Raises:
         MalformedRow: there are none.
@@ -191,14 +197,16 @@ def _read(row: Row, parts: RowParts) -> tuple[list[Message], list[Tool] | None]:
     main = row[parts.main]
     try:
         tools = read_tools(row[parts.tools]) if parts.tools else None
+        stated = row[parts.template_options] if parts.template_options else None
+        template_options = read_template_options(stated)
         if isinstance(main, str) and main and parts.kind is not RowKind.CONVERSATION:
-            return [{"role": "user", "content": main}], tools
+            return [{"role": "user", "content": main}], tools, template_options
         turns = read_messages(main)
         if parts.completion and isinstance(completion := row[parts.completion], list):
             turns += read_messages(completion)
     except RecursionError as error:
         raise MalformedRow("nested too deeply") from error
-    return turns, tools
+    return turns, tools, template_options
 
 
 class AnswerMeter:

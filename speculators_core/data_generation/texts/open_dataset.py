@@ -3,9 +3,7 @@
 Python code that a data set ships is never run.
 """
 
-import json
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from datasets import (
@@ -24,6 +22,7 @@ from datasets import (
 from speculators_core.data_generation.settings import FORMATS, DatasetConfig
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.files import Roots
+from speculators_core.texts.row_files import Row, read_rows
 
 
 def open_rows(config: DatasetConfig, roots: Roots) -> tuple[Dataset | IterableDataset, list[str]]:
@@ -76,10 +75,10 @@ def _open_local(config: DatasetConfig, path: Path, roots: Roots) -> Dataset | It
             f"{config.path}: `name` is {config.name!r}, but a file has no configurations; expected "
             "a folder or a hub id. Remove `name`."
         )
+    elif path.suffix == ".jsonl":
+        return _open_lines(config, path)
     else:
         options: dict[str, object] = {"sample_by": config.sample_by} if is_text else {}
-        if path.suffix == ".jsonl":
-            options["features"] = _features(path)
         builder = load_dataset_builder(FORMATS[path.suffix], data_files=str(path), **options)
     for file in _data_files(builder):
         if "://" in file:
@@ -88,19 +87,39 @@ def _open_local(config: DatasetConfig, path: Path, roots: Roots) -> Dataset | It
     return _take_split(builder, config, is_streamed=bool(config.streaming))
 
 
-def _features(path: Path) -> Features:
-    """The types of all rows' values; lists and objects as JSON of any shape.
-
-    `datasets` would take the shapes of the first 10 MB for those of all: a file whose first tool
-    call comes later could not be read.
+def _open_lines(config: DatasetConfig, path: Path) -> Dataset | IterableDataset:
+    """JSON lines, read as prompts are: the reader of `datasets` stops at an empty line, and one
+    that is nested deeply ends the process.
     """
+    state = path.stat()
+    # No lists: `datasets` takes their items for shards.
+    given = {"path": str(path), "version": f"{state.st_size} {state.st_mtime_ns}"}
+    features = _features(path)
+    if not features:
+        return Dataset.from_dict({})
+    if config.streaming and config.split != "train":
+        raise SpeculatorError(
+            f"{config.path}: `split` is {config.split!r}; expected train, the whole file, which "
+            "is all that can be streamed. Correct `split`, or remove `streaming`."
+        )
+    if config.streaming:
+        return IterableDataset.from_generator(_lines, features=features, gen_kwargs=given)
+    rows = Dataset.from_generator(_lines, features=features, gen_kwargs=given)
+    return _part({"train": rows}, config.split)
+
+
+def _lines(path: str, version: str) -> Iterator[Row]:
+    """``version`` makes a copy in the cache of `datasets` that of this file's content."""
+    return (row for _, row in read_rows(Path(path)))
+
+
+def _features(path: Path) -> Features:
+    """The types of all rows' values; lists and objects as JSON of any shape."""
     kinds: dict[str, set[type]] = {}
-    with path.open("rb") as lines:
-        for line in lines:
-            with suppress(ValueError):  # `datasets` itself complains of what is not JSON
-                row = json.loads(line)
-                for key, value in row.items() if isinstance(row, dict) else ():
-                    kinds.setdefault(key, set()).add(type(value))
+    for _, row in read_rows(path):
+        for key, value in row.items():
+            is_large = type(value) is int and not -(2**63) <= value < 2**63
+            kinds.setdefault(key, set()).add(float if is_large else type(value))
     plain = {str: "string", int: "int64", float: "float64", bool: "bool"}
     features: dict[str, Value | Json] = {}
     for key, found in kinds.items():
@@ -129,8 +148,13 @@ def _open_saved(config: DatasetConfig, path: Path, roots: Roots) -> Dataset | It
     for rows in splits.values():
         for file in rows.cache_files:
             roots.check(file["filename"])
+    return _part(splits, config.split)
+
+
+def _part(splits: Mapping[str, Dataset], split: str) -> Dataset:
+    """The rows of a split, or of a part of one."""
     lengths = {name: len(rows) for name, rows in splits.items()}
-    parts = ReadInstruction.from_spec(config.split).to_absolute(lengths)
+    parts = ReadInstruction.from_spec(split).to_absolute(lengths)
     return concatenate_datasets(
         [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
     ).with_format(None)

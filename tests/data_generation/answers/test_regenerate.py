@@ -135,6 +135,22 @@ def test_tools_and_names_go_along_and_other_keys_do_not(run, server):
     assert server.bodies[0]["messages"] == [{**user("q"), "name": "ann"}]
 
 
+def test_template_options_of_a_row_win_and_are_kept_for_generate_data(run, server):
+    own = {"thinking": True, "style": {"of": [1]}}
+    rows = [{**chat("q"), "chat_template_kwargs": own}, chat("r")]
+    run(rows, server.url, template_options={"thinking": False, "n": 1})
+    asked = [body["chat_template_kwargs"] for body in server.bodies]
+    assert sorted(asked, key=len) == [{"thinking": False, "n": 1}, {**own, "n": 1}]
+    assert [line.get("chat_template_kwargs") for line in run.lines()] == [own, None]
+
+
+def test_template_options_that_are_no_object_set_their_row_aside(run, server):
+    run([chat("q"), {**chat("r"), "chat_template_kwargs": [1]}], server.url)
+    assert run.aside() == {
+        "0/1": "not what its columns promise: expected an object of template options, found [1]"
+    }
+
+
 def test_thoughts_are_kept_beside_the_answer(run, server):
     for field in ("reasoning", "reasoning_content"):
         server.reply = lambda body, field=field: says("a", **{field: "hm"})

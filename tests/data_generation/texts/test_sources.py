@@ -26,6 +26,7 @@ from speculators_core.data_generation.texts.sources import (
 from speculators_core.data_generation.texts.spans import TokenSequence
 from speculators_core.errors import SpeculatorError
 from speculators_core.files import Roots
+from speculators_core.texts.row_files import read_rows
 from tests.data_generation.texts.families import learned_texts, make_tokenizer
 
 USER = {"role": "user", "content": "hello"}
@@ -91,6 +92,44 @@ def test_rows_may_take_other_shapes_late_in_a_file(reader):
     rows.append({"messages": [USER, call, {"role": "tool", "content": "1"}, ANSWER], "tools": []})
     reader.read(rows, data={"deduplicate": False})
     assert reader.counts.rows == 11_001
+
+
+LINES = {
+    "a byte order mark": "\ufeff" + '{"text": "a"}\n{"text": "b"}\n',
+    "empty lines": '\n{"text": "a"}\r\n \r\n\n{"text": "b"}',
+    "line separators inside": '{"text": "a", "n": "\u2028\u2029\x85"}\n{"text": "b"}\n',
+    "late objects": '{"text": "a"}\n{"text": "b", "n": {"of": [1]}}\n',
+    "large numbers": '{"text": "a", "n": 1}\n{"text": "b", "n": 100000000000000000000000}\n',
+}
+
+
+@pytest.mark.parametrize("streaming", [None, True])
+@pytest.mark.parametrize("name", LINES)
+def test_json_lines_are_read_as_prompts_are(reader, name, streaming):
+    path = reader.folder / "rows.jsonl"
+    path.write_bytes(LINES[name].encode())
+    found = reader.texts(path=str(path), streaming=streaming)
+    assert [text.removeprefix("<|begin_of_text|>") for text in found] == ["a", "b"]
+    assert [row["text"] for _, row in read_rows(path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    {
+        "not an object": ("[1]", "found .1., expected one JSON object"),
+        "nested deeply": ("[" * 100_000, "recursion"),
+        "half a character": ('{"text": "\\ud800"}', "surrogates not allowed"),
+    }.values(),
+)
+def test_a_line_that_is_no_row_is_named(reader, line, fault):
+    (reader.folder / "rows.jsonl").write_text(f'{{"text": "a"}}\n{line}\n')
+    with pytest.raises(SpeculatorError, match=rf"rows.jsonl, line 2: .*{fault}.*Correct the line"):
+        reader.read(path=str(reader.folder / "rows.jsonl"))
+
+
+def test_a_changed_file_is_read_again(reader):
+    assert len(reader.read([{"text": "a"}])) == 1
+    assert len(reader.read([{"text": "a"}, {"text": "b"}])) == 2
 
 
 PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
@@ -526,10 +565,10 @@ def test_reading_is_lazy(reader):
         ({"path": "no-such/data"}, "no-such/data .*cannot be opened"),
         ({"path": "rows.xyz"}, "expected one of .jsonl, .json"),
         ({"path": "rows.jsonl", "split": "test"}, "test"),
-        ({"path": "rows.jsonl", "split": "test", "streaming": True}, "Available splits"),
+        ({"path": "rows.jsonl", "split": "test", "streaming": True}, "expected train"),
         ({"path": "rows.jsonl", "split": "train[:x]"}, "train"),
         ({"path": "rows.jsonl", "split": "train[:2]", "streaming": True}, "train"),
-        ({"path": "rows.jsonl", "split": "train[:0]"}, "no data"),
+        ({"path": "rows.jsonl", "split": "train[:0]"}, "holds no rows"),
         ({"path": "none.csv", "streaming": True}, "none.csv.*holds no rows"),
         ({"path": "none.parquet", "streaming": True}, "none.parquet.*holds no rows"),
         ({"path": "rows.jsonl", "name": "main"}, "`name` is 'main', but a file has no conf"),
@@ -540,7 +579,7 @@ def test_reading_is_lazy(reader):
         ),
         ({"path": "saved", "split": "test"}, "test.*train"),
         ({"path": "other.jsonl"}, "has the columns a, b; expected 'input_ids', 'messages'"),
-        ({"path": "broken.jsonl"}, "broken.jsonl .*cannot be opened"),
+        ({"path": "broken.jsonl"}, "broken.jsonl, line 2: "),
         ({"path": "empty.jsonl"}, "empty.jsonl"),
         ({"path": "../missing.jsonl"}, "no such file or folder"),
         ({"path": "linked"}, "is outside"),
@@ -599,7 +638,7 @@ def test_what_the_user_names_lies_anywhere(reader):
 def test_a_file_that_breaks_off_is_named_when_its_end_is_reached(reader, tmp_path):
     lines = [json.dumps(row) for row in TEXTS]
     (tmp_path / "broken.jsonl").write_text("\n".join([*lines, '{"text": "a']))
-    with pytest.raises(SpeculatorError, match=r"broken.jsonl.*cannot be"):
+    with pytest.raises(SpeculatorError, match="broken.jsonl, line 11: "):
         reader.read(path=str(tmp_path / "broken.jsonl"), streaming=True)
 
 
