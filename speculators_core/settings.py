@@ -111,7 +111,10 @@ def load_yaml(text: str) -> Any:
         yaml.YAMLError: the text is not valid YAML, or has an unsafe tag.
         ValueError: a value is impossible, such as the date 2001-99-99.
     """
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply") from error
 
 
 def read_sections(

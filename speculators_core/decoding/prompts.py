@@ -153,9 +153,12 @@ def tokenize(
                 "verifier's positions less the output. Shorten the prompt or the output."
             )
         if not token_ids:
-            raise SpeculatorError(
-                f"{name} has 0 tokens, expected at least 1. Write a longer prompt."
+            remedy = (
+                "Repair the chat template, which renders the messages as nothing"
+                if prompt.messages
+                else "Write a longer prompt"
             )
+            raise SpeculatorError(f"{name} has 0 tokens, expected at least 1. {remedy}.")
         tokenized.append(TokenizedPrompt(category=prompt.category, token_ids=token_ids))
     return tokenized
 

@@ -66,8 +66,9 @@ def render_chat(
         )
     except TemplateSyntaxError as error:
         raise SpeculatorError(
-            f"The chat template is not valid Jinja: line {error.lineno}: {first_line(error)}. "
-            "Correct the template, or name another one with data.chat_template."
+            f"{'the' if template else tokenizer.name_or_path + ': the'} chat template is not valid "
+            f"Jinja: line {error.lineno}: {first_line(error).rstrip('.')}; expected a Jinja "
+            "template. Correct it (chat_template.jinja, or chat_template in tokenizer_config.json)."
         ) from error
     except RENDERING_ERRORS as error:
         raise TemplateRefused(first_line(error)) from error

@@ -23,19 +23,21 @@ def check_verifier(
     text = verifier.get_text_config()
     layer = speculator.transformer_layer_config
     name = name or verifier.name_or_path or type(verifier).__name__
-    for what, found, expected in (
-        ("hidden size", text.hidden_size, speculator.verifier_hidden_size),
-        ("vocabulary size", text.vocab_size, layer.vocab_size),
+    for what, key, found, expected in (
+        ("hidden size", "hidden_size", text.hidden_size, speculator.verifier_hidden_size),
+        ("vocabulary size", "vocab_size", text.vocab_size, layer.vocab_size),
         (
             "number of layers",
+            "num_hidden_layers",
             text.num_hidden_layers,
             speculator.verifier_depth or text.num_hidden_layers,
         ),
     ):
         if found != expected:
             raise SpeculatorError(
-                f"{name}: {what} {found}; the speculator was made for {expected}. "
-                f"Pass the verifier it was trained with ({speculator.verifier.name_or_path}).",
+                f"{name}: {what} {found}; the speculator was made for {expected} ({key} in its "
+                "config.json). Pass the verifier it was trained with "
+                f"({speculator.verifier.name_or_path}).",
                 cause="wrong verifier",
             )
     found, expected = verifier.architectures or [], speculator.verifier.architectures

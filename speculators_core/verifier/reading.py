@@ -7,7 +7,6 @@ tried on a few tokens, and refused where its own logits are not the ones rebuilt
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from os import PathLike
 from pathlib import Path
@@ -57,6 +56,7 @@ def load_verifier(
     files = (*checkpoint.ALL_FILES, "*.py") if trust_remote_code else checkpoint.ALL_FILES
     folder = checkpoint.fetch(name_or_path, files=files)
     checkpoint.stored_tensors(folder)
+    read_generation_config(folder)
     config = unpacking(_config_in(folder, trust_remote_code))
     auto_class = language_model_class(config)
     try:
@@ -119,8 +119,8 @@ def with_head(model: PreTrainedModel) -> PreTrainedModel:
             value = read[weight].to(model.device, model.dtype)
             setattr(head, key, nn.Parameter(value, requires_grad=False))
     setattr(whole, prefix, model)
-    with suppress(OSError, ValueError):  # where there is none, the config's options stay
-        whole.generation_config = GenerationConfig.from_pretrained(model.name_or_path)
+    if (stated := read_generation_config(model.name_or_path)) is not None:
+        whole.generation_config = stated
     return whole.eval()
 
 
@@ -160,6 +160,32 @@ def _config_in(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         ) from error
 
 
+def read_generation_config(name_or_path: str | PathLike) -> GenerationConfig | None:
+    """The verifier's defaults of generation; None where it states none.
+
+    Raises:
+        SpeculatorError: the file cannot be read, or names special tokens otherwise than by id.
+    """
+    file = Path(name_or_path) / "generation_config.json"
+    stated = read_json(file) if file.exists() else {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = stated.get(key)
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if value is not None and not all(type(token) is int for token in ids):
+            raise SpeculatorError(
+                f"{file}: {key} is {value!r:.80}, expected the id of a token. Correct or remove it."
+            )
+    try:
+        return GenerationConfig.from_pretrained(name_or_path)
+    except (OSError, TypeError, ValueError) as error:
+        if not file.exists():
+            return None
+        raise SpeculatorError(
+            f"{file}: Transformers cannot read it: {first_line(error)}; expected a generation "
+            "config. Correct or remove it."
+        ) from error
+
+
 def read_tokenizer(
     name_or_path: str | PathLike, trust_remote_code: bool = False, **options: JsonValue
 ) -> Any:
@@ -189,7 +215,7 @@ def read_tokenizer(
 
 
 def _check_tokenizer_files(folder: Path) -> None:
-    """Raises SpeculatorError that names the first of a local tokenizer's files that is no text."""
+    """Raises SpeculatorError that names the first of a local tokenizer's files that cannot be read."""
     for file in (*sorted(folder.glob("*token*.json")), folder / "chat_template.jinja"):
         try:
             if file.suffix == ".json":

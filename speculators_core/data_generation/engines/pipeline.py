@@ -23,6 +23,7 @@ from speculators_core.errors import SpeculatorError
 from speculators_core.registry import ENGINES
 from speculators_core.verifier.head import VerifierHead
 from speculators_core.verifier.reading import (
+    read_generation_config,
     read_verifier_config,
     read_verifier_head,
 )
@@ -129,10 +130,8 @@ class InferencePipeline(ABC):
     @cached_property
     def end_ids(self) -> list[int]:
         """Tokens that end a text."""
-        data = self.plan.data
-        try:
-            config = GenerationConfig.from_pretrained(data.verifier)
-        except OSError:  # it has none
+        config = read_generation_config(self.plan.data.verifier)
+        if config is None:
             config = GenerationConfig.from_model_config(self.verifier_config)
         found = config.eos_token_id
         return [] if found is None else [found] if isinstance(found, int) else list(found)

@@ -21,7 +21,7 @@ from os.path import commonprefix
 from pathlib import Path
 
 from pydantic import JsonValue
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from speculators_core.data_generation.settings import DataGenConfig
 from speculators_core.data_generation.texts.spans import (
@@ -34,7 +34,7 @@ from speculators_core.data_generation.texts.spans import (
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.texts.chat import TemplateRefused, render_chat, reserved_option
 from speculators_core.texts.messages import Message, Tool
-from speculators_core.verifier.reading import read_tokenizer
+from speculators_core.verifier.reading import read_generation_config, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -220,9 +220,7 @@ def resolve_chat_template(given: str) -> str:
 
 def _stop_ids(verifier: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that end an answer, from the verifier's generation config and the tokenizer."""
-    try:
-        found = GenerationConfig.from_pretrained(verifier).eos_token_id
-    except (OSError, ValueError):  # no generation config
-        found = None
+    config = read_generation_config(verifier)
+    found = None if config is None else config.eos_token_id
     stops = {found} if isinstance(found, int) else set(found or ())
     return frozenset(stops | {tokenizer.eos_token_id} - {None})

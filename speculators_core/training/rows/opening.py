@@ -83,7 +83,11 @@ def check_data(schema: Schema, weights: str | None, model: TrainModelConfig, whe
         ("weights", weights or "", sample_weights(verifier) or weights or ""),
     ):
         if theirs != ours:
-            shown = "weights differ" if what == "weights" else f"{what} is {theirs}, not {ours}"
+            shown = (
+                "config or weights differ"
+                if what == "weights"
+                else f"{what} is {theirs}, not {ours}"
+            )
             raise SpeculatorError(
                 f"{where}: made with {schema.verifier}, expected {verifier}: its {shown}. "
                 f"Generate data with `data.verifier: {verifier}`."
