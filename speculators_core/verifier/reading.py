@@ -147,10 +147,21 @@ def read_verifier_config(
 
 
 def _config_in(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    checkpoint.read_config(folder)
+    stated = checkpoint.read_config(folder)
+    for key in ("dtype", "torch_dtype"):  # Transformers fails on a wrong one without its name
+        name = stated.get(key)
+        if name is not None and not isinstance(getattr(torch, str(name), name), torch.dtype | dict):
+            if name != "auto":
+                raise SpeculatorError(
+                    f"{folder / checkpoint.CONFIG}: {key} is {name!r:.80}, expected one such as "
+                    "bfloat16. Correct or remove it."
+                )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+    except (
+        *(ArithmeticError, AttributeError, LookupError, OSError, RuntimeError),
+        *(StrictDataclassError, TypeError, ValueError),
+    ) as error:
         is_of_a_key = isinstance(error, StrictDataclassError)  # which its other lines explain
         reason = " ".join(str(error).split()) if is_of_a_key else first_line(error)
         hint = " Trust it with trust_remote_code." if "trust_remote_code" in str(error) else ""
@@ -198,6 +209,7 @@ def read_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, **options
         )
+        is_empty = not tokenizer("a", add_special_tokens=False)["input_ids"]
     except Exception as error:  # of Transformers, tokenizers, the hub, and of options it passes on
         _check_tokenizer_files(Path(name_or_path))
         raise SpeculatorError(
@@ -205,7 +217,7 @@ def read_tokenizer(
             "expected tokenizer.json and tokenizer_config.json. Correct the name, or copy them "
             "there."
         ) from error
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+    if is_empty:
         # Transformers makes an empty one where the files are missing.
         raise SpeculatorError(
             f"{name_or_path}: no tokenizer, or one that knows no text; expected tokenizer.json and "
@@ -215,7 +227,7 @@ def read_tokenizer(
 
 
 def _check_tokenizer_files(folder: Path) -> None:
-    """Raises SpeculatorError that names the first of a local tokenizer's files that cannot be read."""
+    """Raises SpeculatorError for the first of a local tokenizer's files that cannot be read."""
     for file in (*sorted(folder.glob("*token*.json")), folder / "chat_template.jinja"):
         try:
             if file.suffix == ".json":

@@ -18,6 +18,7 @@ from speculators_core.verifier.proof import PROVEN_FAMILIES, check_head
 from speculators_core.verifier.reading import (
     language_model_class,
     load_verifier,
+    read_generation_config,
     read_tokenizer,
     read_verifier_config,
     read_verifier_head,
@@ -502,6 +503,15 @@ def test_verifier_of_unknown_type_is_named_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["bfloat61", 16, [], "matmul"])
+def test_a_dtype_that_is_none_is_named(verifier_folder, tmp_path, value):
+    folder = shutil.copytree(verifier_folder, tmp_path / "verifier")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": value}))
+    with pytest.raises(SpeculatorError, match=r"config\.json: dtype is .*expected one such as"):
+        read_verifier_config(folder)
+
+
 def test_a_key_of_a_verifier_with_a_wrong_value_is_named(verifier_folder, tmp_path):
     folder = shutil.copytree(verifier_folder, tmp_path / "verifier")
     config = json.loads((folder / "config.json").read_text())
@@ -520,6 +530,33 @@ def test_a_verifier_with_weights_that_are_not_finite_is_refused(verifier_folder,
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SpeculatorError, match=f"{name} holds a NaN or an infinity"):
         load_verifier(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"eos_token_id": "x"}', "eos_token_id is 'x', expected the id of a token"),
+        ('{"eos_token_id": [1, [2]]}', r"eos_token_id is \[1, \[2\]\]"),
+        ('{"pad_token_id": [1]}', r"pad_token_id is \[1\]"),
+    ],
+)
+def test_a_broken_generation_config_is_named(verifier_folder, tmp_path, text, fault):
+    folder = shutil.copytree(verifier_folder, tmp_path / "verifier")
+    (folder / "generation_config.json").write_text(text)
+    for read in (load_verifier, read_generation_config):
+        with pytest.raises(SpeculatorError, match=rf"generation_config\.json.*{fault}"):
+            read(str(folder))
+
+
+@pytest.mark.parametrize("length", ["1", [1], {}])
+def test_a_tokenizer_that_does_not_run_is_named(tmp_path, length):
+    folder = shutil.copytree(playground.VERIFIER, tmp_path / "verifier")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    stated = json.dumps(config | {"model_max_length": length})
+    (folder / "tokenizer_config.json").write_text(stated)
+    with pytest.raises(SpeculatorError, match="the tokenizer cannot be loaded"):
+        read_tokenizer(folder)
 
 
 @pytest.mark.parametrize(
