@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -127,7 +127,6 @@ class Eagle3DraftModel(EagleStackModel):
         teacher-forced, which is not acceptance.
         """
         objective = objective or Eagle3Objective()
-        verifier_logits = self.verifier_logits(batch)
         documents = batch.document_ids
         draft_tokens = torch.full(
             (objective.ttt_steps, *documents.shape), -1, device=documents.device
@@ -136,31 +135,43 @@ class Eagle3DraftModel(EagleStackModel):
         metrics: dict[str, Tensor] = {}
         right_so_far = torch.ones_like(batch.loss_mask)
         unrolled = self.unroll(batch, objective.ttt_steps, objective.use_off_policy_tokens)
+        states, trained = [], []
         for step, output in enumerate(unrolled):
-            num_rows = output.shape[1]
-            reads = slice(1 + step, 1 + step + num_rows)
-            trained = batch.loss_mask[:, reads] & (documents[:, :num_rows] != PADDING)
-            trained &= documents[:, reads] == documents[:, :num_rows]
-            scored = score_rows(
-                output[trained],
-                self.lm_head.weight,
-                verifier_logits,
-                trained[0].nonzero().flatten() + 1 + step,
-                objective.loss,
-                self.draft_token_ids,
-            )
-            loss = scored.losses.sum() / (scored.is_covered.sum() + MASK_SUM_FLOOR)
+            trained.append(self._trained(batch, step))
+            states.append(output[trained[step]])
+        if not states:
+            return draft_tokens, total, metrics
+        scored = score_rows(
+            torch.cat(states),
+            self.lm_head.weight,
+            self.verifier_logits(batch),
+            torch.cat([own[0].nonzero()[:, 0] + 1 + step for step, own in enumerate(trained)]),
+            objective.loss,
+            self.draft_token_ids,
+        )
+        scores = scored.split([len(rows) for rows in states])
+        for step, (own, score) in enumerate(zip(trained, scores, strict=True)):
+            num_rows = own.shape[1]
+            loss = score.losses.sum() / (score.is_covered.sum() + MASK_SUM_FLOOR)
             total = total + objective.ttt_step_loss_decay**step * loss
 
-            draft_tokens[step, :, :num_rows][trained] = scored.draft_tokens
-            right = torch.zeros_like(trained)
-            right[trained] = scored.is_right
-            reached = trained & right_so_far[:, :num_rows]
+            draft_tokens[step, :, :num_rows][own] = score.draft_tokens
+            right = torch.zeros_like(own)
+            right[own] = score.is_right
+            reached = own & right_so_far[:, :num_rows]
             right_so_far = reached & right
             metrics[f"loss_{step}"] = loss.detach()
-            metrics[f"full_acc_{step}"] = right_so_far.sum() / trained.sum().clamp_min(1)
+            metrics[f"full_acc_{step}"] = right_so_far.sum() / own.sum().clamp_min(1)
             metrics[f"cond_acc_{step}"] = right_so_far.sum() / reached.sum().clamp_min(1)
         return draft_tokens, total, metrics
+
+    @staticmethod
+    def _trained(batch: Batch, step: int) -> Bool[Tensor, "batch rows"]:
+        """The rows of a step that count."""
+        documents = batch.document_ids
+        reads = slice(1 + step, documents.shape[1])
+        first = documents[:, : documents.shape[1] - 1 - step]
+        return batch.loss_mask[:, reads] & (first != PADDING) & (documents[:, reads] == first)
 
     # ---- decoding ----
 

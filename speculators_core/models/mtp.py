@@ -38,11 +38,15 @@ from speculators_core.models.parts.layers import (
     decoder_layer,
     family_of,
 )
-from speculators_core.models.parts.losses import MASK_SUM_FLOOR, LossWeights, score_rows
+from speculators_core.models.parts.losses import (
+    MASK_SUM_FLOOR,
+    LossWeights,
+    Targets,
+    score_rows,
+)
 from speculators_core.models.parts.unroll import propose_in_steps, unroll
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.settings import Settings
-from speculators_core.verifier.head import VerifierLogits
 from speculators_core.verifier.quantization import without_quantization
 
 IGNORED = -100
@@ -344,36 +348,40 @@ class MTPDraftModel(SpeculatorModel):
         draft_tokens = torch.full((steps, *batch.input_ids.shape), -1, device=documents.device)
         total = batch.last_hidden_states.new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
-        unrolled = self.unroll(batch, steps, objective.attention)
-        head_weight, targets = self.head_weight, self._targets(batch, objective)
-        for step, (weight, output) in enumerate(zip(objective.weights, unrolled, strict=False)):
-            trained = rows[(rows + 2 + step < length)]
-            trained = trained[documents[trained] == documents[trained + 2 + step]]
-            trained = trained[batch.loss_mask[0, trained + 2 + step]]
-            scored = score_rows(
-                output[0, trained],
-                head_weight,
-                targets,
-                trained + 1 + step,
-                {"ce": 1.0} if objective.targets == "text" else objective.loss,
-            )
-            loss = scored.losses.sum() / (len(trained) + MASK_SUM_FLOOR)
-            total = total + weight * loss
-            draft_tokens[step, 0, trained] = scored.draft_tokens
+        trained = [self._trained(batch, rows, step) for step in range(steps)]
+        outputs = list(self.unroll(batch, steps, objective.attention))
+        trained = trained[: len(outputs)]
+        if not outputs:
+            return draft_tokens, total, metrics
+        scored = score_rows(
+            torch.cat([output[0, own] for output, own in zip(outputs, trained, strict=True)]),
+            self.head_weight,
+            self._targets(batch, objective),
+            torch.cat([own + 1 + step for step, own in enumerate(trained)]),
+            {"ce": 1.0} if objective.targets == "text" else objective.loss,
+        )
+        scores = scored.split([len(own) for own in trained])
+        for step, (own, score) in enumerate(zip(trained, scores, strict=True)):
+            loss = score.losses.sum() / (len(own) + MASK_SUM_FLOOR)
+            total = total + objective.weights[step] * loss
+            draft_tokens[step, 0, own] = score.draft_tokens
             metrics[f"loss_{step}"] = loss.detach()
-            metrics[f"acc_{step}"] = scored.is_right.sum() / max(1, len(trained))
+            metrics[f"acc_{step}"] = score.is_right.sum() / max(1, len(own))
         return draft_tokens, total, metrics
 
-    def _targets(self, batch: Batch, objective: MTPObjective) -> VerifierLogits:
-        """Logits to learn in each row: the text's token for certain, or the verifier's logits."""
+    @staticmethod
+    def _trained(batch: Batch, rows: Int[Tensor, "rows"], step: int) -> Int[Tensor, "some_rows"]:
+        """Those of the rows that count at a step."""
+        documents, mask = batch.document_ids[0], batch.loss_mask[0]
+        rows = rows[rows + 2 + step < len(documents)]
+        rows = rows[documents[rows] == documents[rows + 2 + step]]
+        return rows[mask[rows + 2 + step]]
+
+    def _targets(self, batch: Batch, objective: MTPObjective) -> Targets:
+        """What to learn in each row: the text's next token, or the verifier's logits."""
         if objective.targets == "verifier":
             return self.verifier_logits(batch)
-        vocab_size = self.config.transformer_layer_config.vocab_size
-
-        def certain(rows: Int[Tensor, "rows"]) -> Float[Tensor, "rows vocab"]:
-            return nn.functional.one_hot(batch.input_ids[0, rows + 1], vocab_size).to(self.dtype)
-
-        return certain
+        return batch.input_ids[0, 1:]
 
     # ---- decoding ----
 

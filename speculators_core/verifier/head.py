@@ -13,8 +13,8 @@ from transformers import (
 
 from speculators_core.errors import SpeculatorError
 
-CHUNK_LOGITS = 2**19
-"""Logits that exist at one time on a CPU: what its cache holds."""
+CHUNK_LOGITS = 2**23
+"""Logits that exist at one time on a CPU; a product of fewer rows reads the head too often."""
 GPU_CHUNK_LOGITS = 2**26
 """The same on a GPU, which is slow on small pieces."""
 FEWEST_ROWS = 16
@@ -60,7 +60,9 @@ class VerifierHead(nn.Module):
         last_hidden = last_hidden.to(weight.device, weight.dtype)
         if token_ids is not None:
             weight, bias = weight[token_ids], None if bias is None else bias[token_ids]
-        logits = nn.functional.linear(self.norm(last_hidden), weight, bias) * self.scale
+        logits = nn.functional.linear(self.norm(last_hidden), weight, bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
         return (
             logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
         )

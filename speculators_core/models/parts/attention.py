@@ -13,6 +13,7 @@ So no mask of rows by rows is ever made: a block of queries reads the keys betwe
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,10 +25,41 @@ Keys = Float[Tensor, "batch kv_heads keys head_dim"]
 Attend = Callable[[int, Queries, Keys, Keys], Queries]
 """(layer index, queries, keys, values of these rows) to the attended values."""
 
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 QUERY_BLOCK = 256
-"""Queries whose scores exist at one time."""
+"""Queries whose scores, or whose mask, exist at one time."""
 RECOMPUTE_SCORES = 2**24
-"""Above so many scores the backward pass makes them again instead of keeping them."""
+"""Above so many scores the backward pass makes them again instead of keeping them, where there is
+no fused kernel."""
+SHORT_TRIANGLE = 64
+"""Shorter documents are attended to many at a time, under a mask."""
+LEAST = torch.finfo(torch.float32).min
+"""Score of what is hidden: finite, so that a query that sees nothing stays finite too."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Queries next to each other, and the keys that any of them sees."""
+
+    rows: slice
+    keys: slice
+    spans: "Spans | None" = None
+    """What each query sees, counted from the first of the keys; where None, query i the first
+    i + 1 keys."""
+
+    @property
+    def is_causal(self) -> bool:
+        return self.spans is None
+
+    def mask(self, dtype: torch.dtype) -> Float[Tensor, "1 1 queries keys"] | None:
+        """Zero for keys that are seen, the least number for others; None where it is causal."""
+        if self.spans is None:
+            return None
+        num_keys = self.keys.stop - self.keys.start
+        hidden = self.spans.hidden(num_keys)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
 
 
 @dataclass(frozen=True)
@@ -53,6 +85,39 @@ class Spans:
         rows = [slice(start, start + QUERY_BLOCK) for start in starts]
         return [(r, self[r], *self[r].ends) for r in rows]
 
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """Whole documents where each query sees one key more than the one before; else blocks."""
+        triangles = self._triangles()
+        if triangles is not None:
+            return triangles
+        return [
+            Piece(rows, slice(low, high), Spans(block.first - low, block.last - low))
+            for rows, block, low, high in self.blocks
+            if low < high
+        ]
+
+    def _triangles(self) -> list[Piece] | None:
+        num_queries = len(self.first)
+        ahead = self.last - torch.arange(num_queries, device=self.first.device)
+        starts = torch.ones_like(self.first, dtype=torch.bool)
+        starts[1:] = (self.first[1:] != self.first[:-1]) | (ahead[1:] != ahead[:-1])
+        is_first = starts & (self.last != self.first + 1)
+        count = int(starts.sum())
+        if bool(is_first.any()) or num_queries < count * min(SHORT_TRIANGLE, num_queries):
+            return None
+        rows = [*starts.nonzero().flatten().tolist(), num_queries]
+        keys = self.first[starts].tolist()
+        return [
+            Piece(slice(low, high), slice(key, key + high - low))
+            for low, high, key in zip(rows, rows[1:], keys, strict=False)
+        ]
+
+    def hidden(self, num_keys: int) -> Bool[Tensor, "queries keys"]:
+        """Which of the first keys each query does not see."""
+        index = torch.arange(num_keys, device=self.first.device)
+        return (index < self.first[:, None]) | (index >= self.last[:, None])
+
     @property
     def num_keys(self) -> int:
         """The keys that blocks of these queries read, in all."""
@@ -73,6 +138,133 @@ def attend_packed(
     queries: Queries, keys: Keys, values: Keys, spans: Spans, own: Sequence[OwnKey] = ()
 ) -> Queries:
     """Scaled dot-product attention over context and own keys; heads share keys in groups."""
+    if queries.device.type == "cpu":
+        return _attend_fused(queries, keys, values, spans, own)
+    return _attend_plainly(queries, keys, values, spans, own)
+
+
+# ---- by PyTorch's fused kernel ----
+
+
+def _attend_fused(
+    queries: Queries, keys: Keys, values: Keys, spans: Spans, own: Sequence[OwnKey]
+) -> Queries:
+    dtype = values.dtype
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    own_tensors = [tensor.to(dtype) for key in own for tensor in (key.keys, key.values)]
+    visible = [key.is_visible for key in own]
+    return _FusedAttention.apply(
+        spans, visible, queries.to(dtype), keys.to(dtype), values.to(dtype), *own_tensors
+    )
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Context by the kernel, own keys beside it, joined by the sums of their exponents.
+
+    The backward pass of the kernel takes the sum over all keys, as if its own were a part of a
+    longer row (arXiv:2310.01889), so scores of context keys are never kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        spans: Spans,
+        visible: Sequence[Tensor | None],
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *own: Tensor,
+    ) -> Tensor:
+        scale = queries.shape[-1] ** -0.5
+        attended = torch.zeros_like(queries)
+        exact = torch.promote_types(queries.dtype, torch.float32)
+        total = torch.full(queries.shape[:-1], LEAST, dtype=exact, device=queries.device)
+        for piece in spans.pieces:
+            rows, seen = piece.rows, piece.keys
+            attended[:, :, rows], total[:, :, rows] = flash(
+                queries[:, :, rows],
+                keys[:, :, seen],
+                values[:, :, seen],
+                is_causal=piece.is_causal,
+                attn_mask=piece.mask(queries.dtype),
+                scale=scale,
+            )
+        if own:
+            scores = _own_scores(queries, own[::2], visible, exact)
+            parts = torch.stack([total, *scores])  # [1 + own, batch, heads, queries]
+            total = parts.logsumexp(0)
+            context, *weights = (parts - total).exp().to(queries.dtype)[..., None]
+            attended = attended * context
+            for weight, value in zip(weights, own[1::2], strict=True):
+                attended += weight * _per_head(value, queries)
+        ctx.spans, ctx.visible, ctx.scale = spans, visible, scale
+        ctx.save_for_backward(queries, keys, values, attended, total, *own)
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values, attended, total, *own = ctx.saved_tensors
+        gradient = gradients[0]
+        by_queries = torch.zeros_like(queries)
+        by_keys, by_values = torch.zeros_like(keys), torch.zeros_like(values)
+        for piece in ctx.spans.pieces:
+            rows, seen = piece.rows, piece.keys
+            parts = flash_backward(
+                gradient[:, :, rows],
+                queries[:, :, rows],
+                keys[:, :, seen],
+                values[:, :, seen],
+                attended[:, :, rows],
+                total[:, :, rows],
+                dropout_p=0.0,
+                is_causal=piece.is_causal,
+                attn_mask=piece.mask(queries.dtype),
+                scale=ctx.scale,
+            )
+            by_queries[:, :, rows] += parts[0]
+            by_keys[:, :, seen] += parts[1]
+            by_values[:, :, seen] += parts[2]
+        by_own: list[Tensor] = []
+        scores = _own_scores(queries, own[::2], ctx.visible, total.dtype)
+        for key, value, score in zip(own[::2], own[1::2], scores, strict=True):
+            weight = (score - total).exp()[..., None]  # [batch, heads, queries, 1]
+            reward = (gradient * (_per_head(value, queries) - attended)).sum(-1, keepdim=True)
+            by_score = (weight * reward * ctx.scale).to(queries.dtype)
+            by_queries += by_score * _per_head(key, queries)
+            by_own.append(_per_kv_head(by_score * queries, key))
+            by_own.append(_per_kv_head(weight.to(queries.dtype) * gradient, value))
+        return None, None, by_queries, by_keys, by_values, *by_own
+
+
+def _own_scores(
+    queries: Queries, own_keys: Sequence[Keys], visible: Sequence[Tensor | None], dtype: torch.dtype
+) -> list[Float[Tensor, "batch heads queries"]]:
+    """Scores of own keys; the least where a query has no such key."""
+    scaled = queries * queries.shape[-1] ** -0.5
+    scores = [(scaled * _per_head(key, queries)).sum(-1, dtype=dtype) for key in own_keys]
+    return [
+        score if mask is None else score.masked_fill(~mask, LEAST)
+        for score, mask in zip(scores, visible, strict=True)
+    ]
+
+
+def _per_head(keys: Keys, queries: Queries) -> Queries:
+    """Keys of groups for each of their heads."""
+    return keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+
+
+def _per_kv_head(gradient: Queries, keys: Keys) -> Keys:
+    """Sums over the heads of a group."""
+    return gradient.unflatten(1, (keys.shape[1], -1)).sum(2)
+
+
+# ---- by single operations, where there is no such kernel ----
+
+
+def _attend_plainly(
+    queries: Queries, keys: Keys, values: Keys, spans: Spans, own: Sequence[OwnKey]
+) -> Queries:
     blocks = []
     recompute = torch.is_grad_enabled() and queries.shape[1] * spans.num_keys > RECOMPUTE_SCORES
     own_tensors = [tensor for key in own for tensor in (key.keys, key.values)]
@@ -107,9 +299,7 @@ def _attend_block(
     group = (batch, num_kv_heads, num_heads // num_kv_heads, num_queries, head_dim)
     grouped = queries.reshape(group) * head_dim**-0.5
     scores = grouped @ keys[:, :, None].transpose(-1, -2)  # [batch, kv, group, queries, keys]
-    index = torch.arange(num_keys, device=queries.device)
-    hidden = (index < spans.first[:, None]) | (index >= spans.last[:, None])
-    parts = [_hide(scores, hidden)]
+    parts = [_hide(scores, spans.hidden(num_keys))]
     own_keys, own_values = own[::2], own[1::2]
     for key, mask in zip(own_keys, visible, strict=True):
         score = (grouped * key[:, :, None]).sum(-1, keepdim=True)

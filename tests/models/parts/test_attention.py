@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speculators_core.models.parts import attention
-from speculators_core.models.parts.attention import FAR, DraftCache, OwnKey, Spans, attend_packed
+from speculators_core.models.parts.attention import (
+    FAR,
+    DraftCache,
+    OwnKey,
+    Spans,
+    _attend_fused,
+    _attend_plainly,
+    attend_packed,
+)
 from tests.models.parts.test_masks import picture
 
 HEAD_DIM = 4
@@ -63,17 +71,21 @@ def packed_rows(draw):
     return queries, normal(kv_heads, num_keys), normal(kv_heads, num_keys), spans, own
 
 
-@pytest.mark.parametrize("recompute_scores", [0, attention.RECOMPUTE_SCORES])
+@pytest.mark.parametrize(
+    ("attend", "recompute_scores"),
+    [(_attend_fused, 0), (_attend_plainly, 0), (_attend_plainly, attention.RECOMPUTE_SCORES)],
+    ids=["fused", "again", "kept"],
+)
 @given(packed_rows(), st.integers(1, 25))
 @settings(max_examples=40, deadline=None)
-def test_attention_equals_its_dense_twin(recompute_scores, arguments, query_block):
+def test_attention_equals_its_dense_twin(attend, recompute_scores, arguments, query_block):
     queries, keys, values, spans, own = arguments
     tensors = [queries, keys, values, *(t for key in own for t in (key.keys, key.values))]
     cotangent = torch.linspace(-1, 1, queries.numel()).view(queries.shape)
     expected = dense_packed(*arguments)
     wanted = torch.autograd.grad(expected, tensors, cotangent)
     with mock.patch.multiple(attention, QUERY_BLOCK=query_block, RECOMPUTE_SCORES=recompute_scores):
-        attended = attend_packed(*arguments)
+        attended = attend(*arguments)
         found = torch.autograd.grad(attended, tensors, cotangent)
     assert (attended - expected).abs().max() < 1e-5
     for ours, theirs in zip(found, wanted, strict=True):
@@ -95,7 +107,7 @@ def test_scores_above_the_limit_are_made_again(monkeypatch, limit, made):
     with mock.patch.object(
         attention, "_attend_block", side_effect=attention._attend_block
     ) as block:
-        attended = attend_packed(*arguments)
+        attended = _attend_plainly(*arguments, ())
         counts = [block.call_count]
         attended.sum().backward()
         assert [*counts, block.call_count] == made
@@ -115,18 +127,46 @@ def test_blocks_read_the_keys_between_their_ends_alone(monkeypatch):
     rows = torch.arange(64)
     queries, keys, values, _ = causal_row(64)
     spans = Spans((rows - 3).clamp_min(0), rows + 1)
+    assert max(piece.keys.stop - piece.keys.start for piece in spans.pieces) == 8 + 3
     with mock.patch.object(
         attention, "_attend_block", side_effect=attention._attend_block
     ) as block:
-        attend_packed(queries, keys, values, spans)
+        _attend_plainly(queries, keys, values, spans, ())
     assert max(call.args[1].shape[2] for call in block.call_args_list) == 8 + 3
+
+
+def documents(*lengths):
+    """Spans of documents next to each other, each query to itself."""
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).repeat_interleave(torch.tensor(lengths))
+    return Spans(starts, torch.arange(sum(lengths)) + 1)
+
+
+def test_long_documents_are_attended_to_whole_and_short_ones_together():
+    pieces = documents(70, 200, 64).pieces
+    assert [(p.rows.start, p.rows.stop, p.is_causal) for p in pieces] == [
+        (0, 70, True),
+        (70, 270, True),
+        (270, 334, True),
+    ]
+    (short,) = documents(3, 2, 4).pieces
+    assert not short.is_causal and short.keys == slice(0, 9)
+    one = Spans(torch.zeros(5, dtype=torch.long), torch.arange(5) + 3)  # keys before it as well
+    assert [piece.is_causal for piece in one.pieces] == [False]
+
+
+def test_no_keys_at_all_leave_the_own_ones():
+    queries, keys, values, _ = causal_row(4)
+    none = torch.zeros(4, dtype=torch.long)
+    own = OwnKey(keys, values)
+    attended = attend_packed(queries, keys[:, :, :0], values[:, :, :0], Spans(none, none), [own])
+    assert torch.allclose(attended, values)
 
 
 def test_no_gradient_means_nothing_to_make_again(monkeypatch):
     monkeypatch.setattr(attention, "RECOMPUTE_SCORES", 0)
     monkeypatch.setattr(attention, "checkpoint", None)
     with torch.no_grad():
-        assert attend_packed(*causal_row(5)).shape == (1, 2, 5, HEAD_DIM)
+        assert _attend_plainly(*causal_row(5), ()).shape == (1, 2, 5, HEAD_DIM)
 
 
 def test_half_precision_hides_what_it_must():

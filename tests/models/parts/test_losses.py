@@ -127,6 +127,7 @@ def test_bad_weights_are_named(value, message):
 
 HIDDEN, VOCAB, NUM_TARGETS = 6, 24, 30
 MIXTURE = {"ce": 0.1, "tv": 0.9}
+CLOSED = {"kl_div": 0.7, "ce": 0.5}
 
 
 class Rows:
@@ -169,16 +170,26 @@ class Rows:
         return row_losses * is_covered, tokens, ids[tokens] == best, is_covered
 
 
-@pytest.mark.parametrize("loss", [*({name: 1.0} for name in LOSSES), MIXTURE], ids=str)
-@given(st.integers(0, 40), st.integers(1, 45), st.booleans(), st.integers(0, 2**16))
+@pytest.mark.parametrize("loss", [*({name: 1.0} for name in LOSSES), MIXTURE, CLOSED], ids=str)
+@given(
+    st.integers(0, 40),
+    st.integers(1, 45),
+    st.integers(1, 45),
+    st.booleans(),
+    st.integers(0, 2**16),
+)
 @settings(max_examples=50, deadline=None)
-def test_scores_in_chunks_equal_the_plain_ones(loss, num_rows, chunk, is_reduced, seed):
+def test_scores_in_chunks_equal_the_plain_ones(loss, num_rows, chunk, few, is_reduced, seed):
     rows = Rows(num_rows, is_reduced, seed)
     cotangent = torch.linspace(-1.0, 2.0, num_rows)
     plain, tokens, is_right, is_covered = rows.plainly(loss)
     (wanted,) = torch.autograd.grad(plain, rows.hidden, cotangent)
     chunk_logits = chunk * len(rows.head)
-    with mock.patch.multiple(verifier_head, FEWEST_ROWS=1, CHUNK_LOGITS=chunk_logits):
+    cached_logits = few * len(rows.head)
+    with (
+        mock.patch.multiple(verifier_head, FEWEST_ROWS=1, CHUNK_LOGITS=chunk_logits),
+        mock.patch.object(losses, "CACHED_LOGITS", cached_logits),
+    ):
         scored = rows.score(loss)
         (found,) = torch.autograd.grad(scored.losses, rows.hidden, cotangent)
     assert torch.allclose(scored.losses, plain, atol=1e-5)
@@ -186,19 +197,42 @@ def test_scores_in_chunks_equal_the_plain_ones(loss, num_rows, chunk, is_reduced
     assert torch.equal(scored.draft_tokens, tokens)
     assert torch.equal(scored.is_right, is_right)
     assert torch.equal(scored.is_covered, is_covered)
-    assert sum(rows.asked) == num_rows and all(count <= chunk for count in rows.asked)
-    assert len(rows.asked) == math.ceil(num_rows / chunk)
+    asked = rows.targets.sort().values.split(chunk)
+    assert rows.asked == [len(targets.unique()) for targets in asked]
 
 
 def test_chunks_shrink_as_the_vocabulary_grows_but_not_to_nothing(monkeypatch):
     monkeypatch.setattr(verifier_head, "CHUNK_LOGITS", 20 * VOCAB)
     rows = Rows(50, is_reduced=False)
+    rows.targets, rows.table = torch.arange(50), rows.table.repeat(2, 1)
     rows.score({"ce": 1.0})
     assert rows.asked == [20, 20, 10]
     monkeypatch.setattr(verifier_head, "CHUNK_LOGITS", 1)
     rows.asked.clear()
     rows.score({"ce": 1.0})
     assert rows.asked == [verifier_head.FEWEST_ROWS] * 3 + [50 % verifier_head.FEWEST_ROWS]
+
+
+def test_rows_with_the_same_target_share_the_verifiers_logits():
+    rows = Rows(90, is_reduced=False)
+    rows.targets = torch.arange(30).repeat(3)
+    rows.score({"kl_div": 1.0})
+    assert rows.asked == [30]
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_tokens_for_certain_are_learnt_by_cross_entropy(weight):
+    rows = Rows(40, is_reduced=False)
+    tokens = torch.arange(NUM_TARGETS) % VOCAB
+    scored = score_rows(rows.hidden, rows.head, tokens, rows.targets, {"ce": weight})
+    logits, wanted = rows.hidden @ rows.head.T, tokens[rows.targets]
+    plain = weight * torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+    assert torch.allclose(scored.losses, plain, atol=1e-5)
+    (found,) = torch.autograd.grad(scored.losses.sum(), rows.hidden)
+    (expected,) = torch.autograd.grad(plain.sum(), rows.hidden)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.equal(scored.is_right, logits.argmax(-1) == wanted)
+    assert scored.is_covered.all()
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -288,6 +288,7 @@ def test_no_documents_in_a_row_hold_more(algorithm, monkeypatch):
     """Scores that are kept need more than those that are computed twice, so it is not the row of
     one document that holds the most."""
     monkeypatch.setattr(attention, "RECOMPUTE_SCORES", 2**18)
+    monkeypatch.setattr(attention, "_attend_fused", attention._attend_plainly)
     plan = plan_of(algorithm, data={"row_length": 900})
     draft = small(algorithm)
     most = step_memory(draft, plan, CPU)
