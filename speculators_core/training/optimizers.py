@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from speculators_core.training.device import product_dtype
 
 ADAMW_BETAS = (0.9, 0.95)
 
@@ -28,6 +31,42 @@ def _adamw(
     return torch.optim.AdamW(filled, lr=learning_rate, betas=ADAMW_BETAS, weight_decay=weight_decay)
 
 
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon, whose iteration runs in bfloat16 only where the machine multiplies in it."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            lr, momentum = float(group["lr"]), group["momentum"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
+                buffer = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+                update = weight.grad.lerp(buffer, momentum)
+                update = orthogonal(update, group["ns_coefficients"], group["ns_steps"])
+                weight.mul_(1 - lr * group["weight_decay"])
+                weight.add_(update, alpha=-lr * 0.2 * max(weight.shape) ** 0.5)
+        return loss
+
+
+def orthogonal(
+    matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float = 1e-7
+) -> Tensor:
+    """The nearest matrix with singular values near 1, by a quintic Newton-Schulz iteration."""
+    a, b, c = coefficients
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    wide = (matrix.T if is_tall else matrix).to(product_dtype(matrix.device))
+    wide = wide / wide.norm().clamp(min=eps)  # so that no singular value is above 1
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide.T if is_tall else wide
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) on hidden weight matrices, AdamW on embeddings, heads and vectors.
 
@@ -44,7 +83,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
             self.parts.append(
-                torch.optim.Muon(
+                Muon(
                     matrices,
                     lr=learning_rate,
                     weight_decay=weight_decay,

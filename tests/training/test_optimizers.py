@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from speculators_core.training.optimizers import MuonAdamW
+from speculators_core.training import device, optimizers
+from speculators_core.training.optimizers import Muon, MuonAdamW
 from tests.conftest import SMALL_RECIPES, make_draft, make_eagle3, make_verifier
 
 
@@ -69,3 +70,35 @@ def test_every_draft_has_an_optimizer_for_all_that_trains(name):
     optimizer = MuonAdamW(model, 1e-2)
     in_groups = {id(w) for group in optimizer.param_groups for w in group["params"]}
     assert in_groups == {id(w) for w in model.parameters() if w.requires_grad}
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (16, 16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_steps_as_pytorchs_does_in_either_type(monkeypatch, shape, dtype):
+    monkeypatch.setattr(optimizers, "product_dtype", lambda device: dtype)
+    options = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    torch.manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(shape))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    mine, its = Muon([ours], **options), torch.optim.Muon([theirs], **options)
+    for _ in range(3):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        mine.step(), its.step()
+    bound = 1e-6 if dtype == torch.bfloat16 else 0.02 * 3 * 0.1 * 0.2 * max(shape) ** 0.5
+    assert (ours - theirs).abs().max() < bound
+    assert mine.state_dict()["state"].keys() == its.state_dict()["state"].keys()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ({torch.float32: 1.0, torch.bfloat16: 0.3}, torch.bfloat16),
+        ({torch.float32: 1.0, torch.bfloat16: 1.5}, torch.bfloat16),
+        ({torch.float32: 1.0, torch.bfloat16: 50.0}, torch.float32),
+    ],
+)
+def test_products_run_in_bfloat16_where_that_is_not_slow(monkeypatch, seconds, expected):
+    monkeypatch.setattr(device, "_product_s", seconds.get)
+    assert device.product_dtype.__wrapped__(torch.device("cpu")) is expected
+    assert device.product_dtype.__wrapped__(torch.device("cuda")) is torch.bfloat16

@@ -277,8 +277,8 @@ class _Run:
                     of_muon += [w.numel() for group in part.param_groups for w in group["params"]]
         of_adamw = self.num_trained - sum(of_muon)
         # AdamW on a GPU computes the roots of all second moments at once. Muon works on one matrix
-        # at a time: its update, and in bfloat16 the orthogonal one and products of it.
-        working = FLOAT_BYTES * (of_adamw + 4 * max(of_muon, default=0))
+        # at a time: its update, the orthogonal one and products of it.
+        working = FLOAT_BYTES * (of_adamw + 5 * max(of_muon, default=0))
         return FLOAT_BYTES * (2 * of_adamw + sum(of_muon)), working
 
     def _state_bytes(self, plan: TrainingPlan) -> int:
