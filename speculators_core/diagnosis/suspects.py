@@ -67,6 +67,18 @@ class Diagnosis:
     context: ContextTrial | None = None
     """What shorter contexts would give; None where no context is longer than those tried."""
 
+    @property
+    def is_length_the_cause(self) -> bool:
+        """Whether shorter contexts explain the loss, and better than the likely cause.
+
+        Far beyond its training a draft may give tokens more probability when it is read wrongly,
+        and keep no more of them.
+        """
+        if self.context is None or not self.context.is_cause:
+            return False
+        fixed = self.acceptance_length_if_fixed
+        return fixed is None or self.context.short.acceptance_length > fixed
+
 
 def diagnose(
     model: SpeculatorModel,

@@ -414,7 +414,9 @@ def _compare_counts(
 def _explain(report: CheckReport, reference: Counts, diagnosis: Diagnosis) -> None:
     """Names the reading of the weights that would do better, or a draft that none helps."""
     likely = diagnosis.likely_cause
-    if likely is not None:
+    if diagnosis.context is not None and diagnosis.is_length_the_cause:
+        _blame_context(report, diagnosis.context)
+    elif likely is not None:
         report.add(
             "fault",
             "reading",
@@ -422,8 +424,6 @@ def _explain(report: CheckReport, reference: Counts, diagnosis: Diagnosis) -> No
             f"{diagnosis.acceptance_length:.2f}.",
             likely.cause,
         )
-    elif diagnosis.context is not None and diagnosis.context.is_cause:
-        _blame_context(report, diagnosis.context)
     elif reference.acceptance_length < DEAD_BELOW:
         report.add(
             "fault",

@@ -7,6 +7,7 @@ from speculators_core.decoding.acceptance import AcceptanceCounts
 from speculators_core.decoding.drafter import Proposal
 from speculators_core.diagnosis.contexts import ContextTrial, try_shorter_contexts
 from speculators_core.diagnosis.replay import Reading, SeenText, replay, see
+from speculators_core.diagnosis.suspects import Diagnosis, Trial
 from tests.conftest import DRAFTS, make_draft
 
 NUM_TOKENS = 3
@@ -96,3 +97,16 @@ def test_a_window_that_holds_the_text_changes_nothing(name, verifier):
 def test_a_cause_is_a_large_gain_of_many_drafts(whole, short, is_cause):
     counts = [AcceptanceCounts(3, accepted) for accepted in (whole, short)]
     assert ContextTrial(40, 170, *counts).is_cause == is_cause
+
+
+@pytest.mark.parametrize(
+    ("fixed", "short", "is_cause"),
+    [(None, 2.5, True), (1.6, 2.5, True), (2.6, 2.5, False), (None, 1.6, False)],
+)
+def test_the_length_is_the_cause_unless_another_reading_explains_more(fixed, short, is_cause):
+    kept = [round(10 * (short - 1.0)) // 10 + (n % 10 < round(10 * short) % 10) for n in range(80)]
+    trial = ContextTrial(40, 170, AcceptanceCounts(3, [0, 1] * 40), AcceptanceCounts(3, kept))
+    assert trial.short.acceptance_length == pytest.approx(short)
+    likely = None if fixed is None else Trial("rope", "another theta", 0.5, 9.0)
+    found = Diagnosis(1.5, (), likely, fixed, trial)
+    assert found.is_length_the_cause == is_cause

@@ -155,9 +155,12 @@ SHORT = 24
 
 
 @pytest.fixture(scope="module")
-def short(small):
+def short(tmp_path_factory):
     """A draft trained on pieces of 24 tokens, with a card that states it, and long prompts."""
-    verifier = AutoModelForCausalLM.from_pretrained(small / "verifier", dtype=torch.float32).eval()
+    home = tmp_path_factory.mktemp("short")
+    verifier = make_verifier(**SMALL, rope_parameters={"rope_type": "default", "rope_theta": 50.0})
+    verifier.save_pretrained(home / "verifier")
+    write_tokenizer(home / "verifier", SMALL["vocab_size"])
     starts = torch.arange(3, 35, 4)[:, None]
     written = verifier.generate(
         starts,
@@ -171,23 +174,23 @@ def short(small):
     model = DRAFTS["peagle"].from_training_args(
         verifier.config,
         verifier=verifier,
-        name_or_path=str(small / "verifier"),
+        name_or_path=str(home / "verifier"),
         aux_layer_ids=(1, 2, 3),
         mask_token_id=2,
         speculative_tokens=4,
     )
     optimizer = torch.optim.Adam([w for w in model.parameters() if w.requires_grad], lr=3e-3)
     draw = torch.Generator().manual_seed(0)
-    for _ in range(150):
+    for _ in range(200):
         optimizer.zero_grad()
         model(pack_pieces(texts, model.aux_layer_ids, draw))[1].backward()
         optimizer.step()
-    folder = small / "short"
+    folder = home / "draft"
     model.save_pretrained(folder)
     front = f"---\ntrained_lengths:\n  longest: {SHORT}\n  mean: {SHORT}\n---\n"
     (folder / "README.md").write_text(front)
     prompts = [{"prompt": " ".join(map(str, text[:400].tolist()))} for text in written]
-    (small / "long.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    (home / "long.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     return folder
 
 
@@ -204,8 +207,8 @@ def pack_pieces(texts, layer_ids, draw):
     return RowLayout(None, tuple(range(len(layer_ids))), len(layer_ids)).pack(examples)
 
 
-def test_contexts_longer_than_trained_are_named(fitted, short, capsys):
-    settings = CheckConfig(prompts=str(fitted / "long.jsonl"), max_tokens=40)
+def test_contexts_longer_than_trained_are_named(short, capsys):
+    settings = CheckConfig(prompts=str(short.with_name("long.jsonl")), max_tokens=40)
     report = check(str(short), settings)
     assert report.verdict == "not fit to serve: context longer than trained"
     (fault,) = report.faults
