@@ -1,4 +1,4 @@
-"""Rotary keys that a draft's network follows: it rotates whole heads by one position."""
+"""Rotary keys that a draft follows."""
 
 from collections.abc import Mapping
 

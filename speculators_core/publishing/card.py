@@ -344,6 +344,9 @@ def _training(run: TrainingFacts | None) -> str:
         f"Optimizer: {run.optimizer}, learning rate {run.learning_rate:g}{schedule}",
         f"Time: {run.seconds / 3600:.2f} hours" if run.seconds is not None else None,
         f"Hardware: {run.hardware}" if run.hardware else None,
+        f"Chosen, since the verifier does not state it: {', '.join(run.chosen)}"
+        if run.chosen
+        else None,
     )
 
 

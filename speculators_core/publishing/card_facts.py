@@ -84,6 +84,8 @@ class TrainingFacts(Settings):
     """Schedule of the learning rate."""
     started_from: str | None = None
     """Speculator whose training was continued; None for a fresh draft."""
+    chosen: tuple[str, ...] = ()
+    """Sizes and tokens of the draft that neither its recipe nor its verifier states."""
     seconds: float | None = Field(None, ge=0)
     hardware: str | None = None
 

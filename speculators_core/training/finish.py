@@ -91,6 +91,7 @@ def card_facts(job: Job, lengths: Lengths) -> CardFacts:
             lengths=lengths if lengths.num_examples else None,
             schedule=plan.optimizer.schedule,
             started_from=plan.model.start_from,
+            chosen=job.draft.config.guesses,
             hardware=here["device"],
         ),
         versions=here,

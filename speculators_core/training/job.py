@@ -372,7 +372,7 @@ def _with_possible_decoding(plan: TrainingPlan) -> TrainingPlan:
         check_can_forget(model_class, config)
     except SpeculatorError as error:
         logger.warning(
-            "training goes on without evaluation.decode, and so without a measured acceptance "
+            "training runs without evaluation.decode, and so without a measured acceptance "
             "length: %s",
             error,
         )

@@ -1,4 +1,4 @@
-"""A token that no text holds, for drafts that read a mask in place of unknown tokens."""
+"""A mask token that no text holds."""
 
 import re
 from dataclasses import dataclass

@@ -90,17 +90,18 @@ def _check_twin(model: PreTrainedModel) -> None:
     made: dict[Tensor, Tensor] = {}  # tied weights stay tied
 
     def give_weights(module: nn.Module, _: object = None) -> None:
-        has_vocabulary = isinstance(module, nn.Embedding) or module in (embeddings, head)
+        rows = TRIED_TOKENS if module in (embeddings, head) else None
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
+            rows = rows or 2 * TRIED_TOKENS  # of positions, some families leave the first ones out
         for key, weight in [*module.named_parameters(recurse=False)]:
             if weight.is_meta:
                 if weight not in made:
-                    made[weight] = nn.Parameter(_random(weight, has_vocabulary, generator))
+                    made[weight] = nn.Parameter(_random(weight, rows, generator))
                 setattr(module, key, made[weight])
         for key, buffer in [*module.named_buffers(recurse=False)]:
             if buffer.is_meta:
-                setattr(module, key, _random(buffer, False, generator))
+                setattr(module, key, _random(buffer, None, generator))
 
     for module in model.modules():
         module.register_forward_pre_hook(give_weights)
@@ -117,9 +118,12 @@ def _check_twin(model: PreTrainedModel) -> None:
         ) from error
 
 
-def _random(like: Tensor, has_vocabulary: bool, generator: torch.Generator) -> Tensor:
-    """Gains around one, matrices that keep the size of what they are applied to."""
-    shape = (min(len(like), TRIED_TOKENS), *like.shape[1:]) if has_vocabulary else like.shape
+def _random(like: Tensor, rows: int | None, generator: torch.Generator) -> Tensor:
+    """Gains around one, matrices that keep the size of what they are applied to.
+
+    ``rows`` are the most that it has.
+    """
+    shape = like.shape if rows is None else (min(len(like), rows), *like.shape[1:])
     if not like.is_floating_point():
         return torch.ones(shape, dtype=like.dtype)
     if like.ndim < 2:

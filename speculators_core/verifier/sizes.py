@@ -1,4 +1,4 @@
-"""The sizes of a draft's layers, read from a verifier of any family."""
+"""Sizes of a draft, from a verifier of any family."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping

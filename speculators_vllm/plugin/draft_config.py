@@ -4,7 +4,6 @@ vLLM sends it to its processes by the name of its class, before it loads plug-in
 be importable from this module.
 """
 
-import logging
 from collections.abc import Mapping
 from os import PathLike
 
@@ -13,8 +12,6 @@ from vllm.transformers_utils.configs.speculators.base import SpeculatorsConfig
 
 from speculators_core.errors import SpeculatorError
 from speculators_vllm.plugin.proposers import PROPOSERS, Proposer
-
-logger = logging.getLogger(__name__)
 
 
 def proposer_of(config_dict: Mapping[str, JsonValue]) -> Proposer | None:
@@ -64,26 +61,12 @@ class DraftConfig(SpeculatorsConfig):
 
 
 def check_rope(draft: Mapping[str, JsonValue]) -> None:
-    """Warns of a scaling that depends on the served length, and refuses one that vLLM ignores.
-
-    Raises:
-        SpeculatorError: vLLM would rotate otherwise than the draft was trained.
-    """
+    """Raises SpeculatorError for a scaling that vLLM would compute otherwise than the network."""
     rope = draft.get("rope_parameters")
-    kind = rope.get("rope_type") if isinstance(rope, dict) else None
-    if not isinstance(rope, dict) or kind not in ("longrope", "dynamic", "proportional"):
+    if not isinstance(rope, dict) or rope.get("rope_type") != "proportional":
         return
-    if kind == "proportional" and rope.get("factor", 1.0) != 1.0:
+    if rope.get("factor", 1.0) != 1.0:
         raise SpeculatorError(
             f"rope_parameters of the draft have factor {rope['factor']} with rope_type "
             "'proportional', which vLLM ignores; expected none. Train the draft without it."
-        )
-    if kind in ("longrope", "dynamic"):
-        trained = rope.get("original_max_position_embeddings", "as many")
-        logger.warning(
-            "the draft's rope_type is %r: vLLM scales every text once max_model_len is beyond the "
-            "length that it was trained for, training only longer texts. Serve with a "
-            "max_model_len of at most %s positions where fewer tokens are accepted than expected",
-            kind,
-            trained,
         )

@@ -82,7 +82,6 @@ FAMILIES: dict[str, dict] = {
     "gemma2": {"query_pre_attn_scalar": 8},
     "gemma3_text": {"query_pre_attn_scalar": 8},
     "gemma4_text": {
-        "per_layer_config": None,
         "global_head_dim": 16,
         "hidden_size_per_layer_input": 0,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -119,7 +118,7 @@ FAMILIES: dict[str, dict] = {
     "mamba2": {"num_heads": 8, "expand": 2, "n_groups": 1},
     "falcon_mamba": {},
     "falcon_h1": {},
-    "jamba": {},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "bamba": {"attn_layer_indices": [1, 3]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 8},
     "nemotron": {},

@@ -1,0 +1,75 @@
+"""A whole run for a verifier that cannot be decoded exactly, and whose config leaves much open."""
+
+import json
+import logging
+import random
+
+import pytest
+import torch
+
+from speculators_core.data_generation.runs.generate import generate_data
+from speculators_core.data_generation.settings import GenerationPlan
+from speculators_core.errors import SpeculatorError
+from speculators_core.models.speculator import SpeculatorModel
+from speculators_core.training.settings import TrainingPlan
+from speculators_core.training.train import train
+from tests.families.making import VOCAB_SIZE, make_verifier
+from tests.vllm.serving import write_tokenizer
+
+
+@pytest.fixture
+def hybrid(tmp_path):
+    """A hybrid of state-space layers and experts, with states of its texts."""
+    folder = tmp_path / "verifier"
+    make_verifier("jamba").save_pretrained(folder)
+    write_tokenizer(folder, VOCAB_SIZE - 1)  # the last id has no token
+    draw = random.Random(0)
+    rows = [
+        {"input_ids": [draw.randrange(4, VOCAB_SIZE - 1) for _ in range(20)]} for _ in range(20)
+    ]
+    lines = [json.dumps({**row, "loss_mask": [0, 0, 0] + [1] * 17}) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    data = {
+        "verifier": str(folder),
+        "datasets": [{"path": str(tmp_path / "rows.jsonl")}],
+        "states": {"layer_ids": [1, 2, 3]},
+    }
+    sync = {"path": str(tmp_path / "states"), "dtype": "float32"}
+    engine = {"max_length": 40, "dtype": "float32"}
+    run = {"allowed_roots": [str(tmp_path)]}
+    sections = {"data": data, "engine": engine, "sync": sync, "run": run}
+    generate_data(GenerationPlan.read(sections, "test"))
+    return folder
+
+
+def test_training_goes_on_without_decoding_and_the_card_names_what_was_chosen(
+    hybrid, tmp_path, caplog
+):
+    sections = {
+        "model": {
+            "algorithm": "dflash",
+            "verifier": str(hybrid),
+            "recipe": {"num-layers": 1, "block-size": 4},
+            "objective": {"max_anchors": 8},
+        },
+        "data": {"store": tmp_path / "states", "row_length": 64, "eval_examples": 2},
+        "evaluation": {"roll_outs": 4},
+        "run": {"output": tmp_path / "run", "max_steps": 2, "check": False},
+    }
+    with caplog.at_level(logging.INFO):
+        report = train(TrainingPlan.read(sections, "test"))
+    said = [record.getMessage() for record in caplog.records]
+    (line,) = [text for text in said if "without evaluation.decode" in text]
+    assert "state that rejected tokens cannot be taken out of" in line and "\n" not in line
+    (chosen,) = [text for text in said if text.startswith("chosen for the draft")]
+    card = (tmp_path / "run" / "speculator" / "README.md").read_text()
+    for part in (
+        "mask_token_id 95 (the embedding table",
+        "the verifier states no rotary embedding",
+    ):
+        assert part in chosen and part in card
+    assert "predicted_acceptance_length" in report.figures
+    assert "acceptance_length" not in report.figures
+    draft = SpeculatorModel.from_pretrained(report.speculator)
+    with pytest.raises(SpeculatorError, match="cannot be taken out of"):
+        draft.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4)
