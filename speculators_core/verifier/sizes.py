@@ -1,4 +1,4 @@
-"""Sizes of a draft, from a verifier of any family."""
+"""A draft's sizes, from a verifier of any family."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
