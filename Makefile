@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEVICE := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 
-.PHONY: help demo test test-compat test-families test-flags test-docs lint docs setup clean
+.PHONY: help demo test test-compat test-families test-flags test-mutants test-docs lint docs setup clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test-flags: $(READY)  ## run every algorithm under each of vLLM's flags, 25 minu
 
 test-families: $(READY)  ## train, save, read and decode drafts for verifiers of more than sixty families
 	$(BIN)/python -m pytest -m "families or not families" tests/families
+
+test-mutants: $(READY)  ## run every command on four hundred mutated files and flags
+	$(BIN)/python -m pytest -m "mutants or not mutants" tests/mutants
 
 test-docs: $(READY)  ## run every code block of the documentation
 	$(BIN)/python -m pytest -m docs tests/docs tests/examples

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.conftest import AUX_LAYER_IDS, make_draft
+from tests.conftest import AUX_LAYER_IDS, make_draft, make_verifier
 from tests.training.making import OBJECTIVES, write_given
 
 DRAFTS = ("eagle3", "peagle", "dflash", "mtp")
@@ -29,10 +29,7 @@ CHATS = [
 def write_material(folder: Path) -> Path:
     """Everything that a command reads, below ``folder``."""
     write_given(folder)
-    verifier = folder / "verifier"
-    from tests.conftest import make_verifier
-
-    tiny = make_verifier()
+    verifier, tiny = folder / "verifier", make_verifier()
     for name in DRAFTS:
         draft = make_draft(name, tiny, name_or_path=str(verifier))
         draft.save_pretrained(folder / name)
@@ -66,6 +63,24 @@ def write_material(folder: Path) -> Path:
 
 def _write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+COMMANDS = {
+    "check": "check",
+    "certify": "certify",
+    "acceptance": "acceptance",
+    "push": "push",
+    "inspect": "inspect",
+    "verify": "inspect",
+    "train": "train",
+    "dry run": "train",
+    "train from": "train",
+    "train texts": "train",
+    "generate-data": "generate-data",
+    "generate chats": "generate-data",
+    "regenerate": "regenerate",
+}
+"""Ways to run the commands of the command line."""
 
 
 @dataclass(frozen=True)

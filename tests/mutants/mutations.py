@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tests.mutants.material import DRAFTS
+from tests.mutants.material import COMMANDS, DRAFTS
 
 ODD = [
     None, True, 0, -1, 1, 2, 3, 7, 1.5, -0.5, 2**31, 2**70, 1e308, float("nan"), float("inf"),
@@ -70,6 +70,26 @@ class Mutation:
     """What the file holds then; None if it is gone."""
     flags: tuple[str, ...] = ()
 
+    def is_named_in(self, line: str) -> bool:
+        """Whether an error names what was changed: the file or its folder, and the key in it.
+
+        Of tensors and of a tokenizer's parts the file is enough, as other libraries read them. A
+        key that contradicts the tensors is as good as these: nobody knows which of both is wrong.
+        """
+        names = [part for part in self.key.split(".") if not part.isdigit()]
+        if self.what == "huge":  # a value as any other; what overflows is named
+            return True
+        if not self.file:
+            return "--" in line or names[-1].strip("-") in line
+        name, folder = Path(self.file).name, str(Path(self.file).parent)
+        is_plan = name.endswith(".yaml")  # the user named it, and its options have full names
+        is_placed = is_plan or name in line or f"{folder}:" in line or f"{folder} " in line
+        if name in ("config.json", "generation_config.json", "store.json") or is_plan:
+            doubts = ("config.json describes", "by config.json", "config.json or weights differ")
+            is_contradiction = any(doubt in line for doubt in doubts)
+            return is_placed and (not names or names[-1] in line or is_contradiction)
+        return is_placed or "template" in line and "template" in name
+
     def __str__(self) -> str:
         return f"{self.command} ({self.draft}): {self.file} {self.key} {self.what}"
 
@@ -83,7 +103,7 @@ def mutation(number: int, given: Path, flags_of: Callable[[str], list[str]]) -> 
     if target.file.split("/")[0] in DRAFTS:
         draft = target.file.split("/")[0]
     if target.kind == "flags":
-        flag, value = draw.choice(flags_of(command)), _as_word(draw.choice(ODD))
+        flag, value = draw.choice(flags_of(COMMANDS[command])), _as_word(draw.choice(ODD))
         flags = draw.choice([(flag, value), (flag, value), (flag,), (f"{flag}={value}",)])
         return Mutation(command, draft, "", flag, repr(flags)[:80], None, flags)
     file = given / target.file
@@ -218,7 +238,8 @@ def _change_tensors(content: bytes, draw: Random) -> tuple[str, str, bytes]:
         other = {key: value for key, value in header.items() if key != name}
         return name, "is gone", _without(other, header, data)
     elif change == "extra":
-        header["other.weight"] = {**entry, "data_offsets": [len(data), len(data) + end - start]}
+        name = "other.weight"
+        header[name] = {**entry, "data_offsets": [len(data), len(data) + end - start]}
         data += data[start:end]
     elif change == "renamed":
         other = draw.choice(

@@ -92,7 +92,7 @@ def test_data_of_another_verifier_are_refused(given, tmp_path):
     other.lm_head.weight.data += 0.1
     other.save_pretrained(tmp_path / "other")
     message = refused(given, tmp_path, model={"verifier": str(tmp_path / "other")})
-    assert "its config or weights differ" in message
+    assert "its config.json or weights differ" in message
 
 
 def test_an_empty_store_is_refused(given, tmp_path):

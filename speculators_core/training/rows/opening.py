@@ -84,7 +84,7 @@ def check_data(schema: Schema, weights: str | None, model: TrainModelConfig, whe
     ):
         if theirs != ours:
             shown = (
-                "config or weights differ"
+                "config.json or weights differ"
                 if what == "weights"
                 else f"{what} is {theirs}, not {ours}"
             )
