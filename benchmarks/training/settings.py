@@ -33,6 +33,10 @@ class StepsBenchmarkConfig(Settings):
     """Timed steps, after one that is not; the median counts."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the draft's weights and of the hidden states."""
+    peer: Path | None = None
+    """Folder with the public `speculators` library, whose steps are timed in turns with ours."""
+    rounds: int = Field(3, ge=1)
+    """Turns of both, with `peer`; the median of each counts."""
 
 
 class RunsBenchmarkConfig(Settings):

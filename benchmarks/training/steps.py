@@ -1,4 +1,4 @@
-"""Speed and memory of training steps by row length.
+"""Speed and memory of training steps by row length, also beside those of another library.
 
 A step is forward, loss and backward on one packed row of random tokens and states; the verifier is
 not run. Every figure comes from a fresh process.
@@ -16,14 +16,19 @@ from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.ratios import in_process
+from benchmarks.training.peer_steps import (
+    AUX_LAYER_IDS,
+    MASK_TOKEN_ID,
+    MTP_STEP_WEIGHTS,
+    peer_seconds,
+)
 from benchmarks.training.settings import StepsBenchmarkConfig
 from speculators_core.batch import Batch
 from speculators_core.console import console
+from speculators_core.errors import SpeculatorError
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.registry import MODELS
 
-AUX_LAYER_IDS: list[JsonValue] = [1, 3, 4]
-MASK_TOKEN_ID = 3
 NUM_VERIFIER_LAYERS = 6
 ANCHOR_SHARE = 8
 """Tokens of a DFlash row for each of its anchors."""
@@ -53,6 +58,8 @@ class StepFigures(BaseModel):
     """Median of the timed steps."""
     peak_bytes: int
     """Largest memory beyond that of model and batch."""
+    peer_seconds: float | None = None
+    """The same of the other library."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -60,9 +67,20 @@ class StepFigures(BaseModel):
 
 
 def measure_steps(settings: StepsBenchmarkConfig, algorithms: Sequence[str]) -> None:
-    """Prints a table of each draft's steps at each row length."""
+    """Prints a table of each draft's steps at each row length.
+
+    Raises:
+        SpeculatorError: the folder of the other library has no such package.
+    """
+    if settings.peer is not None and not (settings.peer / "speculators").is_dir():
+        raise SpeculatorError(
+            f"--steps.peer: {settings.peer} has no folder speculators; expected the public "
+            f"library. Run pip install --no-deps --target {settings.peer} speculators==0.9.0 "
+            "hs-connectors==0.9.0 loguru typer."
+        )
     table = Table(title="training step", title_justify="left")
-    for column in ("draft", "tokens", "tok/s", "peak MiB", "time grows", "memory grows"):
+    columns = ["draft", "tokens", "tok/s", "peak MiB", "time grows", "memory grows"]
+    for column in [*columns, *(["peer tok/s", "ratio"] if settings.peer else [])]:
         table.add_column(column, no_wrap=True)
     for algorithm in algorithms:
         before = None
@@ -75,10 +93,18 @@ def measure_steps(settings: StepsBenchmarkConfig, algorithms: Sequence[str]) -> 
                 f"{figures.peak_bytes / 2**20:.0f}",
                 _growth("seconds", before, figures),
                 _growth("peak_bytes", before, figures),
+                *_beside(figures),
             )
             before = figures
     console.print(table)
     console.print("grows: the exponent e of length^e since the row before")
+
+
+def _beside(figures: StepFigures) -> list[str]:
+    if figures.peer_seconds is None:
+        return []
+    ratio = figures.peer_seconds / figures.seconds
+    return [f"{figures.length / figures.peer_seconds:.0f}", f"{ratio:.2f}"]
 
 
 def _growth(name: str, before: StepFigures | None, after: StepFigures) -> str:
@@ -92,7 +118,22 @@ def _growth(name: str, before: StepFigures | None, after: StepFigures) -> str:
 
 def measure(settings: StepsBenchmarkConfig, algorithm: str, length: int) -> StepFigures:
     """Figures from a fresh process, since an earlier peak would hide a lower one."""
-    return in_process(_measure_here, settings, algorithm, length)
+    if settings.peer is None:
+        return in_process(_measure_here, settings, algorithm, length)
+    ours, theirs = [], []
+    for _ in range(settings.rounds):
+        ours.append(in_process(_measure_here, settings, algorithm, length))
+        theirs.append(in_process(_measure_peer, settings, algorithm, length))
+    seconds = statistics.median(figures.seconds for figures in ours)
+    peer = statistics.median(theirs)
+    return ours[0].model_copy(update={"seconds": seconds, "peer_seconds": peer})
+
+
+def _measure_peer(settings: StepsBenchmarkConfig, algorithm: str, length: int) -> float:
+    torch.manual_seed(0)
+    config = _verifier_config(settings, length)
+    batch = _row(settings, length, torch.device("cpu"), getattr(torch, settings.dtype))
+    return peer_seconds(settings, algorithm, config, batch)
 
 
 def _measure_here(settings: StepsBenchmarkConfig, algorithm: str, length: int) -> StepFigures:
@@ -136,9 +177,27 @@ def _prepare(
     dtype: torch.dtype,
 ) -> tuple[SpeculatorModel, Batch, Mapping[str, object]]:
     """A new draft, a packed row, and the other arguments of its forward."""
-    hidden, vocab = settings.hidden_size, settings.vocab_size
-    config = Qwen3Config(
-        vocab_size=vocab,
+    config = _verifier_config(settings, length)
+    objectives: dict[str, dict[str, JsonValue]] = {
+        "eagle3": {"ttt_steps": 3},
+        "peagle": {"num_depths": 4, "max_anchors": None},
+        "dflash": {"max_anchors": max(1, length // ANCHOR_SHARE)},
+        "mtp": {"num_steps": 3},
+    }
+    if settings.peer is not None:
+        objectives["mtp"] |= {"targets": "text", "step_weights": [*MTP_STEP_WEIGHTS]}
+    model = MODELS.load(algorithm).from_training_args(
+        config, verifier=Qwen3ForCausalLM(config).to(device, dtype), **RECIPES[algorithm]
+    )
+    kwargs, _ = model.get_trainer_kwargs(**objectives[algorithm])
+    batch = _row(settings, length, device, dtype)
+    return model.to(device, dtype).train(), batch, kwargs
+
+
+def _verifier_config(settings: StepsBenchmarkConfig, length: int) -> Qwen3Config:
+    hidden = settings.hidden_size
+    return Qwen3Config(
+        vocab_size=settings.vocab_size,
         hidden_size=hidden,
         intermediate_size=hidden * 11 // 4,
         num_hidden_layers=NUM_VERIFIER_LAYERS,
@@ -146,20 +205,17 @@ def _prepare(
         num_key_value_heads=hidden // 64,
         head_dim=32,
         max_position_embeddings=2 * length,
+        tie_word_embeddings=False,
     )
-    objectives: dict[str, dict[str, JsonValue]] = {
-        "eagle3": {"ttt_steps": 3},
-        "peagle": {"num_depths": 4, "max_anchors": None},
-        "dflash": {"max_anchors": max(1, length // ANCHOR_SHARE)},
-        "mtp": {"num_steps": 3},
-    }
-    model = MODELS.load(algorithm).from_training_args(
-        config, verifier=Qwen3ForCausalLM(config).to(device, dtype), **RECIPES[algorithm]
-    )
-    kwargs, _ = model.get_trainer_kwargs(**objectives[algorithm])
+
+
+def _row(
+    settings: StepsBenchmarkConfig, length: int, device: torch.device, dtype: torch.dtype
+) -> Batch:
+    hidden, vocab = settings.hidden_size, settings.vocab_size
     rows = torch.arange(length, device=device)
     per_document = math.ceil(length / settings.documents)
-    batch = Batch(
+    return Batch(
         input_ids=torch.randint(MASK_TOKEN_ID + 1, vocab, (1, length), device=device),
         document_ids=(rows // per_document)[None],
         position_ids=(rows % per_document)[None],
@@ -167,4 +223,3 @@ def _prepare(
         aux_hidden_states=torch.randn(1, length, 3 * hidden, device=device, dtype=dtype),
         last_hidden_states=torch.randn(1, length, hidden, device=device, dtype=dtype),
     )
-    return model.to(device, dtype).train(), batch, kwargs

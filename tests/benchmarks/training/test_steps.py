@@ -2,7 +2,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from benchmarks.training import peer_steps
 from benchmarks.training import steps as training_steps
 from benchmarks.training.parts import run
 from benchmarks.training.settings import StepsBenchmarkConfig, TrainingBenchmarkConfig
@@ -18,6 +20,28 @@ def test_every_draft_is_measured(monkeypatch):
     lines = shown.get().splitlines()
     for algorithm in ("eagle3", "peagle", "dflash", "mtp"):
         assert sum(algorithm in line for line in lines) == 2
+
+
+def test_a_peers_steps_are_timed_in_turns(monkeypatch, tmp_path):
+    (tmp_path / "speculators").mkdir()
+    turns = []
+
+    def measured(function, settings, algorithm, length):
+        turns.append(function)
+        mine = function is training_steps._measure_here
+        peak = {"algorithm": algorithm, "length": length, "peak_bytes": 1}
+        return StepFigures(seconds=next(ours), **peak) if mine else next(theirs)
+
+    ours, theirs = iter([3.0, 1.0, 2.0]), iter([6.0, 9.0, 8.0])
+    monkeypatch.setattr(training_steps, "in_process", measured)
+    steps = StepsBenchmarkConfig(lengths=(32,), peer=tmp_path)
+    with console.capture() as shown:
+        run(settings=TrainingBenchmarkConfig(parts=("steps",), algorithms=("mtp",), steps=steps))
+    assert turns == [training_steps._measure_here, training_steps._measure_peer] * 3
+    assert "4.00" in shown.get()  # medians of 2 s and 8 s
+    row = training_steps._row(steps, 32, torch.device("cpu"), torch.float32)
+    assert peer_steps._arguments("eagle3", row, None)["input_ids"].shape == (1, 31)
+    assert peer_steps._arguments("dflash", row, None)["max_anchors"] == 4
 
 
 def test_figures_come_from_a_process_of_their_own():
@@ -61,6 +85,7 @@ def test_equal_lengths_have_no_growth():
         (["--steps.lengths", "5"], "greater than or equal to 16"),
         (["--foo", "3"], "--foo"),
         (["--steps.hidden-size", "160"], "multiple of 64"),
+        (["--parts", "steps", "--steps.peer", "nowhere"], "nowhere has no folder speculators"),
     ],
 )
 def test_wrong_flags_are_one_line(flags, message):
