@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from speculators_core.data_generation.settings import DataGenConfig, StoredDtype
 from speculators_core.errors import SpeculatorError
 from speculators_core.settings import Settings
+from speculators_core.verifier.sizes import required_size
 from speculators_core.verifier.taps import default_aux_layer_ids
 
 FP8_MAX = 448.0
@@ -135,7 +136,9 @@ class Schema(Settings):
             SpeculatorError: the verifier has no such layer, or fewer tokens than top-k logits.
         """
         text, states = verifier.get_text_config(), data.states
-        num_layers = text.num_hidden_layers
+        num_layers, vocab_size, width = (
+            required_size(text, key) for key in ("num_hidden_layers", "vocab_size", "hidden_size")
+        )
         ids = states.layer_ids
         if ids is None:
             try:
@@ -150,9 +153,9 @@ class Schema(Settings):
             )
         if states.last and num_layers not in ids:
             ids = (*ids, num_layers)
-        if states.logits == "top-k" and states.top_k > text.vocab_size:
+        if states.logits == "top-k" and states.top_k > vocab_size:
             raise SpeculatorError(
-                f"data.states.top_k is {states.top_k}; expected at most {text.vocab_size}, the "
+                f"data.states.top_k is {states.top_k}; expected at most {vocab_size}, the "
                 f"vocabulary of {data.verifier}. Reduce it, or set data.states.logits to full."
             )
         return cls(
@@ -160,8 +163,8 @@ class Schema(Settings):
             layer_ids=ids,
             reduce=states.reduce,
             has_last=num_layers in ids,
-            hidden_size=text.hidden_size,
-            vocab_size=text.vocab_size,
+            hidden_size=width,
+            vocab_size=vocab_size,
             dtype=dtype,
             logits=states.logits,
             top_k=states.top_k,

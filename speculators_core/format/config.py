@@ -250,7 +250,8 @@ def _check_buildable(config: PretrainedConfig) -> None:
 def _write_layer_config(config: PretrainedConfig) -> checkpoint.RawConfig:
     """Every key a reader without class defaults needs, and nothing of this session."""
     session = ("transformers_version", "_attn_implementation", "dtype")
-    return {key: value for key, value in config.to_diff_dict().items() if key not in session}
+    written, _ = with_whole_heads(config.to_diff_dict())
+    return {key: value for key, value in written.items() if key not in session}
 
 
 def complete_layer_config(value: Any) -> checkpoint.RawConfig:

@@ -10,6 +10,7 @@ from transformers import (
 from speculators_core.errors import SpeculatorError
 from speculators_core.files import read_json
 from speculators_core.format.config import SpeculatorModelConfig
+from speculators_core.verifier.sizes import required_size
 
 
 def check_verifier(
@@ -21,16 +22,19 @@ def check_verifier(
         SpeculatorError: another hidden size, vocabulary, number of layers or architecture.
     """
     text = verifier.get_text_config()
+    width, vocab_size, depth = (
+        required_size(text, key) for key in ("hidden_size", "vocab_size", "num_hidden_layers")
+    )
     layer = speculator.transformer_layer_config
     name = name or verifier.name_or_path or type(verifier).__name__
     for what, key, found, expected in (
-        ("hidden size", "hidden_size", text.hidden_size, speculator.verifier_hidden_size),
-        ("vocabulary size", "vocab_size", text.vocab_size, layer.vocab_size),
+        ("hidden size", "hidden_size", width, speculator.verifier_hidden_size),
+        ("vocabulary size", "vocab_size", vocab_size, layer.vocab_size),
         (
             "number of layers",
             "num_hidden_layers",
-            text.num_hidden_layers,
-            speculator.verifier_depth or text.num_hidden_layers,
+            depth,
+            speculator.verifier_depth or depth,
         ),
     ):
         if found != expected:
@@ -49,10 +53,10 @@ def check_verifier(
         )
     speculator.settle(text)
     layer_ids = speculator.aux_layer_ids
-    if layer_ids and layer_ids[-1] > text.num_hidden_layers:
+    if layer_ids and layer_ids[-1] > depth:
         raise SpeculatorError(
             f"aux layer id {layer_ids[-1]} is out of range: {name} has "
-            f"{text.num_hidden_layers} layers. Correct the ids, or pass the verifier it was "
+            f"{depth} layers. Correct the ids, or pass the verifier it was "
             f"trained with ({speculator.verifier.name_or_path}).",
             cause="wrong layer ids",
         )

@@ -17,11 +17,10 @@ from tests.families.making import VOCAB_SIZE, make_verifier
 from tests.vllm.serving import write_tokenizer
 
 
-@pytest.fixture
-def hybrid(tmp_path):
-    """A hybrid of state-space layers and experts, with states of its texts."""
+def write_states(model_type, tmp_path):
+    """The folder of a verifier of a family, with states of its texts beside it."""
     folder = tmp_path / "verifier"
-    make_verifier("jamba").save_pretrained(folder)
+    make_verifier(model_type).save_pretrained(folder)
     write_tokenizer(folder, VOCAB_SIZE - 1)  # the last id has no token
     draw = random.Random(0)
     rows = [
@@ -42,22 +41,31 @@ def hybrid(tmp_path):
     return folder
 
 
-def test_training_goes_on_without_decoding_and_the_card_names_what_was_chosen(
-    hybrid, tmp_path, caplog
-):
+def train_in(folder, verifier):
     sections = {
         "model": {
             "algorithm": "dflash",
-            "verifier": str(hybrid),
+            "verifier": str(verifier),
             "recipe": {"num-layers": 1, "block-size": 4},
             "objective": {"max_anchors": 8},
         },
-        "data": {"store": tmp_path / "states", "row_length": 64, "eval_examples": 2},
-        "evaluation": {"roll_outs": 4},
-        "run": {"output": tmp_path / "run", "max_steps": 2, "check": False},
+        "data": {"store": folder / "states", "row_length": 64, "eval_examples": 2},
+        "evaluation": {"roll_outs": 4, "num_prompts": 2, "max_tokens": 8},
+        "run": {"output": folder / "run", "max_steps": 2, "check": False},
     }
+    return train(TrainingPlan.read(sections, "test"))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "bloom"])
+def test_acceptance_is_measured_for_families_without_rope_or_positions(model_type, tmp_path):
+    report = train_in(tmp_path, write_states(model_type, tmp_path))
+    assert report.figures["acceptance_length"] >= 1
+
+
+def test_training_runs_without_decoding_and_the_card_names_what_was_chosen(tmp_path, caplog):
+    verifier = write_states("jamba", tmp_path)
     with caplog.at_level(logging.INFO):
-        report = train(TrainingPlan.read(sections, "test"))
+        report = train_in(tmp_path, verifier)
     said = [record.getMessage() for record in caplog.records]
     (line,) = [text for text in said if "without evaluation.decode" in text]
     assert "state that rejected tokens cannot be taken out of" in line and "\n" not in line

@@ -42,6 +42,7 @@ from speculators_core.training.device import compute_dtype, training_device
 from speculators_core.training.evaluation import DECODED_AT_ONCE
 from speculators_core.training.optimizers import MuonAdamW
 from speculators_core.training.settings import TrainingPlan
+from speculators_core.verifier.sizes import layer_sizes, required_size
 
 logger = logging.getLogger(__name__)
 
@@ -337,15 +338,16 @@ class _Run:
         """Size of the KV cache of decoded prompts, as long as a row, and of one layer's work."""
         config, length = _verifier_config(self.draft), plan.data.row_length
         size = self.draft.verifier_head.lm_head.weight.itemsize
-        hidden, heads = config.hidden_size, config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or hidden // heads
+        sizes = layer_sizes(config, {}).values  # of one with other layers, those of a like draft
+        hidden, heads = config.hidden_size, sizes["num_attention_heads"]
+        head_dim, depth = sizes["head_dim"], required_size(config, "num_hidden_layers")
         num_texts, cached = 1, 0
         if plan.evaluation.decode:
             num_texts, cached = DECODED_AT_ONCE, length + plan.evaluation.max_tokens
-        token_cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * size
+        token_cache = 2 * depth * sizes["num_key_value_heads"] * head_dim * size
         # Residual, norm, attention and its output; gate, up and product; the states that are read,
         # and their concatenation; the mask of rows by rows, as bool and as a term of scores.
-        widths = 2 * hidden + 4 * heads * head_dim + 3 * config.intermediate_size
+        widths = 2 * hidden + 4 * heads * head_dim + 3 * sizes["intermediate_size"]
         widths += 2 * (len(self.draft.aux_layer_ids) + 1) * hidden
         worked_on = length * (size * widths + (1 + size) * length)
         return num_texts * (cached * token_cache + worked_on)
