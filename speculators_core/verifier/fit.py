@@ -44,10 +44,10 @@ def check_verifier(
                 f"({speculator.verifier.name_or_path}).",
                 cause="wrong verifier",
             )
-    found, expected = verifier.architectures or [], speculator.verifier.architectures
-    if text is verifier and found and expected and not set(found) & set(expected):
+    classes, made_for = verifier.architectures or [], speculator.verifier.architectures
+    if text is verifier and classes and made_for and not set(classes) & set(made_for):
         raise SpeculatorError(
-            f"{name} is a {', '.join(found)}; the speculator was made for {', '.join(expected)}. "
+            f"{name} is a {', '.join(classes)}; the speculator was made for {', '.join(made_for)}. "
             f"Pass the verifier it was trained with ({speculator.verifier.name_or_path}).",
             cause="wrong verifier",
         )
