@@ -96,7 +96,8 @@ class DFlashSpeculatorConfig(FeatureDraftConfig):
         if any(window is not None and window < self.block_size for window in windows):
             raise SpeculatorError(
                 f"sliding_window {layer_config.sliding_window} is smaller than block_size "
-                f"{self.block_size}: slots would not see their block."
+                f"{self.block_size}: slots would not see their block. Set it to at least "
+                f"{self.block_size}, or lower block_size."
             )
         is_stated = getattr(layer_config, "is_causal", None) is not None
         if windows == {None} and not is_stated and not self.sliding_window_non_causal:
@@ -158,11 +159,11 @@ class DFlashObjective(Settings):
     @model_validator(mode="after")
     def _dpace_reads_cross_entropy(self) -> "DFlashObjective":
         if self.position_weights == "dpace" and dict(self.loss) != {"ce": 1.0}:
-            raise ValueError("position_weights 'dpace' needs the loss 'ce' alone")
+            raise ValueError("position_weights 'dpace' needs the loss 'ce' alone; set loss to ce")
         idle = {"exponential": "dpace_smoothing", "dpace": "decay_length"}[self.position_weights]
         if idle in self.model_fields_set:
             raise ValueError(
-                f"{idle} has no effect with position_weights {self.position_weights!r}"
+                f"{idle} has no effect with position_weights {self.position_weights!r}; remove it"
             )
         return self
 

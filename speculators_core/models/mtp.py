@@ -115,14 +115,17 @@ class MTPObjective(Settings):
     def _every_step_has_a_weight(self) -> "MTPObjective":
         if self.step_weights is not None and len(self.step_weights) != self.num_steps:
             raise ValueError(
-                f"step_weights has {len(self.step_weights)} weights for {self.num_steps} steps"
+                f"step_weights has {len(self.step_weights)} weights for {self.num_steps} steps; "
+                "give one for each"
             )
         return self
 
     @model_validator(mode="after")
     def _no_field_is_idle(self) -> "MTPObjective":
         if "loss" in self.model_fields_set and self.targets == "text":
-            raise ValueError("loss is for targets 'verifier'; targets 'text' is cross-entropy")
+            raise ValueError(
+                "loss is for targets 'verifier'; targets 'text' is cross-entropy; remove one"
+            )
         if "step_decay" in self.model_fields_set and self.step_weights is not None:
             raise ValueError("step_weights and step_decay exclude each other; set one")
         return self
@@ -199,7 +202,8 @@ class MTPDraftModel(SpeculatorModel):
     def start_fresh(self, t2d: Tensor | None, d2t: Tensor | None) -> None:
         if t2d is not None or d2t is not None:
             raise SpeculatorError(
-                "an MTP draft has the verifier's vocabulary: leave t2d and d2t out."
+                "t2d and d2t were given; expected none, as an MTP draft has the verifier's "
+                "vocabulary. Leave them out."
             )
 
     @property

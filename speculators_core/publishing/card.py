@@ -107,7 +107,9 @@ def make_card(folder: Path, facts: CardFacts) -> str:
         SpeculatorError: the folder holds no speculator.
     """
     if not folder.is_dir():  # it would be mistaken for a hub id
-        raise SpeculatorError(f"{folder}: no such folder; expected one that holds a speculator.")
+        raise SpeculatorError(
+            f"{folder}: no such folder; expected one that holds a speculator. Correct the path."
+        )
     config = SpeculatorModelConfig.from_pretrained(folder)
     tensors = checkpoint.stored_tensors(folder).values()
     name = config.verifier.name_or_path
@@ -174,8 +176,8 @@ def parse(text: str, where: str | Path = CARD) -> ModelCard:
     except (yaml.YAMLError, ValueError, TypeError) as error:
         cause = " ".join(str(error).split())
         raise SpeculatorError(
-            f"{where}: its front matter cannot be read: {cause}. Correct the YAML between the "
-            "lines of `---`."
+            f"{where}: its front matter cannot be read: {cause}; expected YAML between two lines "
+            "of `---`. Correct it."
         ) from error
 
 

@@ -76,7 +76,10 @@ def push(folder: Path, repo: str, settings: PushConfig | None = None) -> PushRep
         return report
     token = get_token()
     if token is None:
-        raise SpeculatorError("no token of the hub. Set HF_TOKEN, or run `hf auth login`.")
+        raise SpeculatorError(
+            f"no token of the hub; expected one that may write to {repo}. Set HF_TOKEN, or run "
+            "`hf auth login`."
+        )
     report = report.model_copy(update={"remarks": _compare_verifier(upload)})
     with _one_line(repo):
         api = HfApi(token=token, library_name="speculators-vllm")

@@ -101,18 +101,28 @@ def _check_id(name: str, expected: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         told = first_line(error).rstrip(".")
-        raise SpeculatorError(f"{name!r} is not a hub id ({told}); expected {expected}.") from error
+        raise SpeculatorError(
+            f"{name!r} is not a hub id ({told}); expected {expected}. Correct the name."
+        ) from error
     if expected == "owner/name" and "/" not in name:
-        raise SpeculatorError(f"{name!r} names no owner; expected {expected}, as `me/{name}`.")
+        raise SpeculatorError(
+            f"{name!r} names no owner; expected {expected}, as `me/{name}`. Put your user name or "
+            "organization before it."
+        )
 
 
 def _open_speculator(folder: Path) -> StoredSpeculator:
     """A speculator whose tensors are sound."""
     if not folder.is_dir():  # or it would be taken for a hub id
-        raise SpeculatorError(f"{folder}: no such folder; expected one that holds a speculator.")
+        raise SpeculatorError(
+            f"{folder}: no such folder; expected one that holds a speculator. Correct the path."
+        )
     inner = folder / "speculator"
     if not (folder / checkpoint.CONFIG).exists() and (inner / checkpoint.CONFIG).exists():
-        raise SpeculatorError(f"{folder} is the folder of a run. Push its speculator: {inner}.")
+        raise SpeculatorError(
+            f"{folder} is the folder of a run; expected that of a speculator. Push the one in it: "
+            f"{inner}."
+        )
     speculator = StoredSpeculator.open(folder)
     speculator.check_tensors()
     return speculator
@@ -125,12 +135,14 @@ def _public_verifier(speculator: StoredSpeculator, asked: str | None) -> str:
     folder, name = speculator.folder, speculator.config.verifier.name_or_path
     if name is None:
         raise SpeculatorError(
-            f"{folder / checkpoint.CONFIG} names no verifier. Pass --verifier <its hub id>."
+            f"{folder / checkpoint.CONFIG} names no verifier; expected a hub id in "
+            "speculators_config.verifier.name_or_path. Pass --verifier <its hub id>."
         )
     if not is_hub_id(name, folder):
         raise SpeculatorError(
             f"{folder / checkpoint.CONFIG} names the verifier {name!r}, a folder of this machine "
-            "that others cannot load. Pass --verifier <its hub id>; your folder stays as it is."
+            "that others cannot load; expected a hub id. Pass --verifier <its hub id>; your folder "
+            "stays as it is."
         )
     return name
 
@@ -147,8 +159,8 @@ def _own_files(folder: Path) -> dict[str, Path]:
     for path in found.values():
         if path.resolve().parent != folder.resolve():
             raise SpeculatorError(
-                f"{path} is a link to {path.resolve()}; what is pushed lies in the folder. "
-                "Copy it there, or remove the link."
+                f"{path} is a link to {path.resolve()}; expected a file in the folder "
+                "itself. Copy it there, or remove the link."
             )
     for name in ("certificate.json", "report.json"):
         if name in found:
@@ -164,7 +176,8 @@ def _check_record(path: Path) -> None:
     stated = [record.get("speculator_sha256"), *(part.get("sha256") for part in parts)]
     if any(stated) and hash_weights(path.parent) not in stated:
         raise SpeculatorError(
-            f"{path} is of other weights than those beside it. Make it again, or remove it."
+            f"{path} is of other weights than those beside it; expected their hash in it. Make it "
+            "again, or remove it."
         )
 
 
@@ -185,19 +198,20 @@ def _card(folder: Path, local: str | None, repo: str, verifier: str, license: st
     """
     if local is None and license is None:
         raise SpeculatorError(
-            f"{folder} holds no {CARD}. Write one whose front matter names a licence, or pass "
-            "--license to generate one from the checkpoint."
+            f"{folder} holds no {CARD}, expected a model card. Write one whose front matter "
+            "names a licence, or pass --license to generate one from the checkpoint."
         )
     text = make_card(folder, CardFacts(license=license)) if local is None else local
     named = license_of(parse(text, folder / CARD))
     if named is None and license is None:
         raise SpeculatorError(
-            f"{folder / CARD} names no licence. Write `license: <its name>` into its front matter, "
-            "or pass --license."
+            f"{folder / CARD} names no licence, expected one. Write `license: <its name>` into its "
+            "front matter, or pass --license."
         )
     if license is not None and named not in (None, license):
         raise SpeculatorError(
-            f"{folder / CARD} names the licence {named!r}, --license {license!r}; expected one."
+            f"{folder / CARD} names the licence {named!r}, --license {license!r}; expected one. "
+            "Correct the card, or leave --license out."
         )
     return complete(text, repo, verifier, license)
 
@@ -209,6 +223,7 @@ def _check_secrets(path: Path, content: Path | bytes) -> None:
     if found := SECRET.search(text):
         line = text[: found.start()].count(b"\n") + 1
         raise SpeculatorError(
-            f"{path}, line {line}: {found[0][:6].decode()}... looks like an access token. Remove "
-            "it, and revoke it if others have seen it."
+            f"{path}, line {line}: {found[0][:6].decode()}... looks like an access token; "
+            "expected no secret in what is published. Remove it, and revoke it if others have "
+            "seen it."
         )

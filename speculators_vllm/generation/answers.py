@@ -29,7 +29,9 @@ class VLLMAnswerer:
             the verifier has no chat template.
         """
         if config.verifier is None:
-            raise SpeculatorError("Engine vllm needs --verifier, a folder or hub id.")
+            raise SpeculatorError(
+                "--verifier is not set; engine vllm needs --verifier, a folder or hub id. Pass it."
+            )
         if config.endpoint.base_url is not None:
             raise SpeculatorError(
                 "--base-url is for engine openai; engine vllm runs in this process. Leave it out, "

@@ -39,7 +39,8 @@ def find_parser(
         )
     except (TypeError, ValueError) as error:
         raise SpeculatorError(
-            f"--reasoning-parser, --tool-call-parser: {first_line(error)}"
+            f"--reasoning-parser, --tool-call-parser: {first_line(error).rstrip('.')}; expected "
+            "names of vLLM's parsers that suit the verifier. Choose others, or leave them out."
         ) from error
 
 

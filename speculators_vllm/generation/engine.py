@@ -191,6 +191,7 @@ def _device_arguments(device: str | None) -> dict[str, JsonValue]:
     here = "cuda" if offline.has_gpu() else "cpu"
     if kind != here or not (index.isdigit() or not index):
         raise SpeculatorError(
-            f"engine.device {device}: vLLM runs on {here} here. Set it to {here}, or leave it out."
+            f"engine.device {device}: vLLM runs on {here} here, which is expected. Set it to "
+            f"{here}, or leave it out."
         )
     return {"device_ids": [int(index)]} if index and kind == "cuda" else {}

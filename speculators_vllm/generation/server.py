@@ -57,7 +57,8 @@ class Server:
         for name, stated in (("vllm", engine.vllm), ("device", engine.device)):
             if stated:
                 raise SpeculatorError(
-                    f"engine.{name}: the server at {self.url} decides it. Leave it out."
+                    f"engine.{name}: the server at {self.url} decides it, so it must not be set. "
+                    "Leave it out."
                 )
         self._roots = Roots(allowed_roots)
         self._max_frame_bytes = max_frame_bytes

@@ -123,11 +123,19 @@ class Ledger:
         if requested is None:
             return None
         if request.prompt_token_ids is None or request.prompt_is_token_ids is not None:
-            raise SpeculatorError("The prompt has embeddings, but hidden states need token ids.")
+            raise SpeculatorError(
+                "The prompt has embeddings, but hidden states need token ids. Send the prompt as "
+                "text or token ids, or leave kv_transfer_params out."
+            )
         if request.resumable:
-            raise SpeculatorError("The prompt is streamed, but hidden states need a whole prompt.")
+            raise SpeculatorError(
+                "The prompt is streamed, but hidden states need a whole prompt. Send it in one "
+                "request."
+            )
         if re.match(r"\d+_", request.request_id):  # as vLLM's ParentRequest names its samples
-            raise SpeculatorError("n is over 1, but hidden states need n=1.")
+            raise SpeculatorError(
+                "n is over 1, but hidden states need n=1: send one request per sample."
+            )
         return requested
 
     def _place(self, request_id: str, chosen: str | None) -> dict[str, str]:

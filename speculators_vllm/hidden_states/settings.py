@@ -89,7 +89,10 @@ def read_sink(extra_config: Mapping[str, object]) -> FileSink | StreamSink:
     try:
         return _SINK.validate_python(dict(extra_config))
     except ValidationError as error:
-        raise SpeculatorError(f"kv_connector_extra_config: {first_fault(error)}") from error
+        raise SpeculatorError(
+            f"kv_connector_extra_config: {first_fault(error)}; expected what "
+            "speculators_vllm.hidden_states.engine_arguments writes there. Correct it."
+        ) from error
 
 
 def check_layer_ids(layer_ids: Sequence[int], num_layers: int) -> tuple[int, ...]:
@@ -101,9 +104,13 @@ def check_layer_ids(layer_ids: Sequence[int], num_layers: int) -> tuple[int, ...
     ids = tuple(layer_ids)
     rule = f"expected one or more ascending ids of 0..{num_layers}"
     if not ids or not all(type(i) is int and 0 <= i <= num_layers for i in ids):
-        raise SpeculatorError(f"Layers {list(ids)} have no hidden states: {rule}.")
+        raise SpeculatorError(
+            f"Layers {list(ids)} have no hidden states: {rule}. Correct layer_ids."
+        )
     if list(ids) != sorted(set(ids)):
-        raise SpeculatorError(f"Layer ids {list(ids)} are out of order or repeated: {rule}.")
+        raise SpeculatorError(
+            f"Layer ids {list(ids)} are out of order or repeated: {rule}. Correct layer_ids."
+        )
     return ids
 
 
@@ -191,7 +198,7 @@ def _checked(given: object) -> Mapping[str, object]:
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
         raise SpeculatorError(
             f"kv_transfer_params: found {given!r:.80}, expected an object such as "
-            '{"hidden_states": "all"}.'
+            '{"hidden_states": "all"}. Correct it.'
         )
     return given
 
@@ -213,6 +220,7 @@ def path_for(folder: Path, name: str) -> Path:
     parent = (root / name).parent.resolve()
     if not parent.is_relative_to(root):
         raise SpeculatorError(
-            f"name {name!r} leads out of {folder}, to {parent}. Choose a name without links."
+            f"name {name!r} leads out of {folder}, to {parent}; expected one below it. Choose "
+            "a name without links."
         )
     return parent / f"{Path(name).name}.safetensors"

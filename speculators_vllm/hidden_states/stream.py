@@ -235,7 +235,10 @@ class HiddenStateReceiver:
         except Undelivered:
             raise
         except SpeculatorError as error:
-            raise SpeculatorError(f"A message to {self.endpoint} was refused: {error}") from error
+            raise SpeculatorError(
+                f"A message to {self.endpoint} was refused: {error}; expected hidden states of "
+                "this package's connector. Send them with the same version of it."
+            ) from error
 
     def __iter__(self) -> Iterator[HiddenStates]:
         return self

@@ -211,7 +211,7 @@ def test_verifier_that_no_config_names_must_be_given(hub, folder):
     config = json.loads((folder / "config.json").read_text())
     config["speculators_config"]["verifier"]["name_or_path"] = None
     (folder / "config.json").write_text(json.dumps(config))
-    refused(hub, "names no verifier. Pass --verifier", folder)
+    refused(hub, "names no verifier; expected a hub id .*Pass --verifier", folder)
     push(folder, REPO, PushConfig(verifier=VERIFIER))
     assert SpeculatorModel.from_pretrained(REPO).config.verifier.name_or_path == VERIFIER
 
@@ -350,7 +350,7 @@ def test_link_out_of_the_folder_is_refused(hub, folder, tmp_path, name):
 
 def test_without_token_nothing_is_asked(hub, folder, patch):
     patch.delenv("HF_TOKEN")
-    refused(hub, "no token of the hub. Set HF_TOKEN", folder)
+    refused(hub, "no token of the hub; expected .*Set HF_TOKEN", folder)
 
 
 def test_token_of_a_login_is_taken(hub, folder, patch, tmp_path):
