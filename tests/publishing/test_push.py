@@ -312,7 +312,7 @@ def test_folder_must_hold_a_speculator(hub, folder, verifier_folder, tmp_path):
     refused(hub, "no such folder", tmp_path / "nowhere")
     refused(hub, "not a speculator", verifier_folder)
     shutil.move(folder, tmp_path / "run" / "speculator")
-    refused(hub, "folder of a run. Push its speculator: .*run/speculator", tmp_path / "run")
+    refused(hub, "folder of a run; .*Push the one in it: .*run/speculator", tmp_path / "run")
 
 
 @pytest.mark.parametrize(

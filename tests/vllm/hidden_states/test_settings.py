@@ -27,9 +27,9 @@ def test_engine_arguments_name_the_layers(verifier_folder):
     assert layer_ids() == [4]
     assert layer_ids(0, 2, with_last=False) == [0, 2]
     for wrong in ((5,), (-1,), (True,), (2, 1), (1, 1)):
-        with pytest.raises(SpeculatorError, match=r"ascending ids of 0\.\.4\.$"):
+        with pytest.raises(SpeculatorError, match=r"ascending ids of 0\.\.4\. Correct layer_ids"):
             layer_ids(*wrong)
-    with pytest.raises(SpeculatorError, match=r"ascending ids of 0\.\.4\.$"):
+    with pytest.raises(SpeculatorError, match=r"ascending ids of 0\.\.4\. Correct layer_ids"):
         layer_ids(with_last=False)
 
 
