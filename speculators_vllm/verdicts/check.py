@@ -330,7 +330,7 @@ def _compare_sides(report: CheckReport, plan: _Plan) -> None:
     _compare_tensors(report, compare(reference.trace, served.trace, dtype))
     _compare_counts(report, plan.num_tokens, reference, served, dtype == torch.float32)
     _explain(report, report.reference, diagnosis)
-    _warn_of_length(report, plan)
+    _warn_of_length(report, plan, diagnosis.context)
 
 
 def _run_reference(report: CheckReport, plan: _Plan) -> tuple[_Side, torch.dtype, Diagnosis]:
@@ -448,7 +448,7 @@ def _blame_context(report: CheckReport, trial: ContextTrial) -> None:
     )
 
 
-def _warn_of_length(report: CheckReport, plan: _Plan) -> None:
+def _warn_of_length(report: CheckReport, plan: _Plan, trial: ContextTrial | None) -> None:
     """Names the lengths at which the draft is used, where they exceed those that it has learnt."""
     learnt, used = plan.learnt, plan.longest_context
     if learnt is None:
@@ -457,11 +457,17 @@ def _warn_of_length(report: CheckReport, plan: _Plan) -> None:
         )
     elif plan.served_length > learnt.longest:
         beyond = f"the prompts reach {used:,} with their answers, and " * (used > learnt.longest)
+        lost = (
+            f" Beyond {trial.window:,} tokens tau is {trial.whole.acceptance_length:.2f}, and "
+            f"{trial.short.acceptance_length:.2f} with the last {trial.window:,} of them alone."
+            if trial is not None
+            else ""
+        )
         report.add(
             "warning",
             "checkpoint",
             f"it was trained on examples of {learnt}; {beyond}vLLM serves texts of up to "
-            f"{plan.served_length:,}. Measure it at the lengths that you serve, or lower "
+            f"{plan.served_length:,}.{lost} Measure it at the lengths that you serve, or lower "
             "max_model_len.",
         )
 

@@ -217,7 +217,7 @@ def test_contexts_longer_than_trained_are_named(short, capsys):
     assert report.reference.contexts["128-512"].num_drafts == report.reference.num_drafts
     (warning,) = [one.text for one in report.findings if one.severity == "warning"]
     assert "on examples of at most 24 tokens (24 on average); the prompts reach 440" in warning
-    assert "vLLM serves texts of up to 512" in warning
+    assert "vLLM serves texts of up to 512. Beyond 24 tokens tau is 1." in warning
     print_report(report)
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.index("worst at position") < printed.index("accepted by position")
