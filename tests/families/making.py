@@ -1,10 +1,12 @@
 """Tiny verifiers of many families, by ``model_type``."""
 
+import pytest
 import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from speculators_core.verifier.reading import language_model_class
 
+FAMILY = pytest.mark.families
 VOCAB_SIZE = 96
 SMALL = {
     "vocab_size": VOCAB_SIZE,

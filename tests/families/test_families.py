@@ -12,7 +12,7 @@ from speculators_core.errors import SpeculatorError
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.registry import MODELS
 from speculators_core.verifier.taps import LayerTaps
-from tests.families.making import FAMILIES, VOCAB_SIZE, make_verifier
+from tests.families.making import FAMILIES, FAMILY, VOCAB_SIZE, make_verifier
 
 RECIPES: dict[str, dict] = {
     "eagle3": {"speculative_tokens": 3},
@@ -31,7 +31,6 @@ REFUSED = {
     "gemma3n_text": "more than one stream",
 }
 """Families for which there is no draft, with the reason."""
-FAMILY = pytest.mark.families
 IN_EVERY_RUN = ("gpt2", "falcon", "qwen3_vl", "qwen3_5_text", "glm4_moe", "gemma3n_text")
 """One of each kind: learned positions and layer norms, parallel blocks, a text model with pictures,
 a hybrid of linear attention, experts, and one that is refused."""

@@ -154,6 +154,30 @@ def test_sizes_that_make_no_layer_are_one_line(keys):
     assert "\n" not in str(caught.value)
 
 
+def test_rotary_keys_that_no_draft_follows_are_never_written():
+    draft = fresh(shape_of("pictures with plain rope"), "eagle3")
+    plain = draft.to_dict()
+    keys = {"partial_rotary_factor": 0.5, "mrope_section": [24, 20, 20]}
+    draft.transformer_layer_config.rope_parameters |= keys
+    assert draft.to_dict() == plain
+
+
+def test_scaling_is_tried_without_where_a_draft_is_read_otherwise_than_trained():
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    rope = {**yarn, "original_max_position_embeddings": 4096}
+    draft = fresh(shape_of("pictures with plain rope"), "eagle3", rope_parameters=rope)
+    verifier = shape_of("hybrid with partial M-RoPE").get_text_config()
+    tried = [
+        other.changes["transformer_layer_config"].rope_parameters
+        for other in draft.other_readings(verifier)
+        if other.cause == "rope"
+    ]
+    assert tried == [
+        {"rope_type": "default", "rope_theta": 1e7},  # the verifier's, for whole heads
+        {"rope_type": "default", "rope_theta": 1e4},
+    ]
+
+
 # ---- mask tokens ----
 
 

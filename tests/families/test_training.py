@@ -13,7 +13,7 @@ from speculators_core.errors import SpeculatorError
 from speculators_core.models.speculator import SpeculatorModel
 from speculators_core.training.settings import TrainingPlan
 from speculators_core.training.train import train
-from tests.families.making import VOCAB_SIZE, make_verifier
+from tests.families.making import FAMILY, VOCAB_SIZE, make_verifier
 from tests.vllm.serving import write_tokenizer
 
 
@@ -56,7 +56,7 @@ def train_in(folder, verifier):
     return train(TrainingPlan.read(sections, "test"))
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "bloom"])
+@pytest.mark.parametrize("model_type", ["gpt2", pytest.param("bloom", marks=FAMILY)])
 def test_acceptance_is_measured_for_families_without_rope_or_positions(model_type, tmp_path):
     report = train_in(tmp_path, write_states(model_type, tmp_path))
     assert report.figures["acceptance_length"] >= 1

@@ -113,6 +113,20 @@ def test_an_unknown_key_of_the_file_is_refused(tmp_path, capsys):
 # ---- options ----
 
 
+def test_dashes_are_underscores_in_the_file(given, tmp_path):
+    sections = sections_of(given, tmp_path / "run")
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump(sections, default_flow_style=False))
+    plan = read_training_plan(file)
+    dashed = {
+        name: {key.replace("_", "-"): value for key, value in options.items()}
+        for name, options in sections.items()
+    }
+    dashed["model"]["objective"] = {"ttt-steps": 2}
+    file.write_text(yaml.safe_dump(dashed))
+    assert read_training_plan(file) == plan
+
+
 def test_flags_win_over_the_file(given, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(sections_of(given, tmp_path / "run")))
