@@ -14,7 +14,7 @@ from speculators_core.decoding.acceptance import (
 from speculators_core.errors import Cause
 
 Severity = Literal["fault", "warning", "note"]
-Part = Literal["checkpoint", "stock vLLM", "tensors", "acceptance", "reading"]
+Part = Literal["checkpoint", "stock vLLM", "verifier", "tensors", "acceptance", "reading"]
 
 
 class Finding(BaseModel):
@@ -74,6 +74,9 @@ class CheckReport(BaseModel):
     """Counts of the reference decoder."""
     served: Counts | None = None
     """Counts of vLLM."""
+    verifier_difference: float | None = None
+    """Largest difference of a token's log-probability where Transformers and vLLM compute
+    the verifier alone differently; None where they do not."""
 
     @property
     def faults(self) -> list[Finding]:

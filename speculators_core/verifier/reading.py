@@ -296,7 +296,8 @@ def _has_quantized_ends(
     if (folder / checkpoint.INDEX).exists():
         stored: Collection[str] = checkpoint.read_weight_map(folder)
     else:
-        stored = checkpoint.stored_tensors(checkpoint.fetch(name_or_path))
+        files = (*checkpoint.HEAD_FILES, checkpoint.WEIGHTS)
+        stored = checkpoint.stored_tensors(checkpoint.fetch(name_or_path, files))
     ends = {id(weight) for weight in head.parameters()}
     names = (name for name, weight in model.named_parameters() if id(weight) in ends)
     return any(f"{name}_{kind}" in stored for name in names for kind in ("scale", "packed"))

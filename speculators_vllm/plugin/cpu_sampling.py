@@ -37,10 +37,10 @@ Bookkeep = Callable[Concatenate["GPUModelRunner", Rest], Output]
 
 
 def patching_samplers(original: Callable[[], None]) -> Callable[[], None]:
-    """Applies the patches of this module before a worker builds its sampler."""
+    """Applies the patches for CPUs before a worker builds its sampler."""
 
     def register_triton_kernel_overrides() -> None:
-        for patch in patches.FOR_CPU_SAMPLING:
+        for patch in (*patches.FOR_CPU_SAMPLING, *patches.FOR_CPU_ADAPTERS):
             patch.apply()
         for patch in patches.FOR_CPU_GENERATORS:
             if not patch.apply():

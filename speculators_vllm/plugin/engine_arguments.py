@@ -1,9 +1,10 @@
 """Wrappers of how vLLM reads an engine's arguments."""
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from speculators_core.errors import SpeculatorError
+from speculators_core.errors import SpeculatorError, first_line
 from speculators_vllm import openmp
 from speculators_vllm.hidden_states import CONNECTOR_MODULE
 from speculators_vllm.plugin import patches
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
     CreateConfig = Callable[[EngineArgs, ModelConfig, ParallelConfig], SpeculativeConfig | None]
     Overridden = tuple[str, str | None, dict[str, JsonValue] | None]
     """Model, tokenizer and speculative settings."""
+
+BACKENDS = {
+    "guidance": "llguidance.torch",
+    "lm-format-enforcer": "lmformatenforcer.integrations.vllm",
+    "outlines": "outlines_core",
+    "xgrammar": "xgrammar",
+}
+"""Of structured outputs, with the modules that vLLM imports for them."""
 
 
 def completing_speculative_config(original: "CreateConfig") -> "CreateConfig":
@@ -35,11 +44,14 @@ def completing_speculative_config(original: "CreateConfig") -> "CreateConfig":
             for patch in patches.FOR_SERVER_REQUESTS:
                 patch.apply()
         if self.speculative_config is not None or self.spec_model is not None:
-            if target_model_config.runner_type == "pooling":
-                raise SpeculatorError(
-                    "--runner pooling: nothing is generated, so nothing can be drafted. Leave out "
-                    "--speculative-config."
-                )
+            structured = self.structured_outputs_config
+            refuse_what_cannot_draft(
+                target_model_config.runner_type,
+                structured.get("backend", "auto")
+                if isinstance(structured, dict)  # as `LLM` leaves it
+                else structured.backend,
+            )
+            refuse_misread_keys(self.kv_cache_dtype, str(target_model_config.dtype))
             # Models and Transformers, which an engine without a speculator does not need.
             from speculators_vllm.plugin.speculative_config import Source, complete
 
@@ -66,6 +78,45 @@ def completing_speculative_config(original: "CreateConfig") -> "CreateConfig":
         return config
 
     return create_speculative_config
+
+
+def refuse_what_cannot_draft(runner: str, backend: str) -> None:
+    """Raises SpeculatorError for what would stop the engine later, at a request.
+
+    vLLM imports a backend of structured outputs when the first request asks for one, inside its
+    engine.
+    """
+    if runner == "pooling":
+        raise SpeculatorError(
+            "--runner pooling: nothing is generated, so nothing can be drafted. Leave out "
+            "--speculative-config."
+        )
+    module = BACKENDS.get(backend)
+    if module is None:
+        return
+    try:
+        import_module(module)
+    except ImportError as error:
+        raise SpeculatorError(
+            f"--structured-outputs-config: the backend {backend} cannot be imported "
+            f"({first_line(error)}), and the first request for it would stop the engine. Choose "
+            "another one, such as xgrammar."
+        ) from error
+
+
+def refuse_misread_keys(cached: str, computed: str) -> None:
+    """Raises SpeculatorError for keys and values that vLLM's kernels for CPUs take for others.
+
+    With bfloat16 ones of a float32 model, texts without a draft are wrong from the first token.
+    """
+    from vllm import platforms  # heavy, as above
+
+    is_plain = cached in ("bfloat16", "float16", "float32")
+    if platforms.current_platform.is_cpu() and is_plain and cached not in computed:
+        raise SpeculatorError(
+            f"--kv-cache-dtype {cached}: vLLM on a CPU misreads such keys of a {computed} model. "
+            "Leave it out, or serve with the same --dtype."
+        )
 
 
 def locating_verifier(original: Callable[..., "Overridden"]) -> Callable[..., "Overridden"]:

@@ -182,7 +182,7 @@ FOR_CPU_WORKERS = (
         wrapper="speculators_vllm.plugin.cpu_sampling:patching_samplers",
     ),
 )
-"""Where vLLM runs on a CPU; it applies the next two groups."""
+"""Where vLLM runs on a CPU; it applies the next three groups."""
 
 FOR_CPU_SAMPLING = (
     # vLLM 0.32: spreads the settings of a request over its drafted tokens.
@@ -232,6 +232,18 @@ FOR_CPU_GENERATORS = (
 )
 """The second relies on the first: without the first it is not applied."""
 
+FOR_CPU_ADAPTERS = tuple(
+    # vLLM 0.32: rows of the batch by the adapters of their requests.
+    Patch(
+        owner=owner,
+        name=name,
+        parameters=("inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor", "..."),
+        wrapper="speculators_vllm.plugin.cpu_adapters:sparing_tokens_without",
+    )
+    for owner in ("vllm.lora.ops.torch_ops.lora_ops", "vllm.lora.punica_wrapper.punica_cpu")
+    for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
+)
+
 PATCHES = (
     *FOR_ENGINE_ARGUMENTS,
     *FOR_SERVER_REQUESTS,
@@ -241,6 +253,7 @@ PATCHES = (
     *FOR_CPU_WORKERS,
     *FOR_CPU_SAMPLING,
     *FOR_CPU_GENERATORS,
+    *FOR_CPU_ADAPTERS,
 )
 """All functions of vLLM that are wrapped. What is added to its tables is in `registries`."""
 

@@ -13,6 +13,7 @@ from math import isfinite
 
 import torch
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from vllm import SamplingParams
 from vllm.transformers_utils.configs.speculators.base import SpeculatorsConfig
@@ -23,7 +24,7 @@ from speculators_core.decoding.default_prompts import default_prompts
 from speculators_core.decoding.prompts import read_prompts, tokenize
 from speculators_core.diagnosis.check_report import CheckReport, Counts, Severity
 from speculators_core.diagnosis.contexts import ContextTrial
-from speculators_core.diagnosis.replay import see
+from speculators_core.diagnosis.replay import SeenText, see
 from speculators_core.diagnosis.suspects import DEAD_BELOW, Diagnosis, diagnose
 from speculators_core.errors import SpeculatorError, UnreadFormatError
 from speculators_core.format import checkpoint
@@ -39,15 +40,23 @@ from speculators_core.verifier.pair import Pair
 from speculators_core.verifier.reading import read_tokenizer
 from speculators_vllm import offline
 from speculators_vllm.plugin.draft_config import DraftConfig
+from speculators_vllm.plugin.positions import can_extend
 from speculators_vllm.plugin.speculative_config import check_served, vllm_settings
 from speculators_vllm.verdicts.reference import decode, first_difference, load_reference, pool
 from speculators_vllm.verdicts.settings import Arguments, CheckConfig, Dtype
 from speculators_vllm.verdicts.traces import (
+    STATES,
     Stage,
     Trace,
     compare,
     trace_reference,
     trace_served,
+)
+from speculators_vllm.verdicts.verifiers import (
+    Scores,
+    compare_verifiers,
+    reference_scores,
+    served_scores,
 )
 
 TRACED_TOKENS = 64
@@ -99,6 +108,7 @@ def check(speculator: str, config: CheckConfig) -> CheckReport:
     tokenizer = read_tokenizer(pair.verifier)
     _compare_templates(report, pair.speculator, tokenizer)
     served_length = offline.longest_text(pair.verifier_config, engine_args)
+    _warn_of_positions(report, pair.speculator, served_length)
     plan = _Plan(
         pair=pair,
         prompts=_prompts(config, tokenizer, served_length - config.max_tokens),
@@ -146,6 +156,27 @@ def _warn_of_config(report: CheckReport, speculator: StoredSpeculator) -> None:
         )
     if (speculator.folder / "config.py").exists() or "auto_map" in raw:
         report.add("note", "checkpoint", "it ships Python code, which is never run.")
+
+
+def _warn_of_positions(report: CheckReport, speculator: StoredSpeculator, served: int) -> None:
+    """Fewer positions than the engine's are a reason for other counts in vLLM alone."""
+    layers = speculator.config.transformer_layer_config
+    own = getattr(layers, "max_position_embeddings", served)
+    if own >= served:
+        return
+    here = "The plug-in extends them."
+    if not can_extend(layers):
+        here = (
+            f"The plug-in cannot extend such rotary embeddings: serve with --max-model-len {own}."
+        )
+    elif not offline.has_plugin():
+        here = "The plug-in, which is off here, extends them."
+    report.add(
+        "warning",
+        "checkpoint",
+        f"max_position_embeddings is {own}, and {served} positions are served: vLLM alone drafts "
+        f"nothing for a batch with a longer request. {here}",
+    )
 
 
 def _note_other_writing(report: CheckReport, pair: Pair) -> None:
@@ -302,6 +333,11 @@ class _Plan:
         """The prompt on which tensors are compared."""
         return self.prompts[0][:TRACED_TOKENS]
 
+    def with_answers(self, continuations: Sequence[offline.Continuation]) -> list[list[int]]:
+        """The prompts with what follows; some have a single token."""
+        pairs = zip(self.prompts, continuations, strict=True)
+        return [prompt + answer.token_ids for prompt, answer in pairs]
+
 
 @dataclass(frozen=True)
 class _Side:
@@ -309,6 +345,8 @@ class _Side:
 
     continuations: list[offline.Continuation]
     trace: Trace
+    scores: Scores
+    """The verifier's alone."""
 
     def counts(self, prompts: Sequence[list[int]], num_tokens: int) -> Counts:
         accepted = [one.accepted for one in self.continuations]
@@ -321,19 +359,32 @@ class _Side:
 
 def _compare_sides(report: CheckReport, plan: _Plan) -> None:
     """Runs the prompts through the reference decoder and through vLLM."""
-    reference, dtype, diagnosis = _run_reference(report, plan)
+    reference, seen, dtype, diagnosis = _run_reference(report, plan)
+    written = plan.with_answers(reference.continuations)
     gc.collect()  # vLLM takes the memory that the reference had
     torch.cuda.empty_cache()
-    served = _run_vllm(plan, dtype)
+    served = _run_vllm(plan, dtype, written)
     report.reference = reference.counts(plan.prompts, plan.num_tokens)
     report.served = served.counts(plan.prompts, plan.num_tokens)
-    _compare_tensors(report, compare(reference.trace, served.trace, dtype))
-    _compare_counts(report, plan.num_tokens, reference, served, dtype == torch.float32)
+    verifiers = compare_verifiers(plan.pair.verifier_config, reference.scores, served.scores, dtype)
+    trace = reference.trace
+    if not verifiers.is_equal:
+        report.verifier_difference = verifiers.largest
+        report.add("warning", "verifier", f"{verifiers}. The draft is judged on vLLM's states.")
+        if STATES in served.trace:
+            model = load_reference(plan.pair, plan.dtype)
+            trace = _trace(model, seen, plan.num_tokens, served.trace[STATES])
+    _compare_tensors(report, compare(trace, served.trace, dtype))
+    is_exact = verifiers.is_equal and dtype == torch.float32
+    reason = "below float32" if verifiers.is_equal else "with verifiers that differ"
+    _compare_counts(report, plan.num_tokens, reference, served, None if is_exact else reason)
     _explain(report, report.reference, diagnosis)
     _warn_of_length(report, plan, diagnosis.context)
 
 
-def _run_reference(report: CheckReport, plan: _Plan) -> tuple[_Side, torch.dtype, Diagnosis]:
+def _run_reference(
+    report: CheckReport, plan: _Plan
+) -> tuple[_Side, SeenText, torch.dtype, Diagnosis]:
     model = load_reference(plan.pair, plan.dtype)
     _note_differing_ends(report, model)
     verifier, num_tokens = model.verifier, plan.num_tokens
@@ -345,11 +396,19 @@ def _run_reference(report: CheckReport, plan: _Plan) -> tuple[_Side, torch.dtype
     learnt = plan.learnt.longest if plan.learnt else None
     diagnosis = diagnose(model, verifier, texts, num_tokens, learnt)
     seen = see(verifier, plan.traced, decode(model, plan.traced, 1, num_tokens).token_ids)
-    trace = {name: found.cpu() for name, found in trace_reference(model, seen, num_tokens).items()}
-    return _Side(decoded, trace), verifier.dtype, diagnosis
+    scores = reference_scores(verifier, plan.with_answers(decoded))
+    side = _Side(decoded, _trace(model, seen, num_tokens), scores)
+    return side, seen, verifier.dtype, diagnosis
 
 
-def _run_vllm(plan: _Plan, dtype: torch.dtype) -> _Side:
+def _trace(
+    model: SpeculatorModel, seen: SeenText, num_tokens: int, served_states: Tensor | None = None
+) -> Trace:
+    traced = trace_reference(model, seen, num_tokens, served_states)
+    return {name: found.cpu() for name, found in traced.items()}
+
+
+def _run_vllm(plan: _Plan, dtype: torch.dtype, written: Sequence[list[int]]) -> _Side:
     speculative = {
         "model": plan.pair.speculator.name,
         "num_speculative_tokens": plan.num_tokens,
@@ -365,7 +424,8 @@ def _run_vllm(plan: _Plan, dtype: torch.dtype) -> _Side:
     with offline.loaded(**arguments) as llm:
         trace = trace_served(llm, plan.traced)
         parameters = SamplingParams(temperature=0, max_tokens=plan.max_tokens, ignore_eos=True)
-        return _Side(offline.continue_all(llm, plan.prompts, parameters), trace)
+        continuations = offline.continue_all(llm, plan.prompts, parameters)
+        return _Side(continuations, trace, served_scores(llm, written))
 
 
 def _compare_tensors(report: CheckReport, stages: Sequence[Stage]) -> None:
@@ -386,28 +446,31 @@ def _compare_tensors(report: CheckReport, stages: Sequence[Stage]) -> None:
 
 
 def _compare_counts(
-    report: CheckReport, num_tokens: int, reference: _Side, served: _Side, is_exact: bool
+    report: CheckReport, num_tokens: int, reference: _Side, served: _Side, excuse: str | None
 ) -> None:
-    """Texts and counts of both sides; below float32 of the requests whose texts agree."""
+    """Texts and counts of both sides; with an excuse, those of the requests whose texts agree.
+
+    ``excuse`` states why sound texts may differ; None where they must be equal.
+    """
     pairs = list(zip(reference.continuations, served.continuations, strict=True))
     same = [pair for pair in pairs if pair[0].token_ids == pair[1].token_ids]
     if len(same) < len(pairs):
         text = f"{len(pairs) - len(same)} of {len(pairs)} texts differ between the two sides"
-        if is_exact:
+        if excuse is None:
             report.add("fault", "acceptance", f"{text}.", "served otherwise")
         else:
-            report.add("note", "acceptance", f"{text}: below float32 near ties may fall otherwise.")
+            report.add("note", "acceptance", f"{text}: {excuse} near ties may fall otherwise.")
     ours = pool([one.accepted for one, _ in same], num_tokens)
     theirs = pool([one.accepted for _, one in same], num_tokens)
     place = first_difference(ours, theirs)
     if place is not None:
         found, expected = (c.accepted_per_position[place - 1] for c in (theirs, ours))
         report.add(
-            "fault" if is_exact else "warning",
+            "fault" if excuse is None else "warning",
             "acceptance",
             f"position {place}: vLLM accepts {found} tokens of {theirs.num_drafts} drafts, the "
             f"reference decoder {expected} of {ours.num_drafts}.",
-            "served otherwise" if is_exact else None,
+            "served otherwise" if excuse is None else None,
         )
 
 

@@ -77,11 +77,21 @@ def compare(reference: Trace, served: Trace, dtype: torch.dtype) -> list[Stage]:
 
 
 @torch.no_grad()
-def trace_reference(model: SpeculatorModel, text: SeenText, num_tokens: int) -> Trace:
-    """The first proposal after a prompt; the answer's first token is the bonus token."""
+def trace_reference(
+    model: SpeculatorModel, text: SeenText, num_tokens: int, served_states: Tensor | None = None
+) -> Trace:
+    """The first proposal after a prompt; the answer's first token is the bonus token.
+
+    ``served_states``: the verifier's states as vLLM handed them to its draft, in place of those of
+    the text.
+    """
     trace: Trace = {}
     length = text.prompt_length
-    states = text.aux_states(model.aux_layer_ids)[:length].to(model.device, model.dtype)
+    if served_states is None:
+        states = text.aux_states(model.aux_layer_ids)[:length]
+    else:
+        states = _as_handed_by_vllm(model, served_states[:length])
+    states = states.to(model.device, model.dtype)
     if model.aux_layer_ids:
         trace[STATES] = _as_vllm_hands_them(model, states)
     positions = torch.arange(length, device=model.device)
@@ -99,6 +109,15 @@ def _as_vllm_hands_them(model: SpeculatorModel, states: Tensor) -> Tensor:
     """With the method ``mtp`` vLLM gives a draft the normed last state, whatever it reads."""
     proposer = PROPOSERS.load(model.config.speculators_model_type)
     return model.verifier_head.norm(states) if proposer.method == "mtp" else states
+
+
+def _as_handed_by_vllm(model: SpeculatorModel, states: Tensor) -> Tensor:
+    """States from which the model makes those that vLLM handed to its draft."""
+    states = states.to(model.device, model.dtype)
+    if PROPOSERS.load(model.config.speculators_model_type).method != "mtp":
+        return states
+    gain = model.verifier_head.norm(torch.ones_like(states[:1]))  # the norm takes no scale
+    return states / gain
 
 
 class _Worker(Protocol):

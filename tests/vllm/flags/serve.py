@@ -147,6 +147,8 @@ def request_of(asked: dict):
     keys = {"temperature": 0.0, "max_tokens": 32, "ignore_eos": True, **asked.get("parameters", {})}
     if "structured_outputs" in keys:
         keys["structured_outputs"] = StructuredOutputsParams(**keys["structured_outputs"])
+    if "logit_bias" in keys:  # JSON has no keys that are numbers
+        keys["logit_bias"] = {int(token): bias for token, bias in keys["logit_bias"].items()}
     if asked.get("by_embeddings"):
         prompt = {"prompt_embeds": embeddings_of(asked["token_ids"])}
     else:

@@ -10,6 +10,7 @@ from benchmarks import playground
 from speculators_core.errors import SpeculatorError
 from speculators_vllm import openmp
 from speculators_vllm.hidden_states import FileSink, engine_arguments
+from speculators_vllm.plugin import engine_arguments as engine_arguments_of_plugin
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +103,19 @@ def test_processes_of_an_engine_load_intels_openmp(monkeypatch):
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     config_of(model=str(playground.VERIFIER))
     assert str(openmp.library()) in os.environ["LD_PRELOAD"].split(":")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"runner": "pooling"}, "nothing is generated"),
+        ({"kv_cache_dtype": "bfloat16"}, "misreads such keys of a torch.float32 model"),
+        ({"structured_outputs_config": {"backend": "outlines"}}, "outlines cannot be imported"),
+    ],
+)
+def test_what_would_stop_the_engine_later_is_refused_at_the_start(arguments, words, monkeypatch):
+    monkeypatch.setitem(engine_arguments_of_plugin.BACKENDS, "outlines", "no_such_module")
+    drafting = {"speculative_config": {"model": str(playground.EAGLE3)}}
+    with pytest.raises(SpeculatorError, match=words):
+        config_of(model=str(playground.VERIFIER), **arguments, **drafting)
+    config_of(model=str(playground.VERIFIER), **arguments)  # without a draft it is vLLM's matter

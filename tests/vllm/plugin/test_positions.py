@@ -8,6 +8,7 @@ import pytest
 from transformers import Qwen3Config
 
 from benchmarks import playground
+from speculators_vllm import offline
 from speculators_vllm.plugin.positions import can_extend
 from tests.vllm.plugin.test_engine_arguments import config_of
 
@@ -83,3 +84,25 @@ def test_tables_that_grow_with_positions_are_extended(rope, expected):
     assert can_extend(config) == expected
     config.rope_parameters = {"full_attention": rope}  # per kind of layer
     assert can_extend(config) == expected
+
+
+@pytest.mark.parametrize("algorithm", ["eagle3", "dflash", "mtp"])
+def test_long_requests_are_drafted_for_as_by_a_draft_with_all_positions(algorithm, short):
+    """One request beyond the draft's own positions, beside one within them."""
+    from vllm import SamplingParams
+
+    prompts = [list(range(5, 305)), list(range(40, 80))]
+    parameters = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    found = []
+    for draft in (short(algorithm), str(playground.SPECULATORS[algorithm])):
+        with offline.loaded(
+            model=str(playground.VERIFIER),
+            dtype="float32",
+            max_model_len=512,
+            max_num_seqs=2,
+            speculative_config={"model": draft},
+            **offline.default_arguments(),
+        ) as llm:
+            found.append(offline.continue_all(llm, prompts, parameters))
+    assert found[0] == found[1]
+    assert all(len(one.accepted) > 2 for one in found[0])

@@ -21,10 +21,12 @@ from speculators_core.errors import SpeculatorError
 from speculators_core.format.vocabulary import choose_draft_vocabulary
 from speculators_vllm import offline
 from speculators_vllm.commands.check import run
+from speculators_vllm.verdicts import verifiers
 from speculators_vllm.verdicts.check import check, print_report
 from speculators_vllm.verdicts.settings import CheckConfig
 from speculators_vllm.verdicts.traces import compare
 from tests.conftest import DRAFTS, make_verifier
+from tests.quantized import quantize
 from tests.vllm.serving import SMALL, fit, write_tokenizer
 
 pytestmark = pytest.mark.vllm
@@ -125,6 +127,17 @@ CAUSES = {
         "hidden-state timing",
     ),
 }
+
+
+def test_few_positions_are_named(fitted, broken):
+    folder = broken(
+        "eagle3",
+        config=lambda c: c["transformer_layer_config"].update(max_position_embeddings=16),
+    )
+    report = checked(folder, fitted)
+    assert report.is_fit, report.faults
+    (finding,) = (f for f in report.findings if "max_position_embeddings" in f.text)
+    assert "is 16, and 512 positions are served" in finding.text
 
 
 @pytest.mark.parametrize("what", CAUSES)
@@ -234,6 +247,32 @@ def test_a_draft_that_nothing_mends_is_dead(fitted, broken):
     report = checked(broken("eagle3", tensors=scramble), fitted)
     assert report.verdict == "not fit to serve: dead draft"
     assert report.served.acceptance_length < 1.05
+
+
+@pytest.mark.parametrize("name", ["eagle3", "mtp"])
+def test_a_quantized_verifier_is_told_apart_from_its_draft(fitted, name, tmp_path):
+    """Both engines quantize activations, with other kernels."""
+    verifier = shutil.copytree(fitted / "verifier", tmp_path / "verifier")
+    quantize(verifier, "int8")
+    report = checked(fitted / name, fitted, verifier=str(verifier))
+    assert report.is_fit, report.faults
+    if report.verifier_difference is not None:
+        (warning,) = (finding for finding in report.findings if finding.part == "verifier")
+        assert "int-quantized) differently, without any draft" in warning.text
+
+
+def test_a_draft_is_judged_where_the_verifiers_differ(fitted, monkeypatch):
+    """The warning of the verifiers hides no fault of the draft."""
+    from speculators_vllm.plugin.networks.mtp import MTPForCausalLM
+
+    monkeypatch.setitem(verifiers.TOLERANCES, torch.float32, -1.0)
+    report = checked(fitted / "mtp", fitted)
+    assert report.is_fit and report.verifier_difference is not None
+    assert all(difference < 1e-3 for _, difference in report.stages)
+    compute = MTPForCausalLM.compute_logits
+    monkeypatch.setattr(MTPForCausalLM, "compute_logits", lambda *given: 1.1 * compute(*given))
+    report = checked(fitted / "mtp", fitted)
+    assert [fault.text.partition(" is ")[0] for fault in report.faults] == ["logits"]
 
 
 def test_a_network_of_vllm_that_computes_otherwise_is_named(monkeypatch):
