@@ -4,6 +4,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from vllm import platforms
+
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_vllm import openmp
 from speculators_vllm.hidden_states import CONNECTOR_MODULE
@@ -109,8 +111,6 @@ def refuse_misread_keys(cached: str, computed: str) -> None:
 
     With bfloat16 ones of a float32 model, texts without a draft are wrong from the first token.
     """
-    from vllm import platforms  # heavy, as above
-
     is_plain = cached in ("bfloat16", "float16", "float32")
     if platforms.current_platform.is_cpu() and is_plain and cached not in computed:
         raise SpeculatorError(
