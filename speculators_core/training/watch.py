@@ -143,8 +143,11 @@ class Display(TrainerCallback):
         """``tokens_per_step``: tokens of all ranks, padding included."""
         self.tokens_per_step = tokens_per_step
         self._live: Live | None = None
-        self._start = self._last_line = time.monotonic()
+        self._start = time.monotonic()
+        self._next_line = 0.0
         self._first = 0
+        self._share = 0.0
+        """Share of the present step that is done."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -165,12 +168,27 @@ class Display(TrainerCallback):
 
     def _rate(self, state: TrainerState) -> float:
         seconds = time.monotonic() - self._start
-        return (state.global_step - self._first) * self.tokens_per_step / max(seconds, 1e-9)
+        steps = state.global_step - self._first + self._share
+        return steps * self.tokens_per_step / max(seconds, 1e-9)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self._share += 1 / args.gradient_accumulation_steps
+        self._tell(state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
+        self._share = 0.0
+        self._tell(state)
+
+    def _tell(self, state: TrainerState) -> None:
+        """Moves the bar; without one, writes a line as soon as there is a rate, then at times."""
         if self._live is None:
+            if state.is_world_process_zero and time.monotonic() >= self._next_line:
+                loss = next((x["loss"] for x in reversed(state.log_history) if "loss" in x), None)
+                self._write(state, [] if loss is None else [f"loss {loss:.3f}"])
             return
         what = f"training, {self._rate(state):.0f} tokens/s"
         self._bar.update(self._task, completed=state.global_step, description=what)
@@ -179,18 +197,21 @@ class Display(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        is_due = time.monotonic() - self._last_line >= LINE_EVERY_S
         line = state.log_history[-1]
         if self._live is not None or not state.is_world_process_zero:
             return
-        if is_due or any(name.startswith("eval_") for name in line):
-            shown = [f"{SHOWN[name]} {line[name]:.3f}" for name in SHOWN if name in line]
-            shown.append(f"{self._rate(state):.0f} tokens/s")
-            where = f"step {state.global_step} of {state.max_steps}"
+        if any(name.startswith("eval_") for name in line):
             if worst := worst_cell_of(line, "eval_"):
+                where = f"step {state.global_step} of {state.max_steps}"
                 console.print(f"{where}: worst at {worst}", markup=False)
-            console.print(f"{where}: {', '.join(shown)}", markup=False)
-            self._last_line = time.monotonic()
+            self._write(
+                state, [f"{SHOWN[name]} {line[name]:.3f}" for name in SHOWN if name in line]
+            )
+
+    def _write(self, state: TrainerState, figures: Sequence[str]) -> None:
+        shown = ", ".join([*figures, f"{self._rate(state):.0f} tokens/s"])
+        console.print(f"step {state.global_step} of {state.max_steps}: {shown}", markup=False)
+        self._next_line = time.monotonic() + LINE_EVERY_S
 
     def on_train_end(self, *_: object, **__: object) -> None:
         self.close()

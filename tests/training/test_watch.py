@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 from transformers import TrainerControl, TrainerState
 
 from speculators_core.console import console
 from speculators_core.data_generation.lengths import Lengths
+from speculators_core.training import watch
 from speculators_core.training.rows.sources import Stream
 from speculators_core.training.watch import Display, MarkRowsUsed, evaluation_table
 
@@ -30,6 +33,31 @@ def test_an_evaluation_names_its_worst_cell_before_the_mean(num_drafts):
     assert told.count(worst) == (2 if num_drafts == 80 else 0)
     if num_drafts == 80:
         assert told.index(worst) < told.index("tau 1.500")
+
+
+def test_without_a_terminal_a_rate_is_told_with_the_first_row_and_then_at_times(monkeypatch):
+    """A step of many rows may take minutes."""
+    now = [100.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    state, arguments = TrainerState(max_steps=3), SimpleNamespace(gradient_accumulation_steps=4)
+    display = Display(tokens_per_step=400)
+
+    with console.capture() as shown:
+        display.on_train_begin(arguments, state, TrainerControl())
+        for step in range(3):
+            for _ in range(3):
+                now[0] += 4
+                display.on_substep_end(arguments, state, TrainerControl())
+            now[0] += 4
+            state.global_step = step + 1
+            display.on_step_end(arguments, state, TrainerControl())
+            state.log_history.append({"step": step + 1, "loss": 2.0})
+            display.on_log(arguments, state, TrainerControl())
+
+    assert shown.get().splitlines() == [
+        "step 0 of 3: 25 tokens/s",  # at 4 s
+        "step 2 of 3: loss 2.000, 25 tokens/s",  # at 36 s
+    ]
 
 
 class Rows(Stream):
