@@ -44,6 +44,7 @@ from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.provenance import environment, hash_weights
 from speculators_core.publishing.card import learnt_lengths
 from speculators_core.verifier.reading import read_tokenizer, read_verifier_config
+from speculators_core.verifier.sizes import required_size
 from speculators_vllm import offline
 
 
@@ -188,7 +189,8 @@ def _find_inputs(config: AcceptanceConfig) -> _Inputs:
     longest = offline.longest_text(verifier_config, config.engine_args)
     longest = min([longest, *(server.max_model_len for server in servers.values())])
     tokenizer = read_tokenizer(verifier)
-    tokenized = tokenize(prompts, tokenizer, longest, config.template_options)
+    vocab_size = required_size(verifier_config.get_text_config(), "vocab_size")
+    tokenized = tokenize(prompts, tokenizer, longest, config.template_options, vocab_size)
     return _Inputs(verifier, drafts, tokenized, servers)
 
 

@@ -131,14 +131,17 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     longest: int,
     template_options: Mapping[str, JsonValue] | None = None,
+    vocab_size: int | None = None,
 ) -> list[TokenizedPrompt]:
     """Token ids, the chat template applied where a prompt is a conversation.
 
-    ``template_options`` are variables of the template for all prompts.
+    ``template_options`` are variables of the template for all prompts. ``vocab_size`` is the
+    verifier's, where its tokenizer may know more tokens, such as those of images.
 
     Raises:
-        SpeculatorError: a prompt leaves no room for a new token in ``longest`` positions, there is
-            no chat template to apply, or it refuses a conversation.
+        SpeculatorError: a prompt leaves no room for a new token in ``longest`` positions or has a
+            token that the verifier lacks, there is no chat template to apply, or it refuses a
+            conversation.
     """
     tokenized = []
     for number, prompt in enumerate(prompts, 1):
@@ -159,6 +162,12 @@ def tokenize(
                 else "Write a longer prompt"
             )
             raise SpeculatorError(f"{name} has 0 tokens, expected at least 1. {remedy}.")
+        if vocab_size is not None and max(token_ids) >= vocab_size:
+            token = tokenizer.convert_ids_to_tokens(max(token_ids))
+            raise SpeculatorError(
+                f"{name} has the token {token!r} ({max(token_ids)}), expected those of the "
+                f"verifier's vocabulary of {vocab_size}. Leave it out of the prompt."
+            )
         tokenized.append(TokenizedPrompt(category=prompt.category, token_ids=token_ids))
     return tokenized
 

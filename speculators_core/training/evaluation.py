@@ -87,6 +87,7 @@ def choose_prompts(
     verifier: str,
     max_length: int,
     trust_remote_code: bool = False,
+    vocab_size: int | None = None,
 ) -> list[list[int]]:
     """Token ids of the prompts to decode: distinct ones, at most ``section.num_prompts``.
 
@@ -94,7 +95,7 @@ def choose_prompts(
     id), or the text before the first trained token of each example; of an example that is trained
     from its start (plain text) it is the first quarter. Where there are too many they are taken at
     even distances, so that a file sorted by category is sampled in all categories. ``max_length``
-    is the number of positions of the verifier.
+    is the number of positions of the verifier, ``vocab_size`` that of its tokens.
 
     Raises:
         SpeculatorError: the prompts or the tokenizer cannot be read, or there is no prompt at all.
@@ -102,7 +103,7 @@ def choose_prompts(
     if section.prompts is not None:
         tokenizer = read_tokenizer(verifier, trust_remote_code)
         tokenized = tokenize(
-            named_prompts(section), tokenizer, max_length, section.template_options
+            named_prompts(section), tokenizer, max_length, section.template_options, vocab_size
         )
         found = [prompt.token_ids for prompt in tokenized]
     else:

@@ -53,7 +53,7 @@ from speculators_core.training.watch import (
 )
 from speculators_core.training.zero import read_deepspeed_config
 from speculators_core.verifier.reading import load_verifier, model_class_of, read_verifier_config
-from speculators_core.verifier.sizes import LONGEST, read_size
+from speculators_core.verifier.sizes import LONGEST, read_size, required_size
 
 logger = logging.getLogger(__name__)
 
@@ -294,7 +294,10 @@ class Job:
         config = read_verifier_config(model.verifier, model.trust_remote_code).get_text_config()
         examples = [] if self.named_prompts else self.held_out.examples
         longest = read_size(config, "max_position_embeddings") or LONGEST
-        return choose_prompts(section, examples, model.verifier, longest, model.trust_remote_code)
+        vocab_size = required_size(config, "vocab_size")
+        return choose_prompts(
+            section, examples, model.verifier, longest, model.trust_remote_code, vocab_size
+        )
 
     def _measure(self, draft: SpeculatorModel) -> dict[str, float]:
         section, held_out = self.plan.evaluation, self.held_out

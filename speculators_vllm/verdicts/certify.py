@@ -34,6 +34,7 @@ from speculators_core.format import checkpoint
 from speculators_core.provenance import environment, hash_weights
 from speculators_core.verifier.pair import Pair
 from speculators_core.verifier.reading import read_tokenizer
+from speculators_core.verifier.sizes import required_size
 from speculators_vllm import offline
 from speculators_vllm.plugin.speculative_config import check_served, vllm_settings
 from speculators_vllm.verdicts.certificate import (
@@ -196,7 +197,13 @@ def _check(speculator: str, config: CertifyConfig) -> _Plan:
             pair=pair,
             num_tokens=num_tokens,
             speculative_config=speculative,
-            prompts=tokenize(prompts, tokenizer, longest - num_new, config.template_options),
+            prompts=tokenize(
+                prompts,
+                tokenizer,
+                longest - num_new,
+                config.template_options,
+                required_size(pair.verifier_config.get_text_config(), "vocab_size"),
+            ),
             flag_sets=flag_sets,
             dtypes=(),
         )

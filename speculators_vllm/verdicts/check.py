@@ -38,6 +38,7 @@ from speculators_core.publishing.card_facts import LearntLengths
 from speculators_core.texts.chat import TemplateRefused, render_chat
 from speculators_core.verifier.pair import Pair
 from speculators_core.verifier.reading import read_tokenizer
+from speculators_core.verifier.sizes import required_size
 from speculators_vllm import offline
 from speculators_vllm.plugin.draft_config import DraftConfig
 from speculators_vllm.plugin.positions import can_extend
@@ -111,7 +112,12 @@ def check(speculator: str, config: CheckConfig) -> CheckReport:
     _warn_of_positions(report, pair.speculator, served_length)
     plan = _Plan(
         pair=pair,
-        prompts=_prompts(config, tokenizer, served_length - config.max_tokens),
+        prompts=_prompts(
+            config,
+            tokenizer,
+            served_length - config.max_tokens,
+            required_size(pair.verifier_config.get_text_config(), "vocab_size"),
+        ),
         num_tokens=config.k or pair.speculator.config.proposal.speculative_tokens,
         max_tokens=config.max_tokens,
         dtype=config.dtype or ("auto" if offline.has_gpu() else "float32"),
@@ -536,7 +542,7 @@ def _warn_of_length(report: CheckReport, plan: _Plan, trial: ContextTrial | None
 
 
 def _prompts(
-    config: CheckConfig, tokenizer: PreTrainedTokenizerBase, longest: int
+    config: CheckConfig, tokenizer: PreTrainedTokenizerBase, longest: int, vocab_size: int
 ) -> list[list[int]]:
     if config.prompts is None:
         prompts = default_prompts(tokenizer)
@@ -544,7 +550,7 @@ def _prompts(
         prompts = read_prompts(config.prompts, config.limit_per_category)
     return [
         prompt.token_ids
-        for prompt in tokenize(prompts, tokenizer, longest, config.template_options)
+        for prompt in tokenize(prompts, tokenizer, longest, config.template_options, vocab_size)
     ]
 
 
