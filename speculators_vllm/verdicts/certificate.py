@@ -12,6 +12,7 @@ from speculators_core.decoding.acceptance import AcceptanceCounts
 from speculators_core.files import make_folder, write_text
 from speculators_vllm.verdicts.chi_square import LawTest, combine
 from speculators_vllm.verdicts.reference import first_difference, pool
+from speculators_vllm.verdicts.verifiers import VerifierDifference
 
 PAGE_WIDTH = 110
 TINY = 1e-100
@@ -29,16 +30,20 @@ Kind = Literal["with speculation", "without"]
 
 
 class FlagSet(BaseModel):
-    """vLLM's arguments for a test, and the number of requests at one time."""
+    """vLLM's arguments for a test, the number of requests at one time, and what they ask for."""
 
     engine_args: dict[str, JsonValue]
     concurrency: int
+    thinking_token_budget: int | None = None
+    """Budget of each request; None where it has none."""
 
     @property
     def name(self) -> str:
         named = [f"{key}={value}" for key, value in self.engine_args.items()]
         if self.concurrency > 1:
             named.append(f"concurrency={self.concurrency}")
+        if self.thinking_token_budget is not None:
+            named.append(f"thinking_token_budget={self.thinking_token_budget}")
         return ", ".join(named) or "plain"
 
 
@@ -159,6 +164,8 @@ class Certificate(BaseModel):
     reference_accepted: list[list[int]] | None
     """Tokens that the reference decoder accepted of each draft of the first float32 test, one list
     a prompt; None without such a test."""
+    verifiers: VerifierDifference | None
+    """The verifier alone in Transformers and in vLLM, in float32; None without such a test."""
     seconds: float
 
     @computed_field  # type: ignore[prop-decorator]
@@ -179,6 +186,9 @@ class Certificate(BaseModel):
 
     @property
     def acceptance_fault(self) -> str | None:
+        """None too where the two engines compute the verifier differently: so are the drafts."""
+        if self.verifiers is not None and not self.verifiers.is_equal:
+            return None
         if self.served is None or (place := first_difference(*self.served)) is None:
             return None
         accepted = [side.accepted_per_position[place - 1] for side in self.served]
@@ -199,6 +209,9 @@ def print_certificate(certificate: Certificate, console: Console) -> None:
     console.print(_greedy_table(certificate))
     if certificate.served is not None:
         console.print(_served_table(*certificate.served))
+    if certificate.verifiers is not None and not certificate.verifiers.is_equal:
+        note = f"{certificate.verifiers}. Accepted tokens are not compared."
+        console.print(f"note: {note}", markup=False, highlight=False)
     divergences = _divergence_table(certificate)
     if divergences.row_count:
         console.print(divergences)

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from vllm.engine.arg_utils import EngineArgs
 
 from speculators_core.console import Advance, progress
@@ -53,12 +54,21 @@ from speculators_vllm.verdicts.comparison import (
 )
 from speculators_vllm.verdicts.reference import decode, load_reference
 from speculators_vllm.verdicts.settings import Arguments, CertifyConfig
+from speculators_vllm.verdicts.verifiers import (
+    Scores,
+    VerifierDifference,
+    compare_verifiers,
+    reference_scores,
+    served_scores,
+)
 
 NEAR_TIES = {"bfloat16": 0.25, "float16": 0.03}
 """Two steps between numbers of 16 to 32, where the best logits of a language model mostly lie."""
 FIXED = ("model", "method")
 """Speculative settings that the speculator decides."""
-CONCURRENCY = "concurrency"
+CONCURRENCY, BUDGET = "concurrency", "thinking_token_budget"
+REASONING = ("reasoning_parser", "reasoning_config")
+"""vLLM's arguments with which requests may have a budget of thinking tokens."""
 MIN_LOGPROBS = 20
 CONTEXT_TOKENS = 16
 """Tokens of a prompt before those that are sampled: a law holds after any text, and where prefixes
@@ -75,12 +85,16 @@ def certify(speculator: str, config: CertifyConfig) -> Certificate:
     plan = _check(speculator, config)
     greedy: list[GreedyTest] = []
     sampled: list[SampledTest] = []
+    served: Scores = []
     with progress("certify", 2 * len(plan.dtypes) * len(plan.groups)) as done:
         for dtype in plan.dtypes:
             for group in plan.groups:
                 of_group = _test_group(plan, dtype, group, done)
                 greedy += of_group[0]
                 sampled += of_group[1]
+                served = served or of_group[2]
+    exact = next((test for test in greedy if test.dtype == "float32"), None)
+    reference = None if exact is None else _decode_reference(plan, exact, served)
     return Certificate(
         settings={**config.model_dump(mode="json"), "dtypes": plan.dtypes},
         speculator=speculator,
@@ -93,7 +107,8 @@ def certify(speculator: str, config: CertifyConfig) -> Certificate:
         prompts_sha256=hash_prompts(plan.prompts),
         num_prompts=len(plan.prompts),
         greedy=greedy,
-        reference_accepted=_decode_reference(plan) if "float32" in plan.dtypes else None,
+        reference_accepted=None if reference is None else reference[0],
+        verifiers=None if reference is None else reference[1],
         sampled=sampled,
         seconds=time.monotonic() - start,
     )
@@ -131,6 +146,11 @@ class _Plan:
         wanted = min(self.config.sampled_prompts, total)
         numbers = (number * total // wanted for number in range(wanted))
         return {number: self.prompts[number].token_ids[:CONTEXT_TOKENS] for number in numbers}
+
+    def with_answers(self, test: GreedyTest) -> list[list[int]]:
+        """The prompts with the verifier's answers; some have a single token."""
+        pairs = zip(self.prompts, test.alone, strict=True)
+        return [prompt.token_ids + answer for prompt, answer in pairs]
 
     def near_tie(self, dtype: str) -> float | None:
         """Bound on a logit gap; None where outputs must be equal."""
@@ -240,6 +260,8 @@ def _read_flags(config: CertifyConfig, num_tokens: int) -> list[FlagSet]:
         },
         {CONCURRENCY: 8},
     )
+    if any(key.replace("-", "_") in REASONING for key in config.engine_args):
+        default += ({CONCURRENCY: 8, BUDGET: config.max_tokens // 4},)
     found = []
     for given in config.flags or default:
         concurrency = given.get(CONCURRENCY, 1)
@@ -248,9 +270,16 @@ def _read_flags(config: CertifyConfig, num_tokens: int) -> list[FlagSet]:
                 f"--flags: {CONCURRENCY} is {concurrency!r}, expected an integer of at least 1. "
                 "Correct it."
             )
-        flags = {key: value for key, value in given.items() if key != CONCURRENCY}
+        budget = given.get(BUDGET)
+        if budget is not None and (not isinstance(budget, int) or budget < 0):
+            raise SpeculatorError(
+                f"--flags: {BUDGET} is {budget!r}, expected an integer of at least 0. Correct it."
+            )
+        flags = {key: value for key, value in given.items() if key not in (CONCURRENCY, BUDGET)}
         flags = offline.check_names("--flags", flags, offline.DECIDED)
-        found.append(FlagSet(engine_args=flags, concurrency=concurrency))
+        found.append(
+            FlagSet(engine_args=flags, concurrency=concurrency, thinking_token_budget=budget)
+        )
     return found
 
 
@@ -278,41 +307,57 @@ def _settle(plan: _Plan) -> _Plan:
     return replace(plan, dtypes=list(dtypes))
 
 
-def _decode_reference(plan: _Plan) -> list[list[int]]:
-    """Tokens that the reference decoder accepts of each draft, in float32, one list a prompt."""
+def _decode_reference(
+    plan: _Plan, test: GreedyTest, served: Scores
+) -> tuple[list[list[int]], VerifierDifference]:
+    """Tokens that the reference decoder accepts of each draft, in float32, one list a prompt.
+
+    With them, how far its verifier differs from the one that gave the scores of a test's texts.
+    """
     model = load_reference(plan.pair, "float32")
     generation = model.verifier.generation_config
     stop_ids = None if generation is None else generation.eos_token_id
-    return [
+    accepted = [
         decode(model, prompt.token_ids, plan.config.max_tokens, plan.num_tokens, stop_ids).accepted
         for prompt in plan.prompts
     ]
+    scores = reference_scores(model.verifier, plan.with_answers(test))
+    config = plan.pair.verifier_config
+    return accepted, compare_verifiers(config, scores, served, torch.float32)
 
 
 def _test_group(
     plan: _Plan, dtype: str, group: Sequence[FlagSet], done: Advance
-) -> tuple[list[GreedyTest], list[SampledTest]]:
-    """All tests of the sets of flags that one engine serves: with speculation, then without."""
+) -> tuple[list[GreedyTest], list[SampledTest], Scores]:
+    """All tests of the sets of flags that one engine serves: with speculation, then without.
+
+    With them the verifier's scores of prompts and answers in float32; none in other dtypes.
+    """
     prompts = [prompt.token_ids for prompt in plan.prompts]
-    contexts = plan.contexts if group[0] == plan.flag_sets[0] else {}
+    first = group[0]
+    contexts = plan.contexts if first == plan.flag_sets[0] else {}
     num_draws, num_tokens = plan.config.draws, plan.num_sampled_tokens
     max_tokens = plan.config.max_tokens
-    with offline.loaded(**plan.speculating(dtype, group[0])) as llm:
+    with offline.loaded(**plan.speculating(dtype, first)) as llm:
+        # A forced end scores low: where a near tie fell otherwise before it, all would seem lossy.
+        group = [f for f in group if dtype == "float32" or f.thinking_token_budget is None]
         speculated = [continue_greedily(llm, prompts, flags, max_tokens) for flags in group]
         drawn: dict[Kind, Draws] = {"with speculation": draw(llm, contexts, num_draws, num_tokens)}
         done(dtype)
-    with offline.loaded(**plan.arguments(dtype, group[0])) as llm:
+    with offline.loaded(**plan.arguments(dtype, first)) as llm:
         greedy = [
             compare_greedy(llm, prompts, outputs, dtype, flags, max_tokens, plan.near_tie(dtype))
             for flags, outputs in zip(group, speculated, strict=True)
         ]
         drawn["without"] = draw(llm, contexts, num_draws, num_tokens)
         by_kind = compare_draws(llm, contexts, drawn, plan.num_logprobs)
+        texts = plan.with_answers(greedy[0]) if dtype == "float32" else []
+        scores = served_scores(llm, texts) if texts else []
         done(dtype)
     sampled = [
         SampledTest(
             dtype=dtype,
-            flags=group[0],
+            flags=first,
             drawn=kind,
             num_tokens=num_tokens,
             significance=plan.config.significance / (2 * len(plan.dtypes)),
@@ -321,4 +366,4 @@ def _test_group(
         for kind, tests in by_kind.items()
         if contexts
     ]
-    return greedy, sampled
+    return greedy, sampled, scores

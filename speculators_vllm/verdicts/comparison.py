@@ -29,7 +29,12 @@ def continue_greedily(
     logprobs: int | None = None,
 ) -> list[CompletionOutput]:
     """vLLM's greedy completion of each prompt, ``flags.concurrency`` at one time."""
-    parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=logprobs)
+    parameters = SamplingParams(
+        temperature=0.0,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        thinking_token_budget=flags.thinking_token_budget,
+    )
     outputs: list[RequestOutput] = []
     for first in range(0, len(prompts), flags.concurrency):
         outputs += _generate(llm, prompts[first : first + flags.concurrency], parameters)

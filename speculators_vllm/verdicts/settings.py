@@ -54,8 +54,9 @@ class CertifyConfig(Settings):
     in a prompt's `chat_template_kwargs` take precedence."""
     flags: Annotated[tuple[JsonOptions, ...], Several] = ()
     """Sets of vLLM's arguments, each as JSON, with `concurrency` for the number of requests at one
-    time. If not set: no arguments, no prefix caching, chunked prefill with a small budget, and 8
-    requests at one time. Tokens are sampled with the first set."""
+    time and `thinking_token_budget` of each. If not set: no arguments, no prefix caching, chunked
+    prefill with a small budget, 8 requests at one time, and with a reasoning parser a budget of
+    thinking tokens. Tokens are sampled with the first set."""
     engine_args: JsonOptions = Field(default_factory=dict)
     """Arguments of vLLM's `LLM` for every set, as JSON or as one flag for each
     (`--engine-args.max-model-len 4096`)."""

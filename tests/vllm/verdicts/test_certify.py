@@ -1,10 +1,12 @@
 """The certificate by real engines: what is lossless passes, what is biased does not."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import playground
 from speculators_core.cli import run_function
@@ -12,7 +14,7 @@ from speculators_core.errors import SpeculatorError
 from speculators_vllm import offline
 from speculators_vllm.commands import certify as command
 from speculators_vllm.verdicts import certify as checks
-from speculators_vllm.verdicts.certificate import Certificate, write_certificate
+from speculators_vllm.verdicts.certificate import Certificate, print_certificate, write_certificate
 from speculators_vllm.verdicts.certify import certify
 from speculators_vllm.verdicts.settings import CertifyConfig
 from tests.conftest import make_verifier
@@ -203,6 +205,7 @@ REFUSED = {
     },
     "--flags dtype: this command decides it": {"flags": ({"dtype": "float16"},)},
     "--flags: concurrency is 0, expected an integer": {"flags": ({"concurrency": 0},)},
+    "--flags: thinking_token_budget is -1, expected": {"flags": ({"thinking_token_budget": -1},)},
     "--engine-args seed": {"engine_args": {"seed": 1}},
     "--speculative-config model": {"speculative_config": {"model": "x"}},
     "--speculative-config draft_method: vLLM has no": {"speculative_config": {"draft_method": "x"}},
@@ -264,6 +267,24 @@ def test_near_ties_are_told_from_losses():
     assert "prompt 1 differs at token 2" in diverging(0.3, 0.1, 0.25).faults[0]
     assert diverging(0.2, 0.3, 0.25).faults and diverging(None, 0.0, 0.25).faults
     assert diverging(0.0, 0.0, None).faults  # where outputs must be equal
+
+
+def test_verifiers_that_differ_are_no_fault_of_the_draft(honest):
+    assert honest.verifiers.is_equal and honest.verifiers.num_tokens > 20
+    apart = honest.verifiers.model_copy(update={"largest": 0.5, "quantization": "fp8"})
+    accepted = [[0] * len(one) for one in honest.reference_accepted]
+    changed = honest.model_copy(update={"reference_accepted": accepted, "verifiers": apart})
+    assert changed.verdict == "certified"
+    printed = Console(file=io.StringIO(), width=300)
+    print_certificate(changed, printed)
+    assert "Transformers and vLLM compute the verifier (fp8) differently" in printed.file.getvalue()
+
+
+@pytest.mark.parametrize("arguments", [{"reasoning_parser": "qwen3"}, {"reasoning-config": {}}])
+def test_where_thoughts_have_budgets_they_are_asked_for(arguments):
+    flags = checks._read_flags(CertifyConfig(engine_args=arguments, max_tokens=40), 3)
+    assert [one.thinking_token_budget for one in flags] == [None] * 4 + [10]
+    assert not any(one.thinking_token_budget for one in checks._read_flags(CertifyConfig(), 3))
 
 
 def test_without_drafts_nothing_is_certified(honest):
