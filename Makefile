@@ -24,7 +24,7 @@ lint: $(READY)  ## check style, formatting and types
 test-compat: $(READY)  ## serve drafts as other writers store them, with and without the plug-in
 	$(BIN)/python -m pytest -m compat tests/vllm/compat
 
-test-flags: $(READY)  ## run every algorithm under each of vLLM's flags, 25 minutes
+test-flags: $(READY)  ## run every algorithm under each of vLLM's flags
 	$(BIN)/python -m pytest -m flags tests/vllm/flags
 
 test-families: $(READY)  ## train, save, read and decode drafts for verifiers of more than sixty families

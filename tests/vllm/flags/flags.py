@@ -154,13 +154,14 @@ FLAGS = {
     "return sampling mask": Flag({"return_sampling_mask": True}),
     "trace replay": Flag({"enable_trace_replay": True}),
     "compute of log-probabilities of tokens": Flag(parameters=({"logprob_token_ids": [5, 9]}, {})),
-    "half precision": Flag({"dtype": "float16"}),
     "shared storage of prefixes": Flag({"prefix_cache_retention_interval": 64}),
 }
 DECISIVE = ("none", "LoRA of some requests", "prompt embeddings of some", "thinking, long end")
 """Run in `make test` with one algorithm; all of them by `make test-flags`."""
 REFUSED: dict[tuple[str, str | None], str] = {
     ("pooling", None): "nothing is generated",
+    ("logit bias", None): "not yet supported with speculative decoding",
+    ("processor of logits", None): "not supported when speculative decoding",
     ("bfloat16 keys", None): "misreads such keys",
     ("lm-format-enforcer, regex", None): "cannot be imported",
     ("lm-format-enforcer, JSON", None): "cannot be imported",
