@@ -80,6 +80,7 @@ FOREIGN = {
     "--help",
     "--kv-transfer-config",
     "--nproc-per-node",
+    "--runner",
 }
 """Flags of vLLM's server, of torchrun, and of every command."""
 
