@@ -70,7 +70,9 @@ def load_verifier(
         )
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise SpeculatorError(
-            f"{name_or_path}: Transformers could not load it: {first_line(error)}"
+            f"{name_or_path}: Transformers could not load it: {first_line(error).rstrip('.')}; "
+            "expected a config.json and weights that fit together. Copy the checkpoint again, or "
+            "correct its config.json."
         ) from error
     if missing := sorted(loading["missing_keys"]):
         raise SpeculatorError(

@@ -78,9 +78,11 @@ FOREIGN = {
     "--chat-template",
     "--disable-log-stats",
     "--help",
+    "--kv-cache-dtype",
     "--kv-transfer-config",
     "--nproc-per-node",
     "--runner",
+    "--structured-outputs-config",
 }
 """Flags of vLLM's server, of torchrun, and of every command."""
 
