@@ -350,23 +350,32 @@ def read_tensors(
                 if stored[name].file != file:
                     continue
                 tensor = tensors.get_tensor(stored[name].name)
-                is_real = tensor.is_floating_point()
-                if tensor.dtype != MAP_DTYPES.get(name, tensor.dtype) or (
-                    name.endswith((".weight", ".bias")) and not is_real
-                ):
-                    raise SpeculatorError(
-                        f"{file}: {name} holds {tensor.dtype}, expected "
-                        f"{MAP_DTYPES.get(name, 'a floating-point dtype')}. Convert the tensor, or "
-                        "copy the checkpoint again.",
-                        cause=_cause_in(name),
-                    )
-                if is_real and not is_finite(tensor):
-                    raise SpeculatorError(
-                        f"{file}: {name} holds a NaN or an infinity, expected finite values. Copy "
-                        "the checkpoint again, or restore one from before training diverged.",
-                        cause=_cause_in(name),
-                    )
+                check_values(name, tensor, file)
                 yield name, tensor
+
+
+def check_values(name: str, tensor: Tensor, where: object) -> None:
+    """Looks for what no draft computes with; ``where`` holds the tensor.
+
+    Raises:
+        SpeculatorError: a NaN, an infinity, or weights of another kind.
+    """
+    is_real = tensor.is_floating_point()
+    if tensor.dtype != MAP_DTYPES.get(name, tensor.dtype) or (
+        name.endswith((".weight", ".bias")) and not is_real
+    ):
+        raise SpeculatorError(
+            f"{where}: {name} holds {tensor.dtype}, expected "
+            f"{MAP_DTYPES.get(name, 'a floating-point dtype')}. Convert the tensor, or "
+            "copy the checkpoint again.",
+            cause=_cause_in(name),
+        )
+    if is_real and not is_finite(tensor):
+        raise SpeculatorError(
+            f"{where}: {name} holds a NaN or an infinity, expected finite values. Copy "
+            "the checkpoint again, or restore one from before training diverged.",
+            cause=_cause_in(name),
+        )
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators_core.errors import SpeculatorError, UnreadFormatError
+from speculators_core.errors import SpeculatorError, UnreadFormatError, WrongTypeError
 from speculators_core.format import checkpoint
 from speculators_core.format.config import SpeculatorModelConfig
 from speculators_core.registry import MODELS
@@ -39,6 +39,8 @@ class Weights:
         ignore_mismatched_sizes: bool = False,
     ):
         assert folder is not None or state_dict is not None
+        if state_dict is not None:
+            _check_tensors_by_name(state_dict)
         self._state_dict = state_dict
         self._stored = {}
         if folder is not None and state_dict is None:
@@ -122,9 +124,27 @@ class Weights:
             SpeculatorError: one holds a NaN or an infinity, or values of the wrong kind.
         """
         if self._state_dict is not None:
-            return ((ours, self._state_dict[name]) for ours, name in self._names.items())
+            for ours, name in self._names.items():
+                checkpoint.check_values(ours, self._state_dict[name], "state_dict")
+                yield ours, self._state_dict[name]
+            return
         stored = {ours: self._stored[name] for ours, name in self._names.items()}
-        return checkpoint.read_tensors(stored, list(stored))
+        yield from checkpoint.read_tensors(stored, list(stored))
+
+
+def _check_tensors_by_name(state_dict: object) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise WrongTypeError(
+            f"state_dict is a {type(state_dict).__name__}; expected tensors by name. Pass what a "
+            "model's state_dict() returns."
+        )
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
+            found = "a tensor without values" if isinstance(tensor, Tensor) else repr(tensor)[:80]
+            raise WrongTypeError(
+                f"state_dict holds {found} as {name}; expected a tensor. Pass what a model's "
+                "state_dict() returns."
+            )
 
 
 def names_of(tensors: Sequence[str]) -> str:

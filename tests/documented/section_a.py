@@ -63,6 +63,19 @@ def state_dict(eagle3_folder):
         SpeculatorModel.from_pretrained(None)
     with pytest.raises(SpeculatorError, match="pass a folder or state_dict"):
         SpeculatorModel.from_pretrained(None, config=config)
+    weight = tensors["fc.weight"]
+    for found, message in {
+        weight * torch.nan: "state_dict: fc.weight holds a NaN",
+        weight.long(): "state_dict: fc.weight holds torch.int64",
+        weight.to("meta"): "holds a tensor without values as fc.weight",
+        "fc": "holds 'fc' as fc.weight",
+    }.items():
+        with pytest.raises(SpeculatorError, match=message):
+            SpeculatorModel.from_pretrained(
+                None, config=config, state_dict=tensors | {"fc.weight": found}
+            )
+    with pytest.raises(TypeError, match="state_dict is a list"):
+        SpeculatorModel.from_pretrained(None, config=config, state_dict=[weight])
 
 
 @proves("from_pretrained(*model_args)")
@@ -85,6 +98,8 @@ def config_path(eagle3_folder, tmp_path):
     assert not SpeculatorModel.from_pretrained(eagle3_folder, config=str(other)).config.norm_output
     with pytest.raises(TypeError, match="Qwen3Config; expected a SpeculatorModelConfig"):
         SpeculatorModel.from_pretrained(eagle3_folder, config=make_verifier().config)
+    with pytest.raises(TypeError, match="config is a dict; expected a SpeculatorModelConfig"):
+        SpeculatorModel.from_pretrained(eagle3_folder, config=written)
 
 
 @proves("from_pretrained(ignore_mismatched_sizes=)")
@@ -137,6 +152,7 @@ def options(eagle3_folder):
     assert whole.device.type == "cpu"
     for change, message in {
         ("device_map", "disk"): "'disk' is not a device",
+        ("device_map", "cuda:99"): "'cuda:99' is not on this machine",
         ("attn_implementation", "nothing"): "attn_implementation 'nothing'",
         ("norm_outputs", True): "'norm_outputs' has no effect",
     }.items():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from speculators_core.errors import SpeculatorError, WrongTypeError
+from speculators_core.errors import SpeculatorError, WrongTypeError, first_line
 from speculators_core.format import checkpoint
 from speculators_core.format.checkpoint import HubOptions
 from speculators_core.format.config import SpeculatorModelConfig
@@ -77,10 +77,17 @@ def _device(device_map: object) -> torch.device | None:
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device_map)  # type: ignore[call-overload, no-any-return]  # judged here
+        device = torch.device(device_map)  # type: ignore[call-overload]  # judged here
     except (RuntimeError, TypeError) as error:
         raise SpeculatorError(
             f"device_map {device_map!r} is not a device; expected auto, cpu, cuda or cuda:<n>."
+        ) from error
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:  # an assertion where PyTorch has no CUDA
+        raise SpeculatorError(
+            f"device_map {device_map!r} is not on this machine: {first_line(error)}. Choose "
+            "another device, such as cpu."
         ) from error
 
 
@@ -119,6 +126,11 @@ def open_config(
     """
     source: str | PathLike | None = None
     if config is not None and not isinstance(config, PretrainedConfig):
+        if not isinstance(config, str | PathLike):
+            raise WrongTypeError(
+                f"config is a {type(config).__name__}; expected a SpeculatorModelConfig, a folder, "
+                "a file or a hub id. SpeculatorModelConfig.from_dict makes one from a dict."
+            )
         source = config
         if name is None and not has_weights:
             name = Path(source).parent if Path(source).is_file() else source

@@ -154,9 +154,13 @@ def _attend_fused(
         dtype = torch.get_autocast_dtype("cpu")
     own_tensors = [tensor.to(dtype) for key in own for tensor in (key.keys, key.values)]
     visible = [key.is_visible for key in own]
-    return _FusedAttention.apply(
-        spans, visible, queries.to(dtype), keys.to(dtype), values.to(dtype), *own_tensors
-    )
+    heads = [_heads_in_one_piece(tensor.to(dtype)) for tensor in (queries, keys, values)]
+    return _FusedAttention.apply(spans, visible, *heads, *own_tensors)
+
+
+def _heads_in_one_piece(tensor: Tensor) -> Tensor:
+    """With the numbers of a head side by side: the kernel reads them so whatever the stride."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 class _FusedAttention(torch.autograd.Function):

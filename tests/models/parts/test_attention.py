@@ -169,6 +169,16 @@ def test_no_gradient_means_nothing_to_make_again(monkeypatch):
         assert _attend_plainly(*causal_row(5), ()).shape == (1, 2, 5, HEAD_DIM)
 
 
+@pytest.mark.parametrize("strided", [0, 1, 2], ids=["queries", "keys", "values"])
+def test_strides_of_heads_change_nothing(strided):
+    *tensors, spans = causal_row(70)
+    expected = attend_packed(*tensors, spans)
+    other = tensors[strided].transpose(2, 3).contiguous().transpose(2, 3)
+    assert other.stride(-1) != 1
+    attended = attend_packed(*tensors[:strided], other, *tensors[strided + 1 :], spans)
+    assert torch.equal(attended, expected)
+
+
 def test_half_precision_hides_what_it_must():
     queries, keys, values, spans = causal_row(6)
     queries, keys, values = (t.detach().bfloat16() for t in (queries * 40, keys * 40, values))
