@@ -374,12 +374,15 @@ def _with_possible_decoding(plan: TrainingPlan) -> TrainingPlan:
     try:
         check_can_forget(model_class, config)
     except SpeculatorError as error:
+        by_length = " or patience, which goes by it" if plan.evaluation.patience else ""
         logger.warning(
             "training runs without evaluation.decode, and so without a measured acceptance "
-            "length: %s",
+            "length%s: %s",
+            by_length,
             error,
         )
-        evaluation = plan.evaluation.model_copy(update={"decode": False, "prompts": None})
+        off = {"decode": False, "prompts": None, "patience": None}
+        evaluation = plan.evaluation.model_copy(update=off)
         return plan.model_copy(update={"evaluation": evaluation})
     return plan
 

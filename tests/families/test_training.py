@@ -41,7 +41,7 @@ def write_states(model_type, tmp_path):
     return folder
 
 
-def train_in(folder, verifier):
+def train_in(folder, verifier, **evaluation):
     sections = {
         "model": {
             "algorithm": "dflash",
@@ -50,7 +50,7 @@ def train_in(folder, verifier):
             "objective": {"max_anchors": 8},
         },
         "data": {"store": folder / "states", "row_length": 64, "eval_examples": 2},
-        "evaluation": {"roll_outs": 4, "num_prompts": 2, "max_tokens": 8},
+        "evaluation": {"roll_outs": 4, "num_prompts": 2, "max_tokens": 8, **evaluation},
         "run": {"output": folder / "run", "max_steps": 2, "check": False},
     }
     return train(TrainingPlan.read(sections, "test"))
@@ -65,9 +65,10 @@ def test_acceptance_is_measured_for_families_without_rope_or_positions(model_typ
 def test_training_runs_without_decoding_and_the_card_names_what_was_chosen(tmp_path, caplog):
     verifier = write_states("jamba", tmp_path)
     with caplog.at_level(logging.INFO):
-        report = train_in(tmp_path, verifier)
+        report = train_in(tmp_path, verifier, patience=1)
     said = [record.getMessage() for record in caplog.records]
     (line,) = [text for text in said if "without evaluation.decode" in text]
+    assert "acceptance length or patience, which goes by it" in line
     assert "state that rejected tokens cannot be taken out of" in line and "\n" not in line
     (chosen,) = [text for text in said if text.startswith("chosen for the draft")]
     card = (tmp_path / "run" / "speculator" / "README.md").read_text()
