@@ -14,6 +14,7 @@ from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from speculators_core.building.settings import BuildPlan
 from speculators_core.cli import app
 from speculators_core.data_generation.settings import GenerationPlan
 from speculators_core.registry import MODELS
@@ -77,19 +78,21 @@ def command_page(commands: Any, name: str) -> str:
 
 
 def configuration_page() -> str:
-    """Every option of the two configuration files, and of each algorithm."""
+    """Every option of the three configuration files, and of each algorithm."""
     parts = [
         "# Configuration files",
-        "Two commands read YAML. All sections of `train`, and `engine`, `sync` and `run` of "
-        "`generate-data`, are flags of the command too (`--engine.batch-size 8`), and flags take "
-        "precedence over the file. An unknown key or a value out of bounds is an error that names "
-        "the key.",
+        "Three commands read YAML. All sections of `build` and `train`, and `engine`, `sync` and "
+        "`run` of `generate-data`, are flags of the command too (`--engine.batch-size 8`), and "
+        "flags take precedence over the file. An unknown key or a value out of bounds is an error "
+        "that names the key.",
         "## `speculators generate-data --config`",
         *_sections(GenerationPlan),
         "## `speculators train --config`",
         *_sections(TrainingPlan),
+        "## `speculators build --config`",
+        *_sections(BuildPlan),
         "## Recipes and objectives",
-        "`model.recipe` and `model.objective` of `speculators train` take the options of the "
+        "`model.recipe` and `model.objective` of `train` and `build` take the options of the "
         "chosen algorithm.",
     ]
     for name in MODELS.names():

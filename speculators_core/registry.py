@@ -115,7 +115,10 @@ ENGINES = Registry(
 ANSWERERS = Registry(
     "engine",
     "speculators.answerers",
-    {"openai": "speculators_core.data_generation.answers.openai_endpoint:OpenAIEndpoint"},
+    {
+        "openai": "speculators_core.data_generation.answers.openai_endpoint:OpenAIEndpoint",
+        "transformers": "speculators_core.data_generation.answers.local_model:LocalModel",
+    },
 )
 SPECULATION = Registry(
     "engine",

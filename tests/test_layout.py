@@ -13,7 +13,8 @@ GROUND = (
     "config inference model proposals"
 ).split()
 FLOORS = (
-    "texts format verifier decoding models diagnosis data_generation publishing training commands"
+    "texts format verifier decoding models diagnosis data_generation publishing training building "
+    "commands"
 ).split()
 """Rooms of the core from the ground up: each may import those before it."""
 BESIDE = {"data_generation": {"models", "diagnosis", "decoding"}}

@@ -82,7 +82,7 @@ class Chat:
             ) from error
         for (dialogue, reader), output in zip(asked, outputs, strict=True):
             try:
-                answer = reader.read(output.outputs[0])
+                answer = reader.read(output.outputs[0], output.prompt_token_ids or ())
             except Exception as error:  # of a parser, on what it was not written for
                 dialogue.fail(first_line(error))
             else:
@@ -159,8 +159,10 @@ class AnswerReader:
         """False where the parser needs them."""
         return self._request is None or bool(self._request.skip_special_tokens)
 
-    def read(self, output: CompletionOutput) -> Answer:
-        """Raises:
+    def read(self, output: CompletionOutput, prompt_ids: Sequence[int] = ()) -> Answer:
+        """The answer to a prompt of these tokens.
+
+        Raises:
         ValueError: vLLM stopped before the end of the answer.
         """
         if output.finish_reason not in ("stop", "length"):
@@ -181,6 +183,8 @@ class AnswerReader:
             calls=tuple(Call(call.name, call.arguments, call.id) for call in calls or ()),
             is_cut=output.finish_reason == "length",
             num_tokens=len(output.token_ids),
+            prompt_ids=tuple(prompt_ids),
+            token_ids=tuple(output.token_ids),
         )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from docs.generated import ROOT
+from speculators_core.building.settings import BuildPlan
 from speculators_core.cli import app
 from speculators_core.data_generation.settings import GenerationPlan
 from speculators_core.settings import load_yaml
@@ -62,6 +63,8 @@ def test_python_compiles_and_what_it_imports_exists(block: Block):
 def test_a_configuration_fits_its_plan(block: Block):
     content = load_yaml(block.text)
     plan = TrainingPlan if "model" in content else GenerationPlan
+    if "prompts" in content:
+        plan = BuildPlan
     plan.model_validate(content)
     if block.title and (ROOT / block.title).exists():
         assert content == load_yaml((ROOT / block.title).read_text()), block.place

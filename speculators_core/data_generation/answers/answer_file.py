@@ -40,15 +40,17 @@ class AnswerFile:
         options: Mapping[str, JsonValue],
         run: Mapping[str, JsonValue],
         resume: bool,
+        as_tokens: bool = False,
     ) -> None:
-        """``options`` decide the answers: a resumed run must have the same ones. Those of ``run``
-        may differ.
+        """``as_tokens``: token ids are written instead of messages. ``options`` decide the answers:
+        a resumed run must have the same ones. Those of ``run`` may differ.
 
         Raises:
             SpeculatorError: there is an output and ``resume`` is not set, or it was made with other
                 options or by something else, or another run is writing it.
         """
         self.path = path
+        self._as_tokens = as_tokens
         self.done: set[str] = set()
         """Keys of dialogues that were kept or set aside."""
         self.num_kept = 0
@@ -72,27 +74,36 @@ class AnswerFile:
             write_text(stated, yaml.safe_dump(content, sort_keys=False))
             for file in (self._kept, self._aside):
                 for line in _whole_lines(file):
+                    if line.key not in self.done:  # a conversation may have several rows of tokens
+                        self._count(line.reason)
                     self.done.add(line.key)
-                    self._count(line.reason)
             self._opened = opened.pop_all()
 
     def keep(self, dialogue: "Dialogue") -> None:
         """Raises:
         SpeculatorError: it cannot be written.
         """
-        record: dict[str, object] = {"key": dialogue.key}
-        if dialogue.fault is None:
-            record |= {"messages": dialogue.messages, "tools": dialogue.tools or None}
-            if dialogue.template_options:
-                record["chat_template_kwargs"] = dialogue.template_options
-        else:
-            record |= {"reason": dialogue.fault}
         file = self._kept if dialogue.fault is None else self._aside
-        line = f"{json.dumps(record, ensure_ascii=False)}\n".encode()
+        records = self._records(dialogue)
+        lines = "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in records).encode()
         with _naming(file.name):
-            if file.write(line) != len(line):
+            if file.write(lines) != len(lines):
                 raise OSError("no space left")
         self._count(dialogue.fault)
+
+    def _records(self, dialogue: "Dialogue") -> list[dict[str, object]]:
+        key: dict[str, object] = {"key": dialogue.key}
+        if dialogue.fault is not None:
+            return [key | {"reason": dialogue.fault}]
+        if self._as_tokens:
+            return [
+                key | {"input_ids": row.input_ids, "loss_mask": row.loss_mask}
+                for row in dialogue.token_rows
+            ]
+        record = key | {"messages": dialogue.messages, "tools": dialogue.tools or None}
+        if dialogue.template_options:
+            record["chat_template_kwargs"] = dialogue.template_options
+        return [record]
 
     def _count(self, fault: str | None) -> None:
         if fault is None:

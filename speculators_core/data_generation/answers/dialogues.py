@@ -43,6 +43,10 @@ class Answer:
     is_cut: bool = False
     """Whether it reached `max_tokens` before its end."""
     num_tokens: int = 0
+    prompt_ids: tuple[int, ...] = ()
+    """Token ids that the verifier read; empty where the engine does not report them."""
+    token_ids: tuple[int, ...] = ()
+    """Token ids that the verifier wrote, the one that ends the answer included."""
 
     def message(self, turn: str) -> Message:
         """The answer as a message; a tool call without an id gets one derived from the turn."""
@@ -59,6 +63,25 @@ class Answer:
                 for number, call in enumerate(self.calls)
             ]
         return message
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """What the verifier read and wrote, as token ids."""
+
+    input_ids: tuple[int, ...]
+    loss_mask: tuple[int, ...]
+    """1 for each token that the verifier wrote."""
+
+    def extended(self, answer: Answer) -> "TokenRow | None":
+        """The row up to the end of a later answer; None where that was given another history."""
+        if answer.prompt_ids[: len(self.input_ids)] != self.input_ids:
+            return None
+        num_read = len(answer.prompt_ids) - len(self.input_ids)
+        return TokenRow(
+            answer.prompt_ids + answer.token_ids,
+            self.loss_mask + (0,) * num_read + (1,) * len(answer.token_ids),
+        )
 
 
 @dataclass
@@ -106,6 +129,9 @@ class Dialogue:
         self.template_options = dict(template_options or {})
         self.messages: list[Message] = []
         """Messages up to the next answer."""
+        self.token_rows: list[TokenRow] = []
+        """All kept answers as token ids. An answer whose history a template has rewritten begins
+        another row."""
         self.num_answers = 0
         self.num_tokens = 0
         """Tokens of all answers."""
@@ -157,9 +183,19 @@ class Dialogue:
         given = answer.message(self.turn)
         self.messages.append(given)
         self.num_answers += 1
+        if answer.token_ids:
+            self._keep_tokens(answer)
         if answer.is_cut or not self._lets_go_on(given.get("tool_calls", [])):
             self._rest.clear()
         self._advance()
+
+    def _keep_tokens(self, answer: Answer) -> None:
+        row = TokenRow((), ()).extended(answer)
+        longer = self.token_rows[-1].extended(answer) if self.token_rows else None
+        if longer is not None:
+            row, self.token_rows = longer, self.token_rows[:-1]
+        assert row is not None  # every prompt begins with nothing
+        self.token_rows = [*self.token_rows, row]
 
     def fail(self, reason: str) -> None:
         """Ends the dialogue, which is not kept."""

@@ -42,6 +42,7 @@ class _Message(BaseModel):
 class _Choice(BaseModel):
     message: _Message
     finish_reason: str | None = None
+    token_ids: tuple[int, ...] | None = None
 
 
 class _Usage(BaseModel):
@@ -51,6 +52,7 @@ class _Usage(BaseModel):
 class _Completion(BaseModel):
     choices: tuple[_Choice, ...] = Field(min_length=1)
     usage: _Usage | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
 
 
 class OpenAIEndpoint:
@@ -75,6 +77,7 @@ class OpenAIEndpoint:
                     "and set it where the server is started."
                 )
         self._endpoint, self._sampling = config.endpoint, config.sampling
+        self._wants_ids = config.token_ids
         self._going: deque[asyncio.Task[Dialogue]] = deque()
         self._client = Client(
             Access(
@@ -155,6 +158,7 @@ class OpenAIEndpoint:
             "max_tokens": sampling.max_tokens,
             "seed": dialogue.seed if sampling.temperature > 0 else None,
             "chat_template_kwargs": dialogue.options_of_template(sampling.template_options),
+            "return_token_ids": self._wants_ids or None,
         }
         return {name: value for name, value in stated.items() if value is not None}
 
@@ -188,5 +192,7 @@ def _take(dialogue: Dialogue, page: _Completion) -> None:
             calls=tuple(calls),
             is_cut=choice.finish_reason == "length",
             num_tokens=page.usage.completion_tokens if page.usage else 0,
+            prompt_ids=page.prompt_token_ids or (),
+            token_ids=choice.token_ids or (),
         )
     )

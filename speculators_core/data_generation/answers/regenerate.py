@@ -80,7 +80,8 @@ def regenerate(data: DatasetConfig, settings: RegenerateConfig) -> RegenerateRep
     path = in_full(settings.output)
     make_answerer: type[Answerer] = ANSWERERS.load(settings.answers.engine_name)
     source = _open(data, settings, roots)
-    with AnswerFile(path, *_options(data, settings), resume=settings.resume) as file:
+    options, as_tokens = _options(data, settings), settings.answers.token_ids
+    with AnswerFile(path, *options, settings.resume, as_tokens) as file:
         meter = AnswerMeter(source.num_rows, len(file.done))
         dialogues = _dialogues(source, file.done, settings, meter.tally)
         try:
@@ -90,6 +91,8 @@ def regenerate(data: DatasetConfig, settings: RegenerateConfig) -> RegenerateRep
                     return _report(meter, file)
                 with closing(make_answerer(settings.answers)) as answerer:
                     for dialogue in answerer.answer(itertools.chain([first], dialogues)):
+                        if as_tokens and dialogue.fault is None and not dialogue.token_rows:
+                            dialogue.fail("the engine reports no token ids")
                         file.keep(dialogue)
                         show(dialogue)
                         _check_failures(meter, settings.max_failures)
@@ -159,7 +162,7 @@ def _dialogues(
         if key in done:
             continue
         try:
-            turns, tools, template_options = _read(row, source.parts)
+            turns, tools, template_options = read_turns(row, source.parts)
         except MalformedRow as error:
             unreadable.append(Dialogue.malformed(key, f"{SkipReason.MALFORMED}: {error}"))
             if not is_readable and len(unreadable) < FIRST_ROWS:
@@ -184,7 +187,7 @@ def _dialogues(
         )
 
 
-def _read(
+def read_turns(
     row: Row, parts: RowParts
 ) -> tuple[list[Message], list[Tool] | None, dict[str, JsonValue]]:
     """Messages, tools and the chat template's variables.

@@ -47,7 +47,7 @@ class EndpointConfig(Settings):
 
 
 class OfflineConfig(Settings):
-    """vLLM in this process, for engine `vllm`."""
+    """Verifier in this process, for engine `vllm`; `transformers` takes dtype and batch size."""
 
     engine_args: JsonOptions = Field(default_factory=dict)
     """Further arguments of vLLM's `LLM`, as JSON or as single flags
@@ -68,10 +68,13 @@ class AnswersConfig(Settings):
     """Verifier and the engine that runs it."""
 
     engine: str | None = None
-    """`openai` (a server), `vllm` (an engine in this process), or one of another package (group
-    `speculators.answerers`). If not set, `openai` with `base_url` and `vllm` without."""
+    """`openai` (a server), `vllm` or `transformers` (in this process), or one of another package
+    (group `speculators.answerers`). If not set, `openai` with `base_url` and `vllm` without."""
     verifier: str | None = None
     """Folder or hub id of the verifier."""
+    token_ids: Annotated[bool, Switch] = False
+    """Write the token ids that the verifier read and wrote, with a loss mask, instead of messages.
+    Nothing is tokenised again, and a cut answer that is kept has no made-up end."""
     sampling: Annotated[
         SamplingConfig, Parameter(name="*", group=group("Sampling", SamplingConfig))
     ] = SamplingConfig()
@@ -95,7 +98,8 @@ class RegenerateConfig(Settings):
     answers: Annotated[AnswersConfig, Parameter(name="*")] = AnswersConfig()
     cut: Literal["drop", "keep"] = "drop"
     """Treatment of an answer that `max_tokens` cut: end the conversation before it, or after it.
-    A kept one is followed by an end of turn from the template that the verifier did not write."""
+    Without `token_ids`, a kept one is followed by an end of turn from the template that the
+    verifier did not write."""
     resume: bool = False
     """Append to the output of an earlier run. Without it, an existing output is refused."""
     max_failures: int = Field(100, ge=0)

@@ -116,27 +116,18 @@ class TransformersPipeline(InferencePipeline):
         if not batch:
             return {}
         engine = self.plan.engine
-        longest = max(len(example.input_ids) for example in batch)
-        rows = torch.zeros(len(batch), longest, dtype=torch.int64)
-        mask = torch.zeros_like(rows)
-        for row, example in enumerate(batch):
-            rows[row, longest - len(example.input_ids) :] = example.input_ids
-            mask[row, longest - len(example.input_ids) :] = 1
-        settings: dict[str, Any] = {"do_sample": engine.temperature > 0}
-        if engine.temperature > 0:
-            settings |= {"temperature": engine.temperature, "top_p": engine.top_p, "top_k": 0}
-            torch.manual_seed(seed_of(self.plan.run.seed, batch[0].key))
-        output = self.model.generate(
-            input_ids=rows.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
-            max_new_tokens=engine.max_new_tokens,
-            repetition_penalty=1.0,  # whatever the verifier's generation config wants in a chat
-            **settings,
-        ).cpu()
-        ends = torch.tensor(self.end_ids, dtype=torch.int64)
+        written = continue_texts(
+            self.model,
+            [example.input_ids for example in batch],
+            self.end_ids,
+            engine.max_new_tokens,
+            engine.temperature,
+            engine.top_p,
+            seed=seed_of(self.plan.run.seed, batch[0].key),
+        )
         return {
-            example.key: torch.cat([example.input_ids, _until_end(own[longest:], ends)[:-1]])
-            for example, own in zip(batch, output, strict=True)
+            example.key: torch.cat([example.input_ids, own[:-1]])
+            for example, own in zip(batch, written, strict=True)
         }
 
     def close(self) -> None:
@@ -144,6 +135,40 @@ class TransformersPipeline(InferencePipeline):
         self.__dict__.pop("head", None)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def continue_texts(
+    model: PreTrainedModel,
+    texts: Sequence[Int64[Tensor, "_"]],
+    end_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+) -> list[Int64[Tensor, "_"]]:
+    """What the model writes after each text, up to a token that ends it, itself included."""
+    longest = max(map(len, texts))
+    rows = torch.zeros(len(texts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(rows)
+    for row, text in enumerate(texts):
+        rows[row, longest - len(text) :] = text
+        mask[row, longest - len(text) :] = 1
+    settings: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        settings |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        torch.manual_seed(seed)
+    output = model.generate(
+        input_ids=rows.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=1.0,  # whatever the verifier's generation config wants in a chat
+        eos_token_id=list(end_ids) or None,
+        pad_token_id=end_ids[0] if end_ids else 0,
+        **settings,
+    ).cpu()
+    ends = torch.tensor(end_ids, dtype=torch.int64)
+    return [_until_end(own[longest:], ends) for own in output]
 
 
 def _until_end(written: Int64[Tensor, "seq"], ends: Int64[Tensor, "ends"]) -> Int64[Tensor, "kept"]:

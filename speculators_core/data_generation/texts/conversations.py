@@ -182,7 +182,7 @@ def load_chat_template(
         template = resolve_chat_template(data.chat_template)
     elif tokenizer.chat_template is None:
         return None
-    stop_ids = _stop_ids(data.verifier, tokenizer)
+    stop_ids = find_stop_ids(data.verifier, tokenizer)
     return ChatTemplate(tokenizer, stop_ids, template, data.template_options)
 
 
@@ -218,7 +218,7 @@ def resolve_chat_template(given: str) -> str:
         ) from error
 
 
-def _stop_ids(verifier: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def find_stop_ids(verifier: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that end an answer, from the verifier's generation config and the tokenizer."""
     config = read_generation_config(verifier)
     found = None if config is None else config.eos_token_id

@@ -250,15 +250,15 @@ def _content_of(plan: TrainingPlan) -> dict[str, JsonValue]:
     generation = generation_of(plan)
     if generation is None:
         assert data.store is not None
-        found["content of data.store"] = _hash_store(data.store)
+        found["content of data.store"] = hash_store(data.store)
     else:
         options = flat(decides_bytes(generation))
         found |= {f"{key} of data.{data.kind}": value for key, value in options.items()}
         files += [dataset.path for dataset in generation.data.datasets]
-    return found | {f"content of {name}": _hash_local(Path(name)) for name in files}
+    return found | {f"content of {name}": hash_local(Path(name)) for name in files}
 
 
-def _hash_store(folder: Path) -> str | None:
+def hash_store(folder: Path) -> str | None:
     """Hash of the checksums of all examples; None where there is no store."""
     if not (folder / STORE_MANIFEST).exists():
         return None
@@ -269,7 +269,7 @@ def _hash_store(folder: Path) -> str | None:
     return digest.hexdigest()
 
 
-def _hash_local(path: Path) -> str | None:
+def hash_local(path: Path) -> str | None:
     """Hash of a file, or of all files of a folder; None where there is neither."""
     path = path.expanduser()
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())

@@ -514,7 +514,7 @@ def test_sampling_options_reach_the_server_and_others_are_left_to_it(run, server
     ("options", "complaint"),
     [
         ({"engine": "openai"}, "endpoint.base_url is missing"),
-        ({"engine": "nothing"}, "unknown engine 'nothing'; known: openai, vllm"),
+        ({"engine": "nothing"}, "unknown engine 'nothing'; known: openai, transformers, vllm"),
         ({"engine": "vllm"}, "needs --verifier"),
         ({"url": "http://h/v1", "engine": "vllm", "verifier": "v"}, "is for engine openai"),
         (

@@ -1,0 +1,1 @@
+"""From verifier and prompts to a measured speculator."""
