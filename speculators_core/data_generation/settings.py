@@ -82,6 +82,11 @@ class DatasetConfig(Settings):
     sample_by: Literal["line", "paragraph", "document"] = "line"
     """Unit of a text file that makes a row."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_path(cls, stated: object) -> object:
+        return {"path": stated} if isinstance(stated, str) else stated
+
     def local_path(self) -> Path | None:
         """The absolute path of a local data set; None for one of the hub.
 
@@ -127,10 +132,11 @@ class DataGenConfig(Settings):
     datasets: Annotated[
         tuple[DatasetConfig, ...],
         Several,
-        Parameter(metavar="JSON..."),
+        Parameter(metavar="STR|JSON..."),
         Field(min_length=1),
     ]
-    """Data sets, read one after another; as flags each is JSON: `{"path": "chats.jsonl"}`."""
+    """Data sets, read one after another: each a path or hub id, or JSON with further options
+    (`{"path": "chats.jsonl", "limit": 100}`)."""
     chat_template: str | None = None
     """Jinja template, file that holds one, or hub id of a tokenizer that has one; the verifier's
     template if not set."""

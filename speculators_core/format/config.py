@@ -543,7 +543,7 @@ class SpeculatorModelConfig(PydanticFace):
         if kwargs and not return_unused:
             key = next(iter(kwargs))
             raise SpeculatorError(
-                f"{key!r} has no effect on a {kind} speculator's config."
+                f"{key!r} has no effect on the config of a speculator of type {kind!r}."
                 f"{did_you_mean(key, own_fields(target))} Leave it out."
             )
         written = in_the_formats_words(checkpoint.without_foreign_keys(config_dict), target)

@@ -149,7 +149,10 @@ class VerifierSide(PreTrainedModel):
         """
         mode = mode or "full"
         if mode not in ("full", "train_only"):
-            raise ValueError(f"mode must be 'full' or 'train_only', found {mode!r}")
+            raise ValueError(
+                f"the mode in which a verifier is attached is {mode!r}, expected 'full' or "
+                "'train_only'; 'detached' is for from_pretrained and constructors"
+            )
         named = self._named(verifier)
         check_verifier(self.config, verifier_config_of(named, trust_remote_code))
         if isinstance(named, PreTrainedModel):

@@ -150,6 +150,11 @@ def read_verifier_config(
 
 def _config_in(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     stated = checkpoint.read_config(folder)
+    if checkpoint.is_speculator(stated):
+        raise SpeculatorError(
+            f"{folder / checkpoint.CONFIG} is that of a speculator, expected a verifier's. "
+            "Name the model that the speculator drafts for."
+        )
     for key in ("dtype", "torch_dtype"):  # Transformers fails on a wrong one without its name
         name = stated.get(key)
         if name is not None and not isinstance(getattr(torch, str(name), name), torch.dtype | dict):

@@ -132,3 +132,14 @@ def test_sections_are_read_without_a_file():
         "here",
     )
     assert plan.sync.kind == "disk"
+
+
+def test_a_data_set_may_be_its_path_alone(file):
+    [alone] = read_plan(
+        file(
+            WHOLE.replace(
+                "{path: chats.jsonl, limit: 5, columns: {messages: turns}}", "chats.jsonl"
+            )
+        )
+    ).data.datasets
+    assert alone == DataGenConfig(verifier="v", datasets=[{"path": "chats.jsonl"}]).datasets[0]

@@ -143,7 +143,7 @@ def test_without_a_verifier_generate_says_what_to_do(name, verifier):
 
 
 def test_unknown_mode_is_refused(verifier):
-    with pytest.raises(ValueError, match="'full' or 'train_only', found 'detached'"):
+    with pytest.raises(ValueError, match="is 'detached', expected 'full' or 'train_only'"):
         make_detached("mtp", verifier).attach_verifier(verifier, "detached")
 
 

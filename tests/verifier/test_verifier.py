@@ -503,6 +503,12 @@ def test_verifier_of_unknown_type_is_named_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_speculator_is_named_as_one_where_a_verifier_is_expected(tmp_path):
+    (tmp_path / "config.json").write_text('{"speculators_model_type": "eagle3"}')
+    with pytest.raises(SpeculatorError, match="that of a speculator, expected a verifier's"):
+        read_verifier_config(tmp_path)
+
+
 @pytest.mark.parametrize("value", ["bfloat61", 16, [], "matmul"])
 def test_a_dtype_that_is_none_is_named(verifier_folder, tmp_path, value):
     folder = shutil.copytree(verifier_folder, tmp_path / "verifier")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from pydantic import Field
 
-from speculators_core.flags import JsonOptions, Switch, group
+from speculators_core.flags import JsonOptions, Several, Switch, group
 from speculators_core.settings import Settings
 
 
@@ -104,6 +104,6 @@ class RegenerateConfig(Settings):
     """Append to the output of an earlier run. Without it, an existing output is refused."""
     max_failures: int = Field(100, ge=0)
     """Maximum number of conversations that may fail to be answered; one more ends the run."""
-    allowed_roots: Annotated[tuple[Path, ...], Parameter(negative=())] = ()
+    allowed_roots: Annotated[tuple[Path, ...], Several] = ()
     """Folders below which data may name other files, such as by links; the current directory if not
     set. The data set and the output may lie anywhere."""
