@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from speculators_core.building.settings import BuildPlan, read_build_plan
 from speculators_core.commands.train import STOPPED_EXIT
 from speculators_core.console import result_alone_on_stdout
-from speculators_core.flags import AsJson, flags_of
+from speculators_core.flags import AsJson, Switch, flags_of
 from speculators_core.settings import Settings
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ else:
 def run(
     *,
     config: Path | None = None,
+    dry_run: Annotated[bool, Switch] = False,
     as_json: AsJson = False,
     flags: Annotated[PlanFlags | None, Parameter(name="*")] = None,
 ) -> None:
@@ -35,6 +36,8 @@ def run(
     config
         YAML file with the sections model, prompts, answers, engine, optimizer, evaluation and run;
         flags take precedence.
+    dry_run
+        Print tokens, time, disk space and memory of each stage, measured on a few prompts.
     as_json
         Print the report as JSON.
     """
@@ -42,7 +45,11 @@ def run(
     for dataset in plan.prompts.datasets:
         dataset.local_path()  # a missing one is refused before anything heavy is loaded
     from speculators_core.building.build import build, print_report
+    from speculators_core.building.rehearsal import rehearse
 
+    if dry_run:
+        rehearse(plan)
+        return
     with result_alone_on_stdout() if as_json else nullcontext():
         report = build(plan)
     if as_json:

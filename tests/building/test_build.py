@@ -8,6 +8,7 @@ import pytest
 
 from speculators_core.building import build as building
 from speculators_core.building.build import NAMES, BuildReport, build, print_report
+from speculators_core.building.rehearsal import rehearse
 from speculators_core.data_generation.answers import local_model
 from speculators_core.errors import SpeculatorError
 from speculators_core.models.speculator import SpeculatorModel
@@ -216,3 +217,25 @@ def test_categories_without_gain_are_named(capsys):
     )
     print_report(report)
     assert "no gain (tau below 1.1): talk." in capsys.readouterr().out
+
+
+def test_a_dry_run_states_the_costs_and_writes_nothing(folder, capsys):
+    prompts, answers, states, training = rehearse(plan_of(folder))
+    assert not (folder / "build").exists()
+    assert {stage.state for stage in (prompts, answers, states, training)} == {"to do"}
+    assert prompts.num_tokens == 10 * NUM_PROMPTS
+    # At most 6 tokens an answer, beside 10 of its prompt; four states of width 32 in bfloat16.
+    assert NUM_PROMPTS <= answers.num_tokens <= 6 * NUM_PROMPTS
+    assert states.num_tokens == prompts.num_tokens + answers.num_tokens
+    assert states.disk_bytes == states.num_tokens * 4 * 32 * 2
+    assert training.num_tokens == 2 * 48  # two rows
+    assert all(stage.seconds > 0 for stage in (answers, states, training))
+    assert "most of it" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_a_build_that_is_done_measures_nothing(built, monkeypatch):
+    folder, _ = built
+    monkeypatch.setattr(local_model, "load_verifier", None)
+    evaluation = {"max_tokens": 4, "roll_outs": 0, "num_prompts": 2, "decode": True}
+    stages = rehearse(plan_of(folder, evaluation=evaluation))
+    assert [stage.state for stage in stages] == ["done"] * 4
