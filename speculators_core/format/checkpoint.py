@@ -31,6 +31,7 @@ FOREIGN_KEYS = {
     "has_no_defaults_at_init",
     "inference_type",
     "_name_or_path",
+    "model_type",  # at the top it hides a speculator from vLLM
     # Attributes of Transformers' config classes, which releases 0.3 and 0.4 wrote out.
     "attribute_map",
     "base_config_key",

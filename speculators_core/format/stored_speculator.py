@@ -63,9 +63,16 @@ class StoredSpeculator:
 
         Raises:
             SpeculatorError: a file or a tensor is missing, of another shape, or not finite; or
-                tensors contradict each other.
+                tensors contradict each other; or vLLM would not know the config as a speculator's.
             UnreadFormatError: the weights are in a form that this package does not read.
         """
+        if "model_type" in self.raw:
+            raise SpeculatorError(
+                f"{self.folder / checkpoint.CONFIG}: model_type {self.raw['model_type']!r} hides "
+                "the speculator from vLLM, which takes it for a language model; expected none at "
+                "the top level. Remove the key.",
+                cause="invalid config",
+            )
         try:
             return check_checkpoint(self.folder, self.config)
         except UnreadFormatError:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -6,7 +7,9 @@ from safetensors.torch import load_file, save_file
 
 from speculators_core.errors import SpeculatorError, UnreadFormatError
 from speculators_core.format import checkpoint
+from speculators_core.format.config import SpeculatorModelConfig
 from speculators_core.format.foreign import foreign_format
+from speculators_core.format.stored_speculator import StoredSpeculator
 from speculators_core.models.speculator import SpeculatorModel
 
 
@@ -136,6 +139,28 @@ def test_a_form_that_vllm_alone_reads_is_not_called_damaged(eagle3_folder):
     with pytest.raises(UnreadFormatError, match="pickled .pytorch_model.bin.") as caught:
         load(eagle3_folder)
     assert caught.value.cause is None
+
+
+def test_a_model_type_that_hides_the_draft_is_named_and_not_written_again(eagle3_folder, tmp_path):
+    path = eagle3_folder / checkpoint.CONFIG
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"model_type": "llama"}))
+    with pytest.raises(SpeculatorError, match="model_type 'llama' hides") as error:
+        StoredSpeculator.open(eagle3_folder).check_tensors()
+    assert error.value.cause == "invalid config"
+    load(eagle3_folder).save_pretrained(tmp_path / "saved")
+    assert "model_type" not in json.loads((tmp_path / "saved" / checkpoint.CONFIG).read_text())
+
+
+def test_a_config_that_is_passed_stays_as_it_is(eagle3_folder, tmp_path):
+    config = SpeculatorModelConfig.from_pretrained(eagle3_folder)
+    before = (config.name_or_path, config.dtype)
+    other = shutil.copytree(eagle3_folder, tmp_path / "other")
+    model = SpeculatorModel.from_pretrained(
+        other, config=config, dtype="float16", verifier_attachment_mode="detached"
+    )
+    model.save_pretrained(tmp_path / "saved")
+    assert (config.name_or_path, config.dtype) == before
 
 
 def test_layers_without_a_type_are_what_their_tensors_are(eagle3_folder):

@@ -1,5 +1,6 @@
 """Arguments of `from_pretrained` as Transformers has them."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -159,7 +160,7 @@ def open_config(
         key = next(iter(changes))
         raise SpeculatorError(f"{key!r} has no effect beside a config object. Set it there.")
     else:
-        opened = config
+        opened = copy.deepcopy(config)  # its name becomes the folder's
     if folder is not None:
         opened.name_or_path = str(folder)
     return folder, opened
