@@ -536,8 +536,8 @@ def about(stage: str, report: dict[str, JsonValue]) -> list[str]:
     if stage == "prompts":
         counts = PromptsReport.model_validate(report)
         lines = [
-            f"{counts.num_train:,} prompts to train on, {counts.num_measured:,} to measure on, of "
-            f"{len(counts.categories)} categories"
+            f"{counts.num_train:,} prompts to train on, {counts.num_measured:,} to measure on; "
+            f"categories: {', '.join(counts.categories)}"
         ]
         aside = counts.set_aside
     elif stage == "answers":

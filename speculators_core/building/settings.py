@@ -127,7 +127,7 @@ class BuildPlan(Settings):
         idle = ("max_length", "max_new_tokens", "temperature", "top_p")
         because = "the build reads whole documents; see prompts.max_length and answers.sampling"
         self.engine.refuse_idle(*idle, because=because)
-        if self.run.shard_tokens and self.run.deepspeed is not None:
+        if self.run.deepspeed is not None:
             raise ValueError("run.deepspeed needs torchrun: run `speculators train` on its own")
         return self
 

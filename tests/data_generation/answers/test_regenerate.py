@@ -17,6 +17,7 @@ import yaml
 from benchmarks import playground
 from speculators_core.cli import main
 from speculators_core.data_generation.answers.dialogues import Answer, Call, Dialogue
+from speculators_core.data_generation.answers.regenerate import regenerate
 from speculators_core.data_generation.settings import GenerationPlan
 from speculators_core.data_generation.texts.sources import Counts, read_plan_examples
 from speculators_core.errors import SpeculatorError
@@ -718,3 +719,40 @@ def test_flags_reach_the_run(run, server, capsys, monkeypatch):
     assert server.bodies[0]["temperature"] == 0.5
     told = " ".join(capsys.readouterr().out.split())
     assert "wrote answers.jsonl: 2 conversations, 4 answers, 12 tokens" in told
+
+
+# ---- token ids ----
+
+
+def answer_of(prompt, written):
+    return Answer("text", num_tokens=len(written), prompt_ids=prompt, token_ids=written)
+
+
+@pytest.mark.parametrize(
+    ("second", "rows"),
+    {
+        "the same history": (
+            (1, 2, 8, 9, 3),
+            [((1, 2, 8, 9, 3, 7), (0, 0, 1, 1, 0, 1))],
+        ),
+        "a history that the template has rewritten": (
+            (1, 2, 8, 3),
+            [((1, 2, 8, 9), (0, 0, 1, 1)), ((1, 2, 8, 3, 7), (0, 0, 0, 0, 1))],
+        ),
+    }.values(),
+)
+def test_turns_with_one_history_share_a_row_of_tokens(second, rows):
+    dialogue = Dialogue("0/0", chat("q", turns=2)["messages"])
+    dialogue.take(answer_of((1, 2), (8, 9)))
+    dialogue.take(answer_of(second, (7,)))
+    assert [(row.input_ids, row.loss_mask) for row in dialogue.token_rows] == rows
+
+
+def test_a_server_without_token_ids_sets_conversations_aside(run, server):
+    data, settings = run.settings(server.url)
+    run.write(chats(1))
+    answers = settings.answers.model_copy(update={"token_ids": True})
+    report = regenerate(data, settings.model_copy(update={"answers": answers}))
+    assert server.bodies[0]["return_token_ids"] is True
+    assert run.aside() == {"0/0": "the engine reports no token ids"}
+    assert report.num_in_output == 0
