@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pydantic import JsonValue
+from transformers import PretrainedConfig
 
 from benchmarks import playground
 from benchmarks.acceptance import live
@@ -43,6 +44,7 @@ from speculators_core.diagnosis.acceptance_report import (
 from speculators_core.errors import SpeculatorError, first_line
 from speculators_core.provenance import environment, hash_weights
 from speculators_core.publishing.card import learnt_lengths
+from speculators_core.verifier.pair import config_of_named_verifier
 from speculators_core.verifier.reading import read_tokenizer, read_verifier_config
 from speculators_core.verifier.sizes import required_size
 from speculators_vllm import offline
@@ -183,7 +185,7 @@ def _find_inputs(config: AcceptanceConfig) -> _Inputs:
         drafts = [_served_draft(config, servers["speculating"])]
     else:
         verifier, drafts = _find_drafts(config)
-    verifier_config = read_verifier_config(verifier)
+    verifier_config = _read_verifier_config(config, verifier, drafts)
     for draft in drafts:
         draft.check(verifier, verifier_config, for_vllm=config.runs_vllm or bool(servers))
     longest = offline.longest_text(verifier_config, config.engine_args)
@@ -204,6 +206,15 @@ def _find_drafts(config: AcceptanceConfig) -> tuple[str, list[FoundDraft]]:
     if verifier is None:
         raise SpeculatorError(f"{', '.join(config.model)}: no verifier is named. Pass --verifier.")
     return verifier, drafts
+
+
+def _read_verifier_config(
+    config: AcceptanceConfig, verifier: str, drafts: list[FoundDraft]
+) -> PretrainedConfig:
+    naming = (d.speculator for d in drafts if d.speculator and d.verifier == verifier)
+    if not config.verifier and (speculator := next(naming, None)):
+        return config_of_named_verifier(speculator)
+    return read_verifier_config(verifier)
 
 
 def _served_draft(config: AcceptanceConfig, server: live.Server) -> FoundDraft:

@@ -69,7 +69,7 @@ class Pair:
         """
         name = verifier or speculator.verifier
         config = verifier_config or (
-            read_verifier_config(name) if verifier else _config_of_named(speculator)
+            read_verifier_config(name) if verifier else config_of_named_verifier(speculator)
         )
         check_verifier(speculator.config, config, name)
         trained_with = speculator.config.located_verifier
@@ -78,8 +78,12 @@ class Pair:
         return cls(speculator, name, config, tuple(ignored))
 
 
-def _config_of_named(speculator: StoredSpeculator) -> PretrainedConfig:
-    """The config of the verifier that the speculator names, which may be another machine's path."""
+def config_of_named_verifier(speculator: StoredSpeculator) -> PretrainedConfig:
+    """The config of the verifier that the speculator names, which may be another machine's path.
+
+    Raises:
+        SpeculatorError: it names none, or the one that it names cannot be read.
+    """
     try:
         return read_verifier_config(speculator.verifier)
     except SpeculatorError as error:

@@ -68,7 +68,12 @@ def load_verifier(
             device_map=device_map,
             output_loading_info=True,
         )
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    except ImportError as error:
+        raise SpeculatorError(
+            f"{name_or_path}: Transformers lacks a package to load it: "
+            f"{first_line(error).rstrip('.')}. Install it; vLLM may serve this model without it."
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
         raise SpeculatorError(
             f"{name_or_path}: Transformers could not load it: {first_line(error).rstrip('.')}; "
             "expected a config.json and weights that fit together. Copy the checkpoint again, or "

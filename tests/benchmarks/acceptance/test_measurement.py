@@ -314,3 +314,16 @@ def test_a_pickled_draft_is_measured_by_vllm_alone(tmp_path, caplog):
         draft.check(name, read_verifier_config(name), for_vllm=False)
     draft.check(name, read_verifier_config(name), for_vllm=True)
     assert "vLLM runs the draft unchecked" in caplog.text
+
+
+def test_a_verifier_that_the_draft_names_and_cannot_be_read_is_called_so(tmp_path):
+    shutil.copytree(EAGLE3, tmp_path / "draft")
+    content = json.loads((tmp_path / "draft" / "config.json").read_text())
+    (tmp_path / "file").touch()
+    for name in ("/model/from_s3", str(tmp_path / "file")):
+        content["speculators_config"]["verifier"]["name_or_path"] = name
+        (tmp_path / "draft" / "config.json").write_text(json.dumps(content))
+        with pytest.raises(
+            SpeculatorError, match=f"names the verifier {name}, which cannot.*--ver"
+        ):
+            measure(AcceptanceConfig(**QUICK | {"model": (str(tmp_path / "draft"),)}))
