@@ -80,6 +80,14 @@ def test_a_sound_draft_has_no_likely_cause(name, playground_verifier, texts):
     assert len(found.trials) >= 3
 
 
+def test_a_reading_that_keeps_no_more_tokens_is_no_cause(playground_verifier, texts, monkeypatch):
+    monkeypatch.setattr(diagnosis, "MIN_GAIN_NATS", -100.0)
+    monkeypatch.setattr(diagnosis, "MIN_T", -1e9)
+    found = diagnose(load("eagle3", playground_verifier), playground_verifier, texts, 3)
+    assert all(trial.is_better for trial in found.trials)
+    assert found.likely_cause is found.acceptance_length_if_fixed is None
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "cause", "words"),
     [
