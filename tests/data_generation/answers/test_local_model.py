@@ -18,8 +18,10 @@ def ids_of(verifier, texts, **sampling):
     config = AnswersConfig.model_validate(
         {"verifier": verifier, "sampling": {"max_tokens": 5, **sampling}}
     )
+    seed = sampling.get("seed", 0)
     dialogues = [
-        Dialogue(text, [{"role": "user", "content": text}], keeps_cut=True) for text in texts
+        Dialogue(text, [{"role": "user", "content": text}], seed=seed, keeps_cut=True)
+        for text in texts
     ]
     answered = list(LocalModel(config).answer(iter(dialogues)))
     assert [dialogue.key for dialogue in answered] == list(texts)
@@ -31,7 +33,7 @@ def test_greedy_answers_do_not_depend_on_what_is_answered_beside_them(verifier):
     assert ids_of(verifier, texts) == [ids_of(verifier, [text])[0] for text in texts]
 
 
-def test_a_hot_answer_depends_on_its_seed_alone(verifier):
+def test_a_sampled_answer_follows_from_its_seed(verifier):
     hot = {"temperature": 5.0}
     assert ids_of(verifier, ["7"], **hot) == ids_of(verifier, ["7"], **hot)
     assert ids_of(verifier, ["7"], **hot) != ids_of(verifier, ["7"], seed=1, **hot)
