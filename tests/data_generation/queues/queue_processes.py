@@ -133,7 +133,11 @@ def start(target, *arguments):
     return process
 
 
-def wait_until(is_so, timeout_s: float = 20) -> None:
+LONG_S = 120
+"""Nothing takes so long, even beside other work."""
+
+
+def wait_until(is_so, timeout_s: float = LONG_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline, "it did not come to that"

@@ -14,6 +14,7 @@ from speculators_core.data_generation.packing import RowLayout, rows_held
 from speculators_core.data_generation.stores.protocols import HoldingSource
 from speculators_core.errors import SpeculatorError
 from tests.data_generation.queues.queue_processes import (
+    LONG_S,
     SCHEMA,
     consume,
     consume_rows,
@@ -218,7 +219,7 @@ def test_rows_that_a_killed_consumer_had_not_dealt_with_go_to_the_other(kind, tm
     start(produce, there, "p", range(100), tmp_path / "p")
     wait_until(lambda: len(lines_in(logs[0])) == 3)
     os.kill(killed.pid, signal.SIGKILL)
-    other.join(20)
+    other.join(LONG_S)
     first, second = (line.split() for line in lines_in(logs[0])[1:])
     found = [line.split()[0] for line in lines_in(logs[1])[1:]]
     assert len(set(found)) == len(found) and set(second) <= set(found)

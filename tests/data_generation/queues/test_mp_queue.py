@@ -24,6 +24,7 @@ from speculators_core.data_generation.queues.shared_memory import (
 )
 from speculators_core.errors import SpeculatorError
 from tests.data_generation.queues.queue_processes import (
+    LONG_S,
     SCHEMA,
     consume,
     digest,
@@ -250,7 +251,7 @@ def test_a_spawned_process_sends_without_a_word_on_leaving(tmp_path, capfd):
         child = multiprocessing.get_context("spawn").Process(target=produce, args=arguments)
         child.start()
         found = [line_of(example) for example in source.read()]
-        child.join(20)
+        child.join(LONG_S)
     assert found == [line_of(make_example(number)) for number in range(5)]
     assert child.exitcode == 0
     assert capfd.readouterr().err == ""
@@ -265,15 +266,16 @@ def test_nothing_is_left_of_those_that_were_killed(victims, tmp_path):
     there = sync.model_copy(update={"urls": (lines_in(log)[0],)})
     producer = start(produce, there, "p", range(10**6), tmp_path / "p")
     wait_until(lambda: len(lines_in(log)) > 5)
-    assert len(leftovers() - before) == 2
+    folders = leftovers() - before  # theirs, and perhaps some of other tests'
+    assert len(folders) >= 2
     if victims != "consumer":
         os.kill(producer.pid, signal.SIGKILL)
     if victims != "producer":
         os.kill(consumer.pid, signal.SIGKILL)
     if victims != "producer":
-        consumer.join(20)
+        consumer.join(LONG_S)
         producer.kill()
-        producer.join(20)
+        producer.join(LONG_S)
         with closing(MPQueueStore.source(SCHEMA, sync)):
-            assert len(leftovers() - before) == 1
-    wait_until(lambda: leftovers() <= before)
+            wait_until(lambda: not leftovers() & folders)
+    wait_until(lambda: not leftovers() & folders)

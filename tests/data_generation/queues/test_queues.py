@@ -15,6 +15,7 @@ from speculators_core.data_generation.examples import Schema
 from speculators_core.data_generation.stores.protocols import DataSink, DataSource
 from speculators_core.errors import SpeculatorError
 from tests.data_generation.queues.queue_processes import (
+    LONG_S,
     SCHEMA,
     consume,
     digest,
@@ -56,7 +57,7 @@ def in_thread(function, *arguments):
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     yield thread
-    thread.join(20)
+    thread.join(LONG_S)
     assert not thread.is_alive()
     if errors:
         raise errors[0]
@@ -164,7 +165,7 @@ def test_two_producers_and_two_consumers_pass_each_example_once(kind, tmp_path):
         for i in range(2)
     ]
     for process in makers:
-        process.join(20)
+        process.join(LONG_S)
     wait_until(lambda: sum(len(lines_in(log)) - 1 for log in logs) == 200)
     found = [lines_in(log)[1:] for log in logs]
     assert sorted(sum(found, [])) == expected_lines(range(200))
@@ -180,7 +181,7 @@ def test_what_a_killed_consumer_had_goes_to_the_other(kind, tmp_path):
     start(produce, there, "p", range(100), tmp_path / "p")
     wait_until(lambda: len(lines_in(logs[0])) > 10)
     os.kill(consumers[0].pid, signal.SIGKILL)
-    consumers[1].join(20)
+    consumers[1].join(LONG_S)
     killed, other = (lines_in(log)[1:] for log in logs)
     assert sorted({*killed, *other}) == expected_lines(range(100))
     assert len(set(other)) == len(other)

@@ -33,6 +33,7 @@ from speculators_core.data_generation.queues.frames import (
 from speculators_core.data_generation.queues.zmq_store import ZmqStore
 from speculators_core.errors import SpeculatorError
 from tests.data_generation.queues.queue_processes import (
+    LONG_S,
     SCHEMA,
     consume,
     expected_lines,
@@ -391,7 +392,7 @@ def test_a_consumer_that_was_killed_goes_on_at_the_same_place(tmp_path):
     start(produce, there, "p", range(60), tmp_path / "p")
     wait_until(lambda: len(lines_in(log)) > 10)
     os.kill(first.pid, signal.SIGKILL)
-    first.join(20)
+    first.join(LONG_S)
     with closing(ZmqStore.source(SCHEMA, sync, url)) as source:
         found = [line_of(example) for example in source.read()]
     before = lines_in(log)[1:]
