@@ -16,7 +16,7 @@ from rich.console import Console
 
 from speculators_core import console
 from speculators_core.errors import SpeculatorError, first_fault
-from speculators_core.registry import COMMANDS
+from speculators_core.registry import COMMANDS, did_you_mean
 
 DISTRIBUTION = "speculators-vllm"
 ERROR_EXIT = 2
@@ -64,7 +64,16 @@ def _docstring(path: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command. An error that a user can act on is one line on stderr and exit code 2."""
-    _run(app(), arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    names = list(COMMANDS.names())
+    if given and not given[0].startswith("-") and given[0] not in names:
+        # Here: to make a suggestion the parser imports every command, and one may be broken.
+        hint = did_you_mean(given[0], names)
+        sys.stderr.write(
+            f'error: Unknown command "{given[0]}".{hint} Available commands: {", ".join(names)}.\n'
+        )
+        sys.exit(ERROR_EXIT)
+    _run(app(), given)
 
 
 def run_function(function: Callable[..., None]) -> None:

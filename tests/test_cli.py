@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import playground
+from speculators_core import cli
 from speculators_core.cli import main, run_function
 
 
@@ -100,6 +101,18 @@ def test_both_programs_are_this_command_line():
     assert scripts == dict.fromkeys(
         ("speculators", "speculators-vllm"), "speculators_core.cli:main"
     )
+
+
+def test_an_unknown_command_is_named_though_an_installed_one_is_broken(capsys, monkeypatch):
+    paths = {"broken": "no_such_module:run", "check": "speculators_vllm.commands.check:run"}
+    monkeypatch.setattr(cli.COMMANDS, "names", lambda: list(paths))
+    monkeypatch.setattr(cli.COMMANDS, "path", paths.__getitem__)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["chek"])
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith('error: Unknown command "chek". Did you mean ')
+    assert told.endswith("'check'? Available commands: broken, check.\n")
 
 
 def test_a_fault_of_ours_is_no_verdict(capsys):
