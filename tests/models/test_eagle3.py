@@ -689,7 +689,7 @@ def test_number_of_aux_layers_is_written_for_vllm(verifier):
 
 
 def test_unknown_attachment_mode_is_refused(verifier):
-    with pytest.raises(ValueError, match="'full' or 'train_only', found 'ful'"):
+    with pytest.raises(ValueError, match="is 'ful', expected 'full' or 'train_only'"):
         make_eagle3(verifier).attach_verifier(verifier, "ful")
 
 
