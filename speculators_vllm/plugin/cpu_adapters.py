@@ -1,4 +1,4 @@
-"""Wrapper that keeps LoRA adapters to their requests on CPUs.
+"""Wrapper that keeps LoRA adapters to their requests.
 
 vLLM marks a token without an adapter by the place -1. Its kernels for CPUs take the last adapter
 then: beside requests with adapters, one without is given the adapter of another.
