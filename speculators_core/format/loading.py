@@ -48,10 +48,18 @@ class Weights:
         found = self._stored if state_dict is None else state_dict
         with torch.device("meta"):
             model = MODELS.load(config.speculators_model_type)(config)
+        where = folder if folder is not None and state_dict is None else "state_dict"
         self._names = {_as_ours(name, model.aliases): name for name in found}
+        for name in found:
+            ours = _as_ours(name, model.aliases)
+            if ours != name and ours in found:
+                raise SpeculatorError(
+                    f"{where}: {name} and {ours} are two names of one tensor, expected one of "
+                    "them. Remove the one that was not trained.",
+                    cause="damaged checkpoint",
+                )
         shapes = {ours: tuple(found[name].shape) for ours, name in self._names.items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        where = folder if folder is not None and state_dict is None else "state_dict"
         self.ignored = sorted(
             name
             for name in shapes

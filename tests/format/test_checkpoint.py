@@ -118,6 +118,16 @@ def test_names_of_the_authors_own_code_are_read(eagle3_folder):
         assert torch.equal(tensor, before[name]), name
 
 
+def test_one_tensor_under_two_names_is_refused(eagle3_folder):
+    file = eagle3_folder / checkpoint.WEIGHTS
+    tensors = load_file(file)
+    tensors["midlayer.mlp.up_proj.weight"] = tensors["layers.0.mlp.up_proj.weight"] + 1
+    save_file(tensors, file)
+    both = r"midlayer\.mlp\.up_proj\.weight and layers\.0\.mlp\.up_proj\.weight are two names"
+    with pytest.raises(SpeculatorError, match=both):
+        load(eagle3_folder)
+
+
 def test_one_shard_needs_no_index(eagle3_folder):
     (eagle3_folder / checkpoint.WEIGHTS).rename(eagle3_folder / "model-00001-of-00001.safetensors")
     load(eagle3_folder)
