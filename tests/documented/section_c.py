@@ -281,6 +281,9 @@ def forward_tensors():
         ):
             with pytest.raises(SpeculatorError, match=message):
                 model(**{**tensors, **change})
+        torch.manual_seed(0)
+        half = model.to(torch.bfloat16)(**tensors, **options)[1]  # of float32 states
+        assert torch.allclose(half.float(), loss.detach(), rtol=0.1)
 
 
 @proves(

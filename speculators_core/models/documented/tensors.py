@@ -224,7 +224,7 @@ def _states(
 ) -> tuple[Tensor, Tensor]:
     width = model.config.verifier_hidden_size
     return (
-        rows.states("hidden_states", aux, len(model.aux_layer_ids) * width),
+        rows.states("hidden_states", aux, len(model.aux_layer_ids) * width).to(model.dtype),
         rows.states("verifier_last_hidden_states", last, width),
     )
 
